@@ -1,1 +1,20 @@
-//! Being built.
+//! # Ashlar's inference runtime
+//!
+//! ```text
+//! http ──► generation ──► engine ──► scheduler ──► kv_cache        (blocks, tables, prefix hashes: pure)
+//!   │          │             └─────► model_runner ──► models ──► kernels
+//!   │          └► tokenizer, chat_template                └► weights (safetensors, GGUF)
+//!   └► metrics
+//! ```
+//!
+//! Invariants:
+//! - `kv_cache` and `engine::scheduler` never see a tensor, tokio or HTTP;
+//! - only the crate `ashlar-kernels` has `unsafe`, and one memory map in `weights`;
+//! - the engine runs at its own pace on its own thread: everything outside only enqueues;
+//! - every queue, loop and body has a bound, and the bound has a name;
+//! - a request can fail, the engine cannot because of a request.
+#![deny(unsafe_code)]
+
+pub mod engine;
+pub mod kv_cache;
+pub mod model_runner;

@@ -1,0 +1,3 @@
+//! The engine: requests in, tokens out, one step at a time.
+
+pub mod request;
