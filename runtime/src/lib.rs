@@ -18,3 +18,4 @@
 pub mod engine;
 pub mod kv_cache;
 pub mod model_runner;
+pub mod weights;
