@@ -78,6 +78,19 @@ pub struct Request {
     pub cache_salt: Option<String>,
 }
 
+impl Request {
+    /// A request for one choice, without a cache salt.
+    #[must_use]
+    pub fn new(prompt: impl Into<Arc<[TokenId]>>, params: SamplingParams) -> Self {
+        Self {
+            prompt: prompt.into(),
+            params,
+            choice_index: 0,
+            cache_salt: None,
+        }
+    }
+}
+
 /// Why a sequence ended. Names are the labels of `vllm:request_success_total{finished_reason}`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FinishReason {

@@ -1,0 +1,532 @@
+//! Decides what each step computes. Pure: numbers in, a plan out.
+//!
+//! There is no prefill phase and no decode phase: every sequence catches its computed count up to its known tokens,
+//! under one budget of tokens per step. Sequences that decode come first, then prefills under way, then new ones; so a
+//! long prompt never holds up a decode by more than one step's budget.
+//!
+//! Why it cannot deadlock: a request that the pool could not hold alone is refused at submit; admission takes the
+//! blocks of all known tokens at once, so a prefill never stops half-way; a decode without a free block preempts the
+//! sequence admitted last, and the first one admitted is never preempted while there is another. So the first always
+//! finishes.
+//!
+//! Blocks and slots of a sequence that leaves are released only when no submitted step names them.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+
+use super::{
+    config::{EngineConfig, KvReservation, MAX_TOKENS_WITH_DECODE},
+    request::{FinishReason, Request, SeqId, TokenId},
+    sequence::Sequence,
+    stop,
+};
+use crate::{
+    kv_cache::{BlockId, BlockManager, BlockTable, IntegrityError},
+    model_runner::{RunnerLimits, Slot},
+};
+
+/// One sequence's part of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScheduledItem {
+    /// The sequence.
+    pub seq: SeqId,
+    /// Its place.
+    pub slot: Slot,
+    /// Its epoch when scheduled.
+    pub epoch: u32,
+    /// Position of its first row.
+    pub start: u32,
+    /// Its rows, drafts included.
+    pub num_tokens: u32,
+    /// Of these, drafted tokens to verify (none yet: there is no drafter).
+    pub num_draft: u32,
+    /// Whether its last row draws a token.
+    pub samples: bool,
+    /// Output tokens before the one it draws.
+    pub num_generated: u32,
+}
+
+/// A sequence that was given a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admitted {
+    /// The sequence.
+    pub seq: SeqId,
+    /// False when it comes back from a preemption.
+    pub first: bool,
+}
+
+/// What one step computes.
+#[derive(Debug, Default)]
+pub struct SchedulerOutput {
+    /// Number of the step, from 1, without gaps.
+    pub step: u64,
+    /// The sequences, in row order.
+    pub items: Vec<ScheduledItem>,
+    /// Rows of all items.
+    pub num_tokens: u32,
+    /// Sequences whose slot has to be bound first.
+    pub admitted: Vec<Admitted>,
+    /// Sequences that lost their place while this step was scheduled.
+    pub preempted: Vec<SeqId>,
+    /// Blocks that this step published: withdrawn if it fails.
+    pub published: Vec<BlockId>,
+}
+
+/// What a token did to its sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Accepted {
+    /// Tokens kept of those drawn.
+    pub num_tokens: u32,
+    /// Set when the last of them ended the sequence.
+    pub finish: Option<(FinishReason, Option<TokenId>)>,
+}
+
+/// Counts of the prefix cache and of preemptions, from the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SchedulerCounters {
+    /// Prompt tokens looked up.
+    pub prefix_queries: u64,
+    /// Of these, found.
+    pub prefix_hits: u64,
+    /// Preemptions.
+    pub preemptions: u64,
+}
+
+/// Blocks and slot of a sequence that has left, until the steps that name them are done.
+struct Retired {
+    table: BlockTable,
+    slot: Slot,
+    last_step: u64,
+}
+
+/// Sequences, queues and blocks.
+pub struct Scheduler {
+    max_tokens: u32,
+    max_tokens_with_decode: u32,
+    long_prefill_token_threshold: u32,
+    /// Blocks taken at admission whatever the sequence needs; 0 with pages.
+    reserved_blocks: u32,
+    eos_token_ids: Vec<TokenId>,
+    blocks: BlockManager,
+    sequences: HashMap<SeqId, Sequence>,
+    /// In order of admission.
+    running: Vec<SeqId>,
+    waiting: VecDeque<SeqId>,
+    free_slots: Vec<Slot>,
+    retired: Vec<Retired>,
+    /// Last step handed out, and last step completed.
+    step: u64,
+    completed: u64,
+    counters: SchedulerCounters,
+}
+
+/// Blocks that a request takes at its longest: its last token is never computed.
+#[must_use]
+pub fn blocks_for_request(
+    request: &Request,
+    limits: &RunnerLimits,
+    reservation: KvReservation,
+) -> u32 {
+    let prompt = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
+    let tokens = prompt.saturating_add(request.params.max_tokens.saturating_sub(1));
+    match reservation {
+        KvReservation::Paged => tokens.div_ceil(limits.block_size),
+        KvReservation::Contiguous => limits.max_model_len.div_ceil(limits.block_size),
+    }
+}
+
+impl Scheduler {
+    /// For a runner of these sizes. `config`'s sizes are within the limits.
+    #[must_use]
+    pub fn new(config: &EngineConfig, limits: &RunnerLimits) -> Self {
+        let paged = config.reservation == KvReservation::Paged;
+        let caching = config.enable_prefix_caching && paged;
+        let reserved_blocks = limits.max_model_len.div_ceil(limits.block_size);
+        Self {
+            max_tokens: config.max_num_batched_tokens,
+            max_tokens_with_decode: config.max_num_batched_tokens.min(MAX_TOKENS_WITH_DECODE),
+            long_prefill_token_threshold: config.long_prefill_token_threshold,
+            reserved_blocks: if paged { 0 } else { reserved_blocks },
+            eos_token_ids: config.eos_token_ids.clone(),
+            blocks: BlockManager::new(limits.num_blocks, limits.block_size, caching),
+            sequences: HashMap::new(),
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            free_slots: (0..config.max_num_seqs).rev().map(Slot).collect(),
+            retired: Vec::new(),
+            step: 0,
+            completed: 0,
+            counters: SchedulerCounters::default(),
+        }
+    }
+
+    /// Takes in a sequence; it waits for a place.
+    pub fn add(&mut self, sequence: Sequence) {
+        self.waiting.push_back(sequence.id);
+        self.sequences.insert(sequence.id, sequence);
+    }
+
+    /// A sequence that has not left.
+    #[must_use]
+    pub fn sequence(&self, seq: SeqId) -> Option<&Sequence> {
+        self.sequences.get(&seq)
+    }
+
+    /// Sequences with a place.
+    #[must_use]
+    pub fn num_running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences without one.
+    #[must_use]
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The sequence to be admitted next.
+    #[must_use]
+    pub fn first_waiting(&self) -> Option<SeqId> {
+        self.waiting.front().copied()
+    }
+
+    /// No sequence is left, and no block or slot waits for a step.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.sequences.is_empty() && self.retired.is_empty()
+    }
+
+    /// The block pool.
+    #[must_use]
+    pub fn blocks(&self) -> &BlockManager {
+        &self.blocks
+    }
+
+    /// The counts.
+    #[must_use]
+    pub fn counters(&self) -> SchedulerCounters {
+        self.counters
+    }
+
+    /// Proves the pool's invariants with the tables of all sequences.
+    ///
+    /// # Errors
+    /// [`IntegrityError`] names the first contradiction.
+    pub fn check_integrity(&self) -> Result<(), IntegrityError> {
+        let retired = self.retired.iter().map(|r| &r.table);
+        let tables = self.sequences.values().map(|s| &s.table);
+        self.blocks.check_integrity(tables.chain(retired))
+    }
+
+    /// Plans the next step. With no item in the plan there is no step: its number is given to the next plan.
+    pub fn schedule(&mut self) -> SchedulerOutput {
+        let mut plan = SchedulerOutput {
+            step: self.step + 1,
+            ..SchedulerOutput::default()
+        };
+        let mut budget = self.budget();
+        self.schedule_decodes(&mut plan, &mut budget);
+        self.schedule_prefills(&mut plan, &mut budget);
+        if plan.preempted.is_empty() {
+            self.admit_waiting(&mut plan, &mut budget);
+        }
+        if !plan.items.is_empty() {
+            self.step = plan.step;
+        }
+        plan
+    }
+
+    fn budget(&self) -> u32 {
+        let decodes = |id: &SeqId| {
+            let seq = &self.sequences[id];
+            seq.is_decoding() && seq.num_generated() + seq.num_placeholders > 0
+        };
+        if self.running.iter().any(decodes) {
+            self.max_tokens_with_decode
+        } else {
+            self.max_tokens
+        }
+    }
+
+    fn schedule_decodes(&mut self, plan: &mut SchedulerOutput, budget: &mut u32) {
+        let mut index = 0;
+        while index < self.running.len() && *budget > 0 {
+            let id = self.running[index];
+            let seq = &self.sequences[&id];
+            let wanted = seq.remaining();
+            if wanted == 1 && self.make_room(index, seq.num_computed + 1, plan) {
+                self.take(id, 1, plan, budget);
+            }
+            // A sequence that preempted itself was the last: the loop ends by itself.
+            index += 1;
+        }
+    }
+
+    fn schedule_prefills(&mut self, plan: &mut SchedulerOutput, budget: &mut u32) {
+        for index in 0..self.running.len() {
+            let id = self.running[index];
+            let wanted = self.sequences[&id].remaining();
+            if wanted > 1 && *budget > 0 {
+                let num_tokens = self.chunk(wanted, *budget);
+                self.take(id, num_tokens, plan, budget);
+            }
+        }
+    }
+
+    fn chunk(&self, wanted: u32, budget: u32) -> u32 {
+        match self.long_prefill_token_threshold {
+            0 => wanted.min(budget),
+            threshold => wanted.min(budget).min(threshold),
+        }
+    }
+
+    /// Grows the table of `running[index]`, preempting from the end of the running list as long as that helps. False
+    /// when the sequence sits this step out: it preempted itself, or blocks are on their way back.
+    fn make_room(&mut self, index: usize, num_tokens: u32, plan: &mut SchedulerOutput) -> bool {
+        let id = self.running[index];
+        loop {
+            let seq = self
+                .sequences
+                .get_mut(&id)
+                .expect("a running sequence exists: this is a bug");
+            if self.blocks.grow(&mut seq.table, num_tokens) {
+                return true;
+            }
+            let missing = self.blocks.missing(&seq.table, num_tokens);
+            let coming: usize = self.retired.iter().map(|r| r.table.len()).sum();
+            if self.blocks.num_free() as usize + coming >= missing as usize {
+                return false;
+            }
+            let victim = *self
+                .running
+                .last()
+                .expect("the sequence itself is running: this is a bug");
+            self.preempt(victim);
+            plan.preempted.push(victim);
+            if victim == id {
+                return false;
+            }
+        }
+    }
+
+    fn admit_waiting(&mut self, plan: &mut SchedulerOutput, budget: &mut u32) {
+        while *budget > 0 && !self.free_slots.is_empty() {
+            let Some(&id) = self.waiting.front() else {
+                return;
+            };
+            // Decodes need a block now and then: without a reserve the newcomer would be preempted at once.
+            let keep_free = match self.running.len() {
+                0 => 0,
+                _ if self.reserved_blocks > 0 => 0,
+                _ => (self.blocks.num_total() / 100).max(1),
+            };
+            let seq = self
+                .sequences
+                .get_mut(&id)
+                .expect("a waiting sequence exists: this is a bug");
+            let num_tokens = seq.num_tokens();
+            let hits = if self.blocks.prefix_caching() {
+                self.blocks.lookup(seq.block_hashes(), num_tokens)
+            } else {
+                Vec::new()
+            };
+            let wanted_blocks = self.blocks.blocks_for(num_tokens).max(self.reserved_blocks);
+            if !self
+                .blocks
+                .admit(&mut seq.table, &hits, wanted_blocks, keep_free)
+            {
+                return;
+            }
+            seq.num_published =
+                u32::try_from(hits.len()).expect("hits fit the pool: this is a bug");
+            seq.num_computed = seq.num_published * self.blocks.block_size();
+            seq.slot = self.free_slots.pop();
+            let first = seq.num_cached.is_none();
+            if first {
+                seq.num_cached = Some(seq.num_computed);
+                if self.blocks.prefix_caching() {
+                    self.counters.prefix_queries += u64::from(num_tokens);
+                    self.counters.prefix_hits += u64::from(seq.num_computed);
+                }
+            }
+            let wanted = seq.remaining();
+            self.waiting.pop_front();
+            self.running.push(id);
+            plan.admitted.push(Admitted { seq: id, first });
+            let num_tokens = self.chunk(wanted, *budget);
+            self.take(id, num_tokens, plan, budget);
+        }
+    }
+
+    /// Puts `num_tokens` rows of a running sequence into the plan; computed counts advance now.
+    fn take(&mut self, id: SeqId, num_tokens: u32, plan: &mut SchedulerOutput, budget: &mut u32) {
+        let seq = self
+            .sequences
+            .get_mut(&id)
+            .expect("a running sequence exists: this is a bug");
+        let samples = num_tokens == seq.remaining();
+        plan.items.push(ScheduledItem {
+            seq: id,
+            slot: seq
+                .slot
+                .expect("a running sequence has a slot: this is a bug"),
+            epoch: seq.epoch,
+            start: seq.num_computed,
+            num_tokens,
+            num_draft: 0,
+            samples,
+            num_generated: seq.num_generated() + seq.num_placeholders,
+        });
+        plan.num_tokens += num_tokens;
+        *budget -= num_tokens;
+        seq.num_computed += num_tokens;
+        seq.num_placeholders += u32::from(samples);
+        seq.last_step = plan.step;
+        if self.blocks.prefix_caching() {
+            publish(&mut self.blocks, seq, &mut plan.published);
+        }
+    }
+
+    /// The result of `item`'s step: the tokens it drew. `None` when the result is stale; with the sequence if it ended.
+    pub fn update(
+        &mut self,
+        item: &ScheduledItem,
+        drawn: &[TokenId],
+    ) -> Option<(Accepted, Option<Sequence>)> {
+        let seq = self.sequences.get_mut(&item.seq)?;
+        if seq.epoch != item.epoch {
+            return None;
+        }
+        seq.num_placeholders -= 1;
+        // Of 1 + num_draft computed tokens as many stand as were drawn.
+        let drawn = &drawn[..drawn.len().min(item.num_draft as usize + 1)];
+        seq.num_computed -= item.num_draft + 1 - u32::try_from(drawn.len()).unwrap_or(0);
+        let mut accepted = Accepted {
+            num_tokens: 0,
+            finish: None,
+        };
+        for &token in drawn {
+            seq.tokens.push(token);
+            accepted.num_tokens += 1;
+            let generated = seq.num_generated();
+            accepted.finish = stop::judge(&seq.params, &self.eos_token_ids, generated, token);
+            if accepted.finish.is_some() {
+                return Some((accepted, self.remove(item.seq)));
+            }
+        }
+        Some((accepted, None))
+    }
+
+    /// A step is done, whether it succeeded or not: what only it held up is released.
+    pub fn complete(&mut self, step: u64) {
+        self.completed = self.completed.max(step);
+        let (free, held) = std::mem::take(&mut self.retired)
+            .into_iter()
+            .partition(|retired| retired.last_step <= self.completed);
+        self.retired = held;
+        for retired in free {
+            self.release(retired.table, retired.slot);
+        }
+    }
+
+    /// A sequence leaves, wherever it is. `None` when it has left already.
+    pub fn remove(&mut self, id: SeqId) -> Option<Sequence> {
+        let mut seq = self.sequences.remove(&id)?;
+        if let Some(slot) = seq.slot.take() {
+            self.running.retain(|&other| other != id);
+            self.retire(std::mem::take(&mut seq.table), slot, seq.last_step);
+        } else {
+            self.waiting.retain(|&other| other != id);
+        }
+        Some(seq)
+    }
+
+    /// A step failed: its sequences leave and are handed back; nothing it published stays, nor what `later` steps in
+    /// flight published on top; sequences that already use such blocks start over.
+    pub fn withdraw<'a>(
+        &mut self,
+        failed: &SchedulerOutput,
+        later: impl Iterator<Item = &'a SchedulerOutput>,
+    ) -> Vec<Sequence> {
+        let mut withdrawn: HashSet<BlockId> = failed.published.iter().copied().collect();
+        withdrawn.extend(later.flat_map(|plan| plan.published.iter().copied()));
+        for &block in &withdrawn {
+            self.blocks.withdraw(block);
+        }
+        let mut gone = Vec::new();
+        for item in &failed.items {
+            let current = self.sequences.get(&item.seq).map(|seq| seq.epoch);
+            if current == Some(item.epoch) {
+                gone.extend(self.remove(item.seq));
+            }
+        }
+        let tainted = |id: &SeqId| {
+            let table = self.sequences[id].table.blocks();
+            table.iter().any(|block| withdrawn.contains(block))
+        };
+        let start_over: Vec<SeqId> = self.running.iter().copied().filter(tainted).collect();
+        // The last one first, so that the queue keeps their order.
+        start_over.into_iter().rev().for_each(|id| self.preempt(id));
+        gone
+    }
+
+    /// Takes a running sequence's place away; it waits at the head of the queue and recomputes everything.
+    fn preempt(&mut self, id: SeqId) {
+        let seq = self.sequence_mut(id);
+        let slot = seq
+            .slot
+            .take()
+            .expect("a running sequence has a slot: this is a bug");
+        let table = std::mem::take(&mut seq.table);
+        let last_step = seq.last_step;
+        seq.num_computed = 0;
+        seq.num_placeholders = 0;
+        seq.num_published = 0;
+        seq.epoch += 1;
+        seq.num_preemptions += 1;
+        self.running.retain(|&other| other != id);
+        self.waiting.push_front(id);
+        self.counters.preemptions += 1;
+        self.retire(table, slot, last_step);
+    }
+
+    fn retire(&mut self, table: BlockTable, slot: Slot, last_step: u64) {
+        if last_step <= self.completed {
+            self.release(table, slot);
+        } else {
+            self.retired.push(Retired {
+                table,
+                slot,
+                last_step,
+            });
+        }
+    }
+
+    fn release(&mut self, mut table: BlockTable, slot: Slot) {
+        self.blocks.free(&mut table);
+        self.free_slots.push(slot);
+    }
+
+    fn sequence_mut(&mut self, id: SeqId) -> &mut Sequence {
+        self.sequences
+            .get_mut(&id)
+            .expect("a queued sequence exists: this is a bug")
+    }
+}
+
+/// Publishes the blocks of `seq` that are full, computed by now and of tokens known on the host.
+fn publish(blocks: &mut BlockManager, seq: &mut Sequence, published: &mut Vec<BlockId>) {
+    let known = seq.num_computed.min(seq.num_tokens());
+    let full = known / blocks.block_size();
+    if full <= seq.num_published {
+        return;
+    }
+    let range = seq.num_published as usize..full as usize;
+    seq.num_published = full;
+    seq.block_hashes();
+    for index in range {
+        let (block, hash) = (seq.table.blocks()[index], seq.known_hashes()[index]);
+        if blocks.publish(block, hash) {
+            published.push(block);
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! Counters and gauges that anyone may read at any time: atomics, so that no reader ever holds up the engine.
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+/// The engine at one moment.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EngineStats {
+    /// Sequences with a place.
+    pub running: u32,
+    /// Sequences without one, preempted ones included.
+    pub waiting: u32,
+    /// Share of the pool in use by sequences, 0 to 1.
+    pub kv_cache_usage: f64,
+    /// Blocks of the pool that can be allocated (the null block is not counted).
+    pub blocks_total: u32,
+    /// Of these, in use by no sequence (they may still hold cached prefixes).
+    pub blocks_free: u32,
+    /// Prompt tokens looked up in the prefix cache.
+    pub prefix_cache_queries: u64,
+    /// Of these, found.
+    pub prefix_cache_hits: u64,
+    /// Preemptions.
+    pub preemptions: u64,
+    /// Prompt tokens of sequences whose prefill is done.
+    pub prompt_tokens: u64,
+    /// Of these, taken from the prefix cache.
+    pub prompt_tokens_cached: u64,
+    /// Tokens generated.
+    pub generation_tokens: u64,
+    /// Steps finished.
+    pub steps: u64,
+    /// Steps that failed.
+    pub failed_steps: u64,
+    /// Time since the last sign of progress while there is work; `None` when there is none.
+    pub stalled_for: Option<Duration>,
+    /// False once the engine thread has ended.
+    pub alive: bool,
+    /// True once draining has begun.
+    pub draining: bool,
+}
+
+/// The cells behind [`EngineStats`]. Written by the engine thread, except `in_system`, `queued` and `work_since_us`.
+pub(super) struct StatsCells {
+    started: Instant,
+    pub(super) running: AtomicU32,
+    pub(super) waiting: AtomicU32,
+    pub(super) blocks_total: AtomicU32,
+    pub(super) blocks_free: AtomicU32,
+    pub(super) prefix_cache_queries: AtomicU64,
+    pub(super) prefix_cache_hits: AtomicU64,
+    pub(super) preemptions: AtomicU64,
+    pub(super) prompt_tokens: AtomicU64,
+    pub(super) prompt_tokens_cached: AtomicU64,
+    pub(super) generation_tokens: AtomicU64,
+    pub(super) steps: AtomicU64,
+    pub(super) failed_steps: AtomicU64,
+    pub(super) alive: AtomicBool,
+    pub(super) draining: AtomicBool,
+    /// Sequences submitted and not ended.
+    pub(super) in_system: AtomicU32,
+    /// Sequences submitted and never given a place yet.
+    pub(super) queued: AtomicU32,
+    /// When the last step ended, and when work last appeared in an idle engine; µs since `started`.
+    last_step_us: AtomicU64,
+    work_since_us: AtomicU64,
+}
+
+impl StatsCells {
+    pub(super) fn new(blocks_total: u32) -> Self {
+        Self {
+            started: Instant::now(),
+            running: AtomicU32::new(0),
+            waiting: AtomicU32::new(0),
+            blocks_total: AtomicU32::new(blocks_total),
+            blocks_free: AtomicU32::new(blocks_total),
+            prefix_cache_queries: AtomicU64::new(0),
+            prefix_cache_hits: AtomicU64::new(0),
+            preemptions: AtomicU64::new(0),
+            prompt_tokens: AtomicU64::new(0),
+            prompt_tokens_cached: AtomicU64::new(0),
+            generation_tokens: AtomicU64::new(0),
+            steps: AtomicU64::new(0),
+            failed_steps: AtomicU64::new(0),
+            alive: AtomicBool::new(true),
+            draining: AtomicBool::new(false),
+            in_system: AtomicU32::new(0),
+            queued: AtomicU32::new(0),
+            last_step_us: AtomicU64::new(0),
+            work_since_us: AtomicU64::new(0),
+        }
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn mark_progress(&self) {
+        self.last_step_us.store(self.now_us(), Relaxed);
+    }
+
+    /// A sequence was submitted.
+    pub(super) fn enter(&self) {
+        if self.in_system.fetch_add(1, Relaxed) == 0 {
+            self.work_since_us.store(self.now_us(), Relaxed);
+        }
+        self.queued.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn snapshot(&self) -> EngineStats {
+        let total = self.blocks_total.load(Relaxed);
+        let free = self.blocks_free.load(Relaxed).min(total);
+        let stalled_for = (self.in_system.load(Relaxed) > 0).then(|| {
+            let since = self
+                .last_step_us
+                .load(Relaxed)
+                .max(self.work_since_us.load(Relaxed));
+            Duration::from_micros(self.now_us().saturating_sub(since))
+        });
+        EngineStats {
+            running: self.running.load(Relaxed),
+            waiting: self.waiting.load(Relaxed),
+            kv_cache_usage: f64::from(total - free) / f64::from(total.max(1)),
+            blocks_total: total,
+            blocks_free: free,
+            prefix_cache_queries: self.prefix_cache_queries.load(Relaxed),
+            prefix_cache_hits: self.prefix_cache_hits.load(Relaxed),
+            preemptions: self.preemptions.load(Relaxed),
+            prompt_tokens: self.prompt_tokens.load(Relaxed),
+            prompt_tokens_cached: self.prompt_tokens_cached.load(Relaxed),
+            generation_tokens: self.generation_tokens.load(Relaxed),
+            steps: self.steps.load(Relaxed),
+            failed_steps: self.failed_steps.load(Relaxed),
+            stalled_for,
+            alive: self.alive.load(Relaxed),
+            draining: self.draining.load(Relaxed),
+        }
+    }
+}
