@@ -56,3 +56,28 @@ prune_cache() {
     # shellcheck disable=SC2012  # names are ours: a word and a hash
     ls -1dt "$CACHE/$1"-???????????????? 2>/dev/null | tail -n +3 | while read -r old; do rm -rf "$old"; done
 }
+
+# cluster_vars NAME: sets NAME, STATE (its folder) and NETNS (its network namespace).
+cluster_vars() {
+    NAME=$1
+    [[ $NAME =~ ^[a-z][a-z0-9-]{0,20}$ ]] || die "'$NAME' is no name for a cluster: lower-case letters, digits and '-', at most 21"
+    STATE=${TMPDIR:-/tmp}/ashlar-$NAME
+    NETNS=ashlar-$NAME
+    # The node hides these places from itself, and a unix socket's path has at most 107 characters.
+    case $STATE in /run/* | /var/run/* | /var/lib/* | /var/log/*) die "TMPDIR must not lie under /run, /var/lib or /var/log" ;; esac
+    [ ${#STATE} -le 70 ] || die "TMPDIR is too long for unix sockets: ${#STATE} characters in $STATE"
+}
+
+# wait_until SECONDS WHAT COMMAND...: runs COMMAND until it succeeds; after SECONDS fails, naming WHAT.
+wait_until() {
+    local deadline=$((SECONDS + $1)) what=$2
+    shift 2
+    until "$@" > /dev/null 2>&1; do
+        if [ "$SECONDS" -ge "$deadline" ]; then
+            say "Gave up waiting for $what; the last answer was:"
+            "$@" >&2 || true
+            return 1
+        fi
+        sleep 0.1
+    done
+}
