@@ -16,6 +16,7 @@
 #![deny(unsafe_code)]
 
 pub mod engine;
+pub mod hub;
 pub mod kv_cache;
 pub mod model_runner;
 pub mod weights;
