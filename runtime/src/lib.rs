@@ -19,4 +19,5 @@ pub mod engine;
 pub mod hub;
 pub mod kv_cache;
 pub mod model_runner;
+pub mod models;
 pub mod weights;

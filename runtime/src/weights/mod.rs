@@ -7,11 +7,15 @@
 
 use std::{fs::File, io, ops::Deref, path::Path};
 
+pub mod checkpoint;
 pub mod ggml_type;
 pub mod gguf;
+pub mod safetensors;
 
+pub use checkpoint::{Checkpoint, RawTensor};
 pub use ggml_type::GgmlType;
 pub use gguf::Gguf;
+pub use safetensors::SafetensorsFolder;
 
 /// Why a checkpoint could not be read.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,189 @@
+//! The decoder of the Llama family, once, for every model and every device.
+//!
+//! A step runs all its rows, prefill and decode together, through the layers. In the last layer only the rows whose
+//! logits are wanted go on after their K and V are written: a prompt of 1,000 tokens runs one row through the last
+//! attention, MLP and head. That changes no result, because rows do not influence each other (see
+//! [`super::backend`]).
+
+use super::backend::{AdapterRows, AttentionSeq, Backend, HeadNorms, Linear, RopeArgs};
+use crate::model_runner::ModelInput;
+
+/// The feed-forward part of a layer.
+#[derive(Debug)]
+pub enum Mlp<M> {
+    /// `down(silu(gate(x)) · up(x))`
+    Dense {
+        /// gate and up, stacked.
+        gate_up: Linear<M>,
+        /// down.
+        down: Linear<M>,
+    },
+}
+
+/// One layer's weights.
+pub struct Layer<B: Backend> {
+    /// Before attention.
+    pub input_norm: B::Vector,
+    /// q, k and v, stacked.
+    pub qkv: Linear<B::Matrix>,
+    /// Per-head norms of q and k.
+    pub head_norms: Option<HeadNorms<B::Vector>>,
+    /// After attention.
+    pub attention_output: Linear<B::Matrix>,
+    /// Before the MLP.
+    pub post_attention_norm: B::Vector,
+    /// The MLP.
+    pub mlp: Mlp<B::Matrix>,
+}
+
+/// A whole model's weights.
+pub struct Decoder<B: Backend> {
+    /// `[vocab, hidden]`, one part.
+    pub embedding: Linear<B::Matrix>,
+    /// At least one.
+    pub layers: Vec<Layer<B>>,
+    /// Before the head.
+    pub final_norm: B::Vector,
+    /// The head, unless it is the embedding.
+    pub head: Option<Linear<B::Matrix>>,
+}
+
+/// Activations of a step, reused from step to step.
+pub struct Activations<B: Backend> {
+    /// The residual stream, `[rows, hidden]`.
+    pub residual: B::Buf,
+    /// What a matrix reads, `[rows, hidden]`.
+    pub normed: B::Buf,
+    /// `[rows, qkv]`
+    pub qkv: B::Buf,
+    /// `[rows, heads · head_dim]`
+    pub attention: B::Buf,
+    /// What a block adds to the residual stream, `[rows, hidden]`.
+    pub delta: B::Buf,
+    /// `[rows, 2 · intermediate]`
+    pub gate_up: B::Buf,
+    /// `[rows, intermediate]`
+    pub mlp: B::Buf,
+    /// `[logit_rows, vocab]`
+    pub logits: B::Buf,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Runs a step; afterwards `act.logits` holds one row for each of `input.logit_rows` (unchanged if there is none).
+    ///
+    /// The caller has checked the input: rows, block tables and slots are within the backend's sizes.
+    pub fn forward(&self, backend: &mut B, input: &ModelInput, act: &mut Activations<B>) {
+        let all = attention_seqs(input);
+        let last_layer = self.layers.len() - 1;
+        let first_norm = &self.layers[0].input_norm;
+        backend.embed_norm(
+            &input.token_ids,
+            &self.embedding.parts[0],
+            first_norm,
+            &mut act.residual,
+            &mut act.normed,
+        );
+        for (index, layer) in self.layers.iter().enumerate() {
+            backend.linear(&act.normed, &layer.qkv, AdapterRows, &mut act.qkv);
+            let args = RopeArgs {
+                layer: index,
+                norms: layer.head_norms.as_ref(),
+                positions: &input.positions,
+                slot_mapping: &input.slot_mapping,
+            };
+            backend.rope_write_kv(&mut act.qkv, &args);
+            if index < last_layer {
+                backend.attention(index, &act.qkv, &all, &mut act.attention);
+                self.finish_layer(backend, layer, &self.layers[index + 1].input_norm, act);
+                continue;
+            }
+            if input.logit_rows.is_empty() {
+                return;
+            }
+            let wanted = wanted_seqs(input);
+            if input.logit_rows.len() < input.token_ids.len() {
+                backend.keep_rows(&input.logit_rows, &mut act.qkv);
+                backend.keep_rows(&input.logit_rows, &mut act.residual);
+            }
+            backend.attention(index, &act.qkv, &wanted, &mut act.attention);
+            self.finish_layer(backend, layer, &self.final_norm, act);
+        }
+        backend.logits(
+            &act.normed,
+            self.head.as_ref().unwrap_or(&self.embedding),
+            &mut act.logits,
+        );
+    }
+
+    /// From the attention's result to the next norm's.
+    fn finish_layer(
+        &self,
+        backend: &mut B,
+        layer: &Layer<B>,
+        next_norm: &B::Vector,
+        act: &mut Activations<B>,
+    ) {
+        backend.linear(
+            &act.attention,
+            &layer.attention_output,
+            AdapterRows,
+            &mut act.delta,
+        );
+        backend.reduce_add_norm(
+            &act.delta,
+            &layer.post_attention_norm,
+            &mut act.residual,
+            &mut act.normed,
+        );
+        match &layer.mlp {
+            Mlp::Dense { gate_up, down } => {
+                backend.linear(&act.normed, gate_up, AdapterRows, &mut act.gate_up);
+                backend.silu_mul(&act.gate_up, &mut act.mlp);
+                backend.linear(&act.mlp, down, AdapterRows, &mut act.delta);
+            }
+        }
+        backend.reduce_add_norm(&act.delta, next_norm, &mut act.residual, &mut act.normed);
+    }
+}
+
+/// Every row of the step.
+fn attention_seqs(input: &ModelInput) -> Vec<AttentionSeq<'_>> {
+    let whole = input.seqs.iter().map(|seq| AttentionSeq {
+        query_start: seq.query_start as usize,
+        query_len: seq.query_len as usize,
+        context_len: seq.context_len as usize,
+        block_table: &seq.block_table,
+    });
+    whole.collect()
+}
+
+/// The rows of `logit_rows`, numbered as they stand after all others have been dropped: one entry per run of adjacent
+/// rows of a sequence, ending where its last row ends.
+fn wanted_seqs(input: &ModelInput) -> Vec<AttentionSeq<'_>> {
+    let mut wanted = Vec::with_capacity(input.seqs.len());
+    let mut next = 0;
+    for seq in &input.seqs {
+        let end = seq.query_start + seq.query_len;
+        while let Some(&first) = input.logit_rows.get(next).filter(|row| **row < end) {
+            let run_start = next;
+            while input
+                .logit_rows
+                .get(next)
+                .is_some_and(|row| *row < end && *row - first == (next - run_start) as u32)
+            {
+                next += 1;
+            }
+            let last = first as usize + (next - run_start) - 1;
+            wanted.push(AttentionSeq {
+                query_start: run_start,
+                query_len: next - run_start,
+                context_len: seq.context_len as usize - (end as usize - 1 - last),
+                block_table: &seq.block_table,
+            });
+        }
+    }
+    wanted
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,297 @@
+//! From a checkpoint to a [`Decoder`]: check shapes, undo permutations, fuse parts, repack; layers in parallel.
+
+use std::{borrow::Cow, sync::Mutex, thread, time::Instant};
+
+use super::{
+    backend::{Backend, HeadNorms, Linear},
+    config::ModelConfig,
+    decoder::{Decoder, Layer, Mlp},
+    registry::{GGUF_WEIGHTS, HF_WEIGHTS, MatrixEntry, Part, Role, WeightMap},
+};
+use crate::weights::{Checkpoint, RawTensor, WeightsError};
+
+/// Loads all weights of `checkpoint`, on `threads` threads.
+///
+/// # Errors
+/// [`WeightsError`] when a tensor is absent, has another shape than the configuration says, or cannot be used.
+pub fn load<B: Backend>(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    backend: &B,
+    threads: usize,
+) -> Result<Decoder<B>, WeightsError> {
+    let started = Instant::now();
+    checkpoint.will_read_all();
+    let loader = Loader {
+        checkpoint,
+        config,
+        backend,
+        names: match checkpoint {
+            Checkpoint::Gguf(_) => &GGUF_WEIGHTS,
+            Checkpoint::Safetensors(_) => &HF_WEIGHTS,
+        },
+    };
+    let layers = loader.layers(threads.max(1))?;
+    let decoder = Decoder {
+        embedding: loader.linear(&loader.names.embedding, 0)?,
+        layers,
+        final_norm: loader.norm(loader.names.final_norm, 0, config.hidden_size)?,
+        head: (!config.tie_embeddings)
+            .then(|| loader.linear(&loader.names.head, 0))
+            .transpose()?,
+    };
+    tracing::info!(
+        architecture = config.architecture.name,
+        layers = config.num_layers,
+        seconds = started.elapsed().as_secs_f64(),
+        "weights loaded"
+    );
+    Ok(decoder)
+}
+
+struct Loader<'a, B> {
+    checkpoint: &'a Checkpoint,
+    config: &'a ModelConfig,
+    backend: &'a B,
+    names: &'static WeightMap,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn layers(&self, threads: usize) -> Result<Vec<Layer<B>>, WeightsError> {
+        let count = self.config.num_layers;
+        let next = Mutex::new(0usize);
+        let run = || {
+            let mut mine = Vec::new();
+            loop {
+                let index = {
+                    let mut next = next
+                        .lock()
+                        .expect("no loader thread panics holding this: this is a bug");
+                    *next += 1;
+                    *next - 1
+                };
+                if index >= count {
+                    return Ok(mine);
+                }
+                mine.push((index, self.layer(index)?));
+                if (index + 1).is_multiple_of(count.div_ceil(10)) {
+                    tracing::info!(layer = index + 1, layers = count, "loading weights");
+                }
+            }
+        };
+        let mut layers: Vec<(usize, Layer<B>)> = thread::scope(|scope| {
+            let handles: Vec<_> = (0..threads.min(count)).map(|_| scope.spawn(run)).collect();
+            let results = handles.into_iter().map(|handle| {
+                handle
+                    .join()
+                    .expect("a loader thread panicked: this is a bug")
+            });
+            results
+                .collect::<Result<Vec<_>, WeightsError>>()
+                .map(|parts| parts.into_iter().flatten().collect())
+        })?;
+        layers.sort_unstable_by_key(|(index, _)| *index);
+        Ok(layers.into_iter().map(|(_, layer)| layer).collect())
+    }
+
+    fn layer(&self, index: usize) -> Result<Layer<B>, WeightsError> {
+        let (config, names) = (self.config, self.names);
+        let head_norms = if config.architecture.qk_norm {
+            Some(HeadNorms {
+                query: self.norm(names.query_norm, index, config.head_dim)?,
+                key: self.norm(names.key_norm, index, config.head_dim)?,
+            })
+        } else {
+            None
+        };
+        let qkv = self.linear(&names.qkv, index)?;
+        if config.qkv_bias && qkv.bias.is_none() {
+            return Err(self
+                .checkpoint
+                .mismatch(format!("layer {index} lacks the bias of q, k and v")));
+        }
+        Ok(Layer {
+            input_norm: self.norm(names.input_norm, index, config.hidden_size)?,
+            qkv,
+            head_norms,
+            attention_output: self.linear(&names.attention_output, index)?,
+            post_attention_norm: self.norm(names.post_attention_norm, index, config.hidden_size)?,
+            mlp: Mlp::Dense {
+                gate_up: self.linear(&names.gate_up, index)?,
+                down: self.linear(&names.down, index)?,
+            },
+        })
+    }
+
+    fn norm(&self, template: &str, layer: usize, len: usize) -> Result<B::Vector, WeightsError> {
+        let name = template.replace("{}", &layer.to_string());
+        let raw = self.checkpoint.tensor(&name)?;
+        let raw = raw.ok_or_else(|| {
+            self.checkpoint
+                .mismatch(format!("the tensor {name} is missing"))
+        })?;
+        Ok(self.backend.vector(self.plain_values(&name, &raw, len)?))
+    }
+
+    fn plain_values(
+        &self,
+        name: &str,
+        raw: &RawTensor<'_>,
+        len: usize,
+    ) -> Result<Vec<f32>, WeightsError> {
+        if (raw.rows, raw.columns) != (1, len) {
+            let message = format!(
+                "{name} is {} × {}, and 1 × {len} is expected",
+                raw.rows, raw.columns
+            );
+            return Err(self.checkpoint.mismatch(message));
+        }
+        raw.to_f32().ok_or_else(|| {
+            self.checkpoint
+                .unsupported(format!("{name} is stored as {:?}", raw.kind))
+        })
+    }
+
+    fn linear(&self, entry: &MatrixEntry, layer: usize) -> Result<Linear<B::Matrix>, WeightsError> {
+        let mut stacked: Vec<RawTensor<'_>> = Vec::with_capacity(entry.parts.len());
+        let (mut out_features, mut in_features) = (0, 0);
+        let mut bias: Option<Vec<f32>> = None;
+        for part in entry.parts {
+            let raw = self.part(part, layer)?;
+            if let Some(values) = self.bias(part, layer, raw.rows)? {
+                let bias = bias.get_or_insert_with(Vec::new);
+                bias.resize(out_features, 0.0);
+                bias.extend(values);
+            }
+            out_features += raw.rows;
+            in_features = raw.columns;
+            match stacked.last_mut().filter(|last| last.kind == raw.kind) {
+                Some(last) => {
+                    last.rows += raw.rows;
+                    last.data.to_mut().extend_from_slice(&raw.data);
+                }
+                None => stacked.push(raw),
+            }
+        }
+        if let Some(bias) = &mut bias {
+            bias.resize(out_features, 0.0);
+        }
+        let parts = stacked
+            .iter()
+            .map(|raw| self.backend.pack(raw))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Linear {
+            parts,
+            bias,
+            shard: entry.shard,
+            out_features,
+            in_features,
+        })
+    }
+
+    /// A part's matrix, its shape checked, its rows in the order that half-split RoPE needs.
+    fn part(&self, part: &Part, layer: usize) -> Result<RawTensor<'_>, WeightsError> {
+        let name = format!("{}.weight", part.name.replace("{}", &layer.to_string()));
+        let raw = self.checkpoint.tensor(&name)?;
+        let raw = raw.ok_or_else(|| {
+            self.checkpoint
+                .mismatch(format!("the tensor {name} is missing"))
+        })?;
+        let (rows, columns) = self.shape(part.role);
+        if (raw.rows, raw.columns) != (rows, columns) {
+            let message = format!(
+                "{name} is {} × {}, and {rows} × {columns} is expected",
+                raw.rows, raw.columns
+            );
+            return Err(self.checkpoint.mismatch(message));
+        }
+        if !self.permuted(part.role) {
+            return Ok(raw);
+        }
+        let row_bytes = raw.row_bytes();
+        let data = unpermute(&raw.data, row_bytes, self.config.head_dim);
+        Ok(RawTensor {
+            data: Cow::Owned(data),
+            ..raw
+        })
+    }
+
+    fn bias(
+        &self,
+        part: &Part,
+        layer: usize,
+        len: usize,
+    ) -> Result<Option<Vec<f32>>, WeightsError> {
+        let name = format!("{}.bias", part.name.replace("{}", &layer.to_string()));
+        let Some(raw) = self.checkpoint.tensor(&name)? else {
+            return Ok(None);
+        };
+        let values = self.plain_values(&name, &raw, len)?;
+        if !self.permuted(part.role) {
+            return Ok(Some(values));
+        }
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        let bytes = unpermute(&bytes, 4, self.config.head_dim);
+        Ok(Some(
+            bytes
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|word| f32::from_le_bytes(*word))
+                .collect(),
+        ))
+    }
+
+    fn permuted(&self, role: Role) -> bool {
+        matches!(self.checkpoint, Checkpoint::Gguf(_))
+            && self.config.architecture.gguf_permuted
+            && matches!(role, Role::Query | Role::Key)
+    }
+
+    /// `(rows, columns)` of a part.
+    fn shape(&self, role: Role) -> (usize, usize) {
+        let config = self.config;
+        let kv_size = config.num_kv_heads * config.head_dim;
+        match role {
+            Role::Query => (config.attention_size(), config.hidden_size),
+            Role::Key | Role::Value => (kv_size, config.hidden_size),
+            Role::AttentionOutput => (config.hidden_size, config.attention_size()),
+            Role::Gate | Role::Up => (config.intermediate_size, config.hidden_size),
+            Role::Down => (config.hidden_size, config.intermediate_size),
+            Role::Vocabulary => (config.vocab_size, config.hidden_size),
+        }
+    }
+}
+
+/// Undoes GGUF's row order for interleaved RoPE: within each head, stored row `2i + half` is row `half·dim/2 + i`.
+/// Whole rows move, so quantised blocks stay exact.
+fn unpermute(stored: &[u8], row_bytes: usize, head_dim: usize) -> Vec<u8> {
+    let mut rows = Vec::with_capacity(stored.len());
+    for head in stored.chunks_exact(row_bytes * head_dim) {
+        for half in 0..2 {
+            for i in 0..head_dim / 2 {
+                let row = 2 * i + half;
+                rows.extend_from_slice(&head[row * row_bytes..(row + 1) * row_bytes]);
+            }
+        }
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::unpermute;
+
+    #[test]
+    fn unpermute_splits_each_head_into_halves() {
+        // Two heads of four rows, two bytes a row; stored order interleaves the halves.
+        let stored = [0, 0, 2, 2, 1, 1, 3, 3, 4, 4, 6, 6, 5, 5, 7, 7];
+        assert_eq!(
+            unpermute(&stored, 2, 4),
+            [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]
+        );
+    }
+}

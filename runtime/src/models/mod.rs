@@ -1,0 +1,15 @@
+//! Models: a configuration and a weight map each; one decoder for all of them.
+//!
+//! ```text
+//! weights::Checkpoint ──► config (ModelConfig) ──► registry (which tensors, how they are fused and sharded)
+//!                                   │                          │
+//!                                   └────────► decoder ◄───────┘   generic over backend::Backend
+//! ```
+//!
+//! Adding a model of the Llama family is a row in [`registry`], not a new file.
+
+pub mod backend;
+pub mod config;
+pub mod decoder;
+pub mod loader;
+pub mod registry;

@@ -1,0 +1,158 @@
+//! A checkpoint of either format: its tensors by name, as typed bytes.
+
+use std::{borrow::Cow, path::Path};
+
+use half::{bf16, f16};
+
+use super::{GgmlType, Gguf, SafetensorsFolder, WeightsError};
+
+/// An open checkpoint.
+#[derive(Debug)]
+pub enum Checkpoint {
+    /// One GGUF file.
+    Gguf(Gguf),
+    /// A Hugging Face folder.
+    Safetensors(SafetensorsFolder),
+}
+
+/// A tensor's bytes, row after row. Vectors have one row.
+#[derive(Debug, Clone)]
+pub struct RawTensor<'a> {
+    /// Storage type; safetensors use the plain ones.
+    pub kind: GgmlType,
+    /// Number of rows (output features of a matrix).
+    pub rows: usize,
+    /// Values in a row (input features).
+    pub columns: usize,
+    /// `rows · kind.bytes_of(columns)` bytes.
+    pub data: Cow<'a, [u8]>,
+}
+
+impl RawTensor<'_> {
+    /// Bytes of one row.
+    #[must_use]
+    pub fn row_bytes(&self) -> usize {
+        self.data.len() / self.rows
+    }
+
+    /// All values as f32, exactly, or `None` for quantised and integer types.
+    #[must_use]
+    pub fn to_f32(&self) -> Option<Vec<f32>> {
+        let values = match self.kind {
+            GgmlType::F32 => self
+                .data
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|b| f32::from_le_bytes(*b))
+                .collect(),
+            GgmlType::F16 => self
+                .data
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|b| f16::from_le_bytes(*b).to_f32())
+                .collect(),
+            GgmlType::BF16 => self
+                .data
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|b| bf16::from_le_bytes(*b).to_f32())
+                .collect(),
+            _ => return None,
+        };
+        Some(values)
+    }
+}
+
+impl Checkpoint {
+    /// Opens a `.gguf` file, a folder with `config.json` and safetensors, or a folder with one `.gguf` file.
+    ///
+    /// # Errors
+    /// [`WeightsError`] when there is no model there, or it cannot be read.
+    pub fn open(path: &Path) -> Result<Self, WeightsError> {
+        if !path.is_dir() {
+            return Ok(Self::Gguf(Gguf::open(path)?));
+        }
+        if path.join("config.json").is_file() {
+            return Ok(Self::Safetensors(SafetensorsFolder::open(path)?));
+        }
+        let io = |source| WeightsError::Io {
+            path: path.display().to_string(),
+            source,
+        };
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(path).map_err(io)? {
+            let file = entry.map_err(io)?.path();
+            if file
+                .extension()
+                .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+            {
+                files.push(file);
+            }
+        }
+        match files.as_slice() {
+            [file] => Ok(Self::Gguf(Gguf::open(file)?)),
+            [] => Err(WeightsError::Unsupported {
+                path: path.display().to_string(),
+                message: "the folder has neither config.json with safetensors nor a .gguf file"
+                    .to_owned(),
+            }),
+            several => Err(WeightsError::Unsupported {
+                path: path.display().to_string(),
+                message: format!(
+                    "the folder has {} .gguf files; name the one to serve",
+                    several.len()
+                ),
+            }),
+        }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Gguf(gguf) => gguf.path(),
+            Self::Safetensors(folder) => folder.path(),
+        }
+    }
+
+    /// The tensor of this name, if the checkpoint has it.
+    ///
+    /// # Errors
+    /// [`WeightsError::Unsupported`] when it is stored in a type that cannot be used.
+    pub fn tensor(&self, name: &str) -> Result<Option<RawTensor<'_>>, WeightsError> {
+        match self {
+            Self::Gguf(gguf) => Ok(gguf.tensor(name).map(|tensor| RawTensor {
+                kind: tensor.kind,
+                rows: tensor.rows(),
+                columns: tensor.columns(),
+                data: Cow::Borrowed(tensor.data),
+            })),
+            Self::Safetensors(folder) => folder.tensor(name),
+        }
+    }
+
+    /// Tells the kernel that all of it is about to be read.
+    pub fn will_read_all(&self) {
+        match self {
+            Self::Gguf(gguf) => gguf.file().will_read_all(),
+            Self::Safetensors(folder) => folder.will_read_all(),
+        }
+    }
+
+    pub(crate) fn mismatch(&self, message: String) -> WeightsError {
+        WeightsError::Mismatch {
+            path: self.path().display().to_string(),
+            message,
+        }
+    }
+
+    pub(crate) fn unsupported(&self, message: String) -> WeightsError {
+        WeightsError::Unsupported {
+            path: self.path().display().to_string(),
+            message,
+        }
+    }
+}
