@@ -20,4 +20,5 @@ pub mod hub;
 pub mod kv_cache;
 pub mod model_runner;
 pub mod models;
+pub mod sampler;
 pub mod weights;

@@ -4,6 +4,8 @@
 //! A runner of depth 1 finishes a step before the next is submitted; a runner of depth 2 lets step N+1 be
 //! submitted before the tokens of step N reach the host: its decode rows name [`TOKEN_FROM_SLOT`] as their token.
 
+pub mod fake;
+
 use std::{sync::Arc, time::Duration};
 
 use crate::{
