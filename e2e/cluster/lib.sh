@@ -57,6 +57,20 @@ prune_cache() {
     ls -1dt "$CACHE/$1"-???????????????? 2>/dev/null | tail -n +3 | while read -r old; do rm -rf "$old"; done
 }
 
+# bound_target_dir: the build folder of a shared cache grows with every checkout that uses it; above 15 GB it starts anew.
+bound_target_dir() {
+    local folder=${CARGO_TARGET_DIR:-} size_kb
+    case $folder in "$CACHE"/target-*) ;; *) return 0 ;; esac
+    mkdir -p "$folder"
+    touch "$folder"
+    prune_cache target
+    size_kb=$(du -sk "$folder" | cut -f1)
+    if [ "$size_kb" -gt $((15 * 1024 * 1024)) ]; then
+        say "Emptying $folder, which has grown to $((size_kb / 1024 / 1024)) GB"
+        rm -rf "$folder"
+    fi
+}
+
 # cluster_vars NAME: sets NAME, STATE (its folder) and NETNS (its network namespace).
 cluster_vars() {
     NAME=$1

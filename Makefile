@@ -1,0 +1,50 @@
+# The commands of the project; CI runs the same ones. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Built once and kept outside the repository, so that a fresh clone starts warm. Everything else in there is cached by the
+# hash of its inputs (e2e/cluster/lib.sh).
+CACHE := $(or $(ASHLAR_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ashlar)
+export ASHLAR_CACHE := $(CACHE)
+export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell sha256sum < rust-toolchain.toml | cut -c1-16)
+# The name of the cluster that tests use; two checkouts may test at once under two names.
+CLUSTER ?= test
+
+.PHONY: help demo demo-down check unit e2e test deny generate chart-test clean
+
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo: ## a real cluster, the chart, a model, and an answer to a question; needs root
+	e2e/demo/demo.sh
+
+demo-down: ## ends the demo and leaves nothing behind
+	e2e/cluster/down.sh demo
+
+check: ## formatting and lints, in a minute or two
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets --features ashlar-e2e/cluster -- -D warnings
+
+unit: ## unit, property and snapshot tests: no cluster, no root
+	cargo test --release --workspace
+
+e2e: ## only the end-to-end tests, on a cluster of their own or on that of KUBECONFIG
+	CLUSTER=$(CLUSTER) e2e/test.sh e2e
+
+test: ## everything, and one line that counts it; needs root
+	CLUSTER=$(CLUSTER) e2e/test.sh all
+
+deny: ## licences, sources and duplicates of the dependencies
+	e2e/deny.sh
+
+generate: ## the generated files: CRD and what the chart copies of it
+	cargo run --release --quiet --bin crdgen > target.crd.tmp
+	mv target.crd.tmp crds/yaml/inferenceservices.serving.ashlar.dev.yaml
+
+chart-test: ## renders the chart with several values and checks the result
+	charts/tests/render.sh
+
+clean: ## ends the test cluster and empties the cache
+	e2e/cluster/down.sh $(CLUSTER)
+	rm -rf "$(CACHE)"

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Runs the project's tests on a cluster of their own and counts them:
+#   test.sh all   formatting, lints, generated files, licences, unit and API-server tests, chart tests, e2e tests
+#   test.sh e2e   the e2e tests only; on the cluster of KUBECONFIG when that is set (src/lib.rs says what it must offer)
+# Every stage runs, whatever happened before it. The last line is `N passed, N failed, N skipped`; the status is 0 only when
+# nothing failed. A stage without counts of its own counts as one test.
+set -euo pipefail
+. "$(dirname "$0")/cluster/lib.sh"
+what=${1:?all or e2e}
+cluster=${CLUSTER:-test}
+logs=${TMPDIR:-/tmp}/ashlar-test-logs-$cluster
+passed=0 failed=0 skipped=0
+summary=()
+
+cd "$REPO"
+bound_target_dir
+rm -rf "$logs"
+mkdir -p "$logs"
+cleanup() { [ "${started:-no}" = no ] || "$CLUSTER_DIR/down.sh" "$cluster" || true; }
+trap cleanup EXIT
+
+# count LOG: adds up the `test result:` lines of cargo's test runner into p, f and s.
+count() {
+    read -r p f s < <(awk '/^test result: / { p += $4; f += $6; s += $8 } END { print p + 0, f + 0, s + 0 }' "$1")
+}
+
+# stage TITLE COMMAND...: runs it, shows and keeps its output, and counts. `set -e` does not hold inside COMMAND.
+stage() {
+    local title=$1 log status=0 began=$SECONDS p f s
+    shift
+    log=$logs/${title// /-}.log
+    say "$title"
+    ("$@") 2>&1 | tee "$log" || status=$?
+    count "$log"
+    if [ $((p + f + s)) = 0 ]; then
+        if [ "$status" = 0 ]; then p=1; else f=1; fi
+    elif [ "$status" != 0 ] && [ "$f" = 0 ]; then
+        f=1 # for example: a test binary that died, or one that did not compile
+    fi
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    summary+=("$(printf '%-28s %4d passed %4d failed %4d skipped %5d s' "$title" "$p" "$f" "$s" $((SECONDS - began)))")
+    [ "$s" = 0 ] || grep -E '^test .* \.\.\. ignored' "$log" | sed 's/^/    skipped: /' >> "$logs/skipped" || true
+    [ "$f" = 0 ]
+}
+
+# not_run TITLE WHY: a stage that cannot run is one skipped test, and says why.
+not_run() {
+    say "$1: not run: $2"
+    skipped=$((skipped + 1))
+    summary+=("$(printf '%-28s %4d passed %4d failed %4d skipped' "$1" 0 0 1)")
+    echo "    skipped: $1: $2" >> "$logs/skipped"
+}
+
+generated_files_are_fresh() {
+    make --no-print-directory generate && git diff --exit-code -- crds charts
+}
+
+# Images and cluster; afterwards `inside` reaches it.
+start_cluster() {
+    "$CLUSTER_DIR/up.sh" "$cluster" && "$CLUSTER_DIR/load.sh" "$cluster" operator runtime model > "$logs/images" && cat "$logs/images"
+}
+
+inside() { "$CLUSTER_DIR/enter.sh" "$cluster" "$@"; }
+
+# Everything but the e2e tests, in the cluster's network: the tests that need an API server find one.
+workspace_tests() {
+    local status=0
+    inside env ASHLAR_TEST_KUBECONFIG="$kubeconfig" cargo test --release --offline --no-fail-fast --workspace --exclude ashlar-e2e || status=1
+    cargo test --release --offline -p ashlar-e2e --lib || status=1
+    return $status
+}
+
+e2e_tests() {
+    local enter=(inside)
+    [ "$foreign" = no ] || enter=()
+    ASHLAR_E2E_DUMP=$logs/dump "${enter[@]}" \
+        cargo test --release --offline --no-fail-fast -p ashlar-e2e --features cluster --test '*' -- --test-threads "${E2E_THREADS:-2}"
+}
+
+if [ "$what" = all ]; then
+    stage "formatting" cargo fmt --all --check || true
+    stage "licences and sources" e2e/deny.sh || true
+    stage "lints" cargo clippy --release --workspace --all-targets --features ashlar-e2e/cluster -- -D warnings || true
+    stage "generated files" generated_files_are_fresh || true
+fi
+
+# Built before anything runs in the cluster's network, which has no way out to a registry.
+stage "build" cargo test --release --workspace --features ashlar-e2e/cluster --no-run --quiet || true
+
+foreign=no kubeconfig=${TMPDIR:-/tmp}/ashlar-$cluster/admin.kubeconfig
+if [ "$what" = e2e ] && [ -n "${KUBECONFIG:-}" ]; then
+    foreign=yes
+    ready=yes
+else
+    started=yes
+    if stage "cluster" start_cluster; then ready=yes; else ready=no; fi
+fi
+
+if [ "$what" = all ]; then
+    if [ "$ready" = yes ]; then
+        stage "unit and API-server tests" workspace_tests || true
+        stage "chart" inside charts/tests/render.sh || true
+    else
+        stage "unit tests" cargo test --release --no-fail-fast --workspace || true
+        not_run "API-server tests" "there is no cluster"
+        not_run "chart" "there is no cluster to take helm from"
+    fi
+fi
+if [ "$ready" = yes ]; then
+    if [ "$foreign" = no ]; then
+        ASHLAR_E2E_OPERATOR_IMAGE=$(sed -n 1p "$logs/images")
+        ASHLAR_E2E_RUNTIME_IMAGE=$(sed -n 2p "$logs/images")
+        export ASHLAR_E2E_OPERATOR_IMAGE ASHLAR_E2E_RUNTIME_IMAGE
+    fi
+    stage "e2e tests" e2e_tests || true
+else
+    not_run "e2e tests" "there is no cluster"
+fi
+
+printf '\n' >&2
+printf '%s\n' "${summary[@]}" >&2
+[ ! -s "$logs/skipped" ] || cat "$logs/skipped" >&2
+printf 'logs: %s\n' "$logs" >&2
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" = 0 ]
