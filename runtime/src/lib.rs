@@ -15,6 +15,7 @@
 //! - a request can fail, the engine cannot because of a request.
 #![deny(unsafe_code)]
 
+pub mod config;
 pub mod engine;
 pub mod hub;
 pub mod kv_cache;

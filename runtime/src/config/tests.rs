@@ -1,0 +1,111 @@
+#![allow(clippy::unwrap_used, missing_docs)] // Tests.
+
+use clap::Parser;
+
+use super::*;
+
+#[derive(Debug, Parser)]
+struct Cli {
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+fn parse(args: &[&str]) -> Result<EngineArgs, String> {
+    Cli::try_parse_from([&["ashlar"], args].concat())
+        .map(|cli| cli.engine)
+        .map_err(|error| error.to_string())
+}
+
+#[test]
+fn sizes_count_small_letters_in_thousands_and_capitals_in_1024s() {
+    assert_eq!(parse_size("4096"), Ok(4096));
+    assert_eq!(parse_size("32k"), Ok(32_000));
+    assert_eq!(parse_size("32K"), Ok(32_768));
+    assert_eq!(parse_size("25.6k"), Ok(25_600));
+    assert_eq!(parse_size("1.5G"), Ok(1_610_612_736));
+    for wrong in [
+        "",
+        "k",
+        "-1",
+        "1.5",
+        "12q",
+        "0x10",
+        "nan",
+        "1e9G",
+        "99999999999999999999",
+    ] {
+        assert!(parse_size(wrong).is_err(), "{wrong}");
+    }
+    assert!(parse_u32("8G").is_err());
+}
+
+#[test]
+fn a_misspelt_flag_names_the_nearest() {
+    let error = parse(&["m.gguf", "--max-model-length=32k"]).unwrap_err();
+    assert!(error.contains("--max-model-len"), "{error}");
+}
+
+#[test]
+fn defaults_agree_with_the_command_line() {
+    let parsed = parse(&["m.gguf"]).unwrap();
+    assert_eq!(
+        format!("{parsed:?}"),
+        format!("{:?}", EngineArgs::new("m.gguf"))
+    );
+    assert!(parsed.prefix_caching());
+}
+
+#[test]
+fn prefix_caching_is_decided_by_the_last_flag() {
+    assert!(
+        !parse(&["m", "--no-enable-prefix-caching"])
+            .unwrap()
+            .prefix_caching()
+    );
+    assert!(
+        parse(&["m", "--enable-prefix-caching"])
+            .unwrap()
+            .prefix_caching()
+    );
+    assert!(
+        parse(&["m", "--no-enable-prefix-caching", "--enable-prefix-caching"])
+            .unwrap()
+            .prefix_caching()
+    );
+}
+
+#[test]
+fn contradictions_and_what_the_cpu_cannot_do_are_refused_by_name() {
+    let refused = |args: &[&str], part: &str| {
+        let error = parse(args).unwrap().validate().unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    };
+    refused(&["m", "--device", "cuda"], "--device cuda");
+    refused(&["m", "--tp", "2"], "--tensor-parallel-size 2");
+    refused(&["m", "-q", "awq"], "--quantization awq");
+    refused(&["m", "--dtype", "half"], "--dtype float16");
+    refused(&["m", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8");
+    refused(&["m", "--max-model-len", "0"], "--max-model-len");
+    refused(
+        &["m", "--gpu-memory-utilization", "1.2"],
+        "--gpu-memory-utilization",
+    );
+    refused(
+        &["m", "--gpu-memory-utilization", "nan"],
+        "--gpu-memory-utilization",
+    );
+    refused(
+        &[
+            "m",
+            "--max-num-seqs",
+            "64",
+            "--max-num-batched-tokens",
+            "32",
+        ],
+        "--max-num-seqs 64",
+    );
+    assert_eq!(
+        parse(&["m", "--max-model-len", "32k"]).unwrap().validate(),
+        Ok(())
+    );
+}
