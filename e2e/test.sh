@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the project's tests on a cluster of their own and counts them:
 #   test.sh all   formatting, lints, generated files, licences, unit and API-server tests, chart tests, e2e tests
-#   test.sh e2e   the e2e tests only; on the cluster of KUBECONFIG when that is set (src/lib.rs says what it must offer)
+#   test.sh e2e   the e2e tests only, or only the file TEST of them; on the cluster of KUBECONFIG when that is set
+#                 (src/lib.rs says what it must offer)
 # Every stage runs, whatever happened before it. The last line is `N passed, N failed, N skipped`; the status is 0 only when
 # nothing failed. A stage without counts of its own counts as one test.
 set -euo pipefail
@@ -74,7 +75,22 @@ e2e_tests() {
     local enter=(inside)
     [ "$foreign" = no ] || enter=()
     ASHLAR_E2E_DUMP=$logs/dump "${enter[@]}" \
-        cargo test --release --offline --no-fail-fast -p ashlar-e2e --features cluster --test '*' -- --test-threads "${E2E_THREADS:-2}"
+        cargo test --release --offline --no-fail-fast -p ashlar-e2e --features cluster --test "${TEST:-*}" -- --test-threads "${E2E_THREADS:-2}"
+}
+
+# The end of a cluster is a promise too: no process, mount, network namespace, control group or folder stays.
+ends_without_trace() {
+    local containers left=0 container
+    containers=$(ls "${kubeconfig%/*}/containerd/state/io.containerd.runtime.v2.task/k8s.io")
+    "$CLUSTER_DIR/down.sh" "$cluster" || return 1
+    for container in $containers; do
+        if compgen -G "/sys/fs/cgroup/*/k8s.io/$container" || compgen -G "/sys/fs/cgroup/k8s.io/$container"; then left=1; fi
+    done
+    if grep -lzs "^ASHLAR_NODE=${kubeconfig%/*}\$" /proc/[0-9]*/environ; then left=1; fi
+    if grep -F "${kubeconfig%/*}" /proc/mounts; then left=1; fi
+    if ip netns list | grep -w "ashlar-$cluster"; then left=1; fi
+    if ls -d "${kubeconfig%/*}" 2> /dev/null; then left=1; fi
+    return $left
 }
 
 if [ "$what" = all ]; then
@@ -116,6 +132,7 @@ if [ "$ready" = yes ]; then
 else
     not_run "e2e tests" "there is no cluster"
 fi
+if [ "$ready" = yes ] && [ "$foreign" = no ]; then stage "the cluster's end" ends_without_trace || true; fi
 
 printf '\n' >&2
 printf '%s\n' "${summary[@]}" >&2

@@ -9,7 +9,7 @@ need_root
 
 # shellcheck source=/dev/null
 suite=$(. /etc/os-release && echo "$VERSION_CODENAME") # the build's own: its libc is what the binaries ask for
-BASE_PACKAGES=base-files,libc6,libgcc-s1
+BASE_PACKAGES="base-files,libc6,libgcc-s1"
 CLIENT_PACKAGES=$BASE_PACKAGES,curl
 
 export BUILDAH_ISOLATION=chroot
@@ -126,8 +126,14 @@ for name in "$@"; do
             MAKER_ARGS=("$file")
             image model make_model ashlar.local/models/smollm2-135m-instruct:q4_1 "$file"
             ;;
-        operator) own operator "$("$CLUSTER_DIR/binaries.sh" ashlar-operator)" ashlar.local/ashlar-operator: ;;
-        runtime) own runtime "$("$CLUSTER_DIR/binaries.sh" ashlar)" ashlar.local/ashlar: ;;
+        operator)
+            file=$("$CLUSTER_DIR/binaries.sh" ashlar-operator)
+            own operator "$file" ashlar.local/ashlar-operator:
+            ;;
+        runtime)
+            file=$("$CLUSTER_DIR/binaries.sh" ashlar)
+            own runtime "$file" ashlar.local/ashlar:
+            ;;
         *) die "no image is called $name" ;;
     esac
 done

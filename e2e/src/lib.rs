@@ -1,1 +1,32 @@
-//! Being built.
+//! What the end-to-end tests share. The tests themselves are in `tests/`, one file per user story.
+//!
+//! ```text
+//! cluster/   scripts: a real one-node Kubernetes in its own network namespace, and the images
+//! src/       cluster → the API server and the installed chart      namespace → a namespace that goes away
+//!            service → InferenceServices as a user writes them     wait      → conditions with limits
+//!            client  → HTTP and server-sent events                 dump      → what to read after a failure
+//! tests/     install serve stream recover isolation invalid
+//! ```
+//!
+//! **Invariants.**
+//! - The tests know Ashlar only from outside: manifests, the Kubernetes API, HTTP. They use no type of another crate, so a
+//!   renamed field breaks them as it would break a user.
+//! - Nothing sleeps for a fixed time; everything waits for a condition and has a limit ([`wait`]).
+//! - A test owns one namespace ([`namespace`]), which enforces the `restricted` Pod Security level, and removes it.
+//! - Requests are never retried: `Ready` promises that a request sent now is answered.
+//!
+//! **Environment.** `KUBECONFIG` names any cluster that can pull the images in `ASHLAR_E2E_OPERATOR_IMAGE` and
+//! `ASHLAR_E2E_RUNTIME_IMAGE`, and whose Service names and addresses answer from here. `make e2e` starts one and sets all three.
+//! `ASHLAR_E2E_MODEL_URI` replaces the embedded default model.
+
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod cluster;
+pub mod dump;
+pub mod namespace;
+pub mod service;
+pub mod wait;
+
+pub use cluster::Cluster;
+pub use namespace::{Namespace, with_namespace};

@@ -1,0 +1,123 @@
+//! The cluster under test, with the chart installed once for all tests.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, ListParams};
+use kube::{Client, Config};
+use tokio::sync::OnceCell;
+
+/// The namespace and the release of the chart.
+pub const SYSTEM_NAMESPACE: &str = "ashlar-system";
+/// The release's name.
+pub const RELEASE: &str = "ashlar";
+
+/// One installation per test process; `helm upgrade --install` with the same values changes nothing in the next.
+static INSTALLED: OnceCell<()> = OnceCell::const_new();
+
+/// A connection to a cluster on which Ashlar is installed.
+#[derive(Clone)]
+pub struct Cluster {
+    /// The API server, as administrator.
+    pub client: Client,
+}
+
+impl Cluster {
+    /// Connects to the cluster that `KUBECONFIG` names, and installs the chart when this process has not yet.
+    ///
+    /// # Errors
+    /// When there is no cluster, or the chart does not install; the message says what to set.
+    pub async fn connect() -> Result<Self> {
+        let cluster = Self {
+            client: client().await?,
+        };
+        INSTALLED.get_or_try_init(install).await?;
+        Ok(cluster)
+    }
+
+    /// The pods of a chart component (`operator`, `gateway`) that are not on their way out.
+    ///
+    /// # Errors
+    /// When the API server does not answer.
+    pub async fn component_pods(&self, component: &str) -> Result<Vec<Pod>> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), SYSTEM_NAMESPACE);
+        let listed = pods
+            .list(
+                &ListParams::default().labels(&format!("app.kubernetes.io/component={component}")),
+            )
+            .await?;
+        Ok(listed
+            .items
+            .into_iter()
+            .filter(|pod| pod.metadata.deletion_timestamp.is_none())
+            .collect())
+    }
+}
+
+async fn client() -> Result<Client> {
+    ensure!(
+        std::env::var_os("KUBECONFIG").is_some(),
+        "KUBECONFIG is not set: run `make e2e`, which starts a cluster, or name one of your own"
+    );
+    // A second call finds the provider installed, which is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let config = Config::infer().await.context("reading KUBECONFIG")?;
+    Client::try_from(config).context("making a client from KUBECONFIG")
+}
+
+/// Installs the chart as a user does, and waits until its Deployments are available.
+///
+/// # Errors
+/// When helm fails; the error holds its output.
+pub async fn install() -> Result<()> {
+    let image = |variable: &str| {
+        std::env::var(variable).with_context(|| format!("{variable} is not set: run `make e2e`"))
+    };
+    let (operator, runtime) = (
+        image("ASHLAR_E2E_OPERATOR_IMAGE")?,
+        image("ASHLAR_E2E_RUNTIME_IMAGE")?,
+    );
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/ashlar");
+    let values = [
+        format!("operator.image={operator}"),
+        format!("runtime.image={runtime}"),
+    ];
+    let mut arguments = vec![
+        "upgrade",
+        "--install",
+        RELEASE,
+        chart,
+        "--namespace",
+        SYSTEM_NAMESPACE,
+        "--create-namespace",
+    ];
+    for value in &values {
+        arguments.extend(["--set", value]);
+    }
+    arguments.extend(["--wait", "--timeout", "120s"]);
+    run("helm", &arguments).await.map(drop)
+}
+
+/// Runs a command and returns what it printed.
+///
+/// # Errors
+/// When it fails; the error holds its output.
+pub async fn run(program: &str, arguments: &[&str]) -> Result<String> {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    let shown = format!("{program} {}", arguments.join(" "));
+    let output = tokio::task::spawn_blocking(move || command.output())
+        .await
+        .context("waiting for a command: this is a bug")?
+        .with_context(|| format!("starting {shown}"))?;
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        bail!(
+            "{shown}: {}\n{printed}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(printed)
+}
