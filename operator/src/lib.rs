@@ -1,1 +1,3 @@
-//! Being built.
+//! Controller, autoscaler and gateway of Ashlar.
+
+pub mod gateway;

@@ -1,0 +1,398 @@
+//! What the gateway tells Prometheus. Labels are only ever names of services that exist, and no key or client.
+
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use prometheus::{
+    Encoder as _, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
+};
+
+use super::snapshot::{ServiceId, Snapshot};
+
+/// Buckets from a cached answer to a long generation, in seconds.
+const SECONDS: [f64; 16] = [
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
+];
+
+/// The status counted for a client that left before it had an answer.
+const CLIENT_LEFT: u16 = 499;
+
+/// The gateway's metrics, all in one registry.
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    duration: HistogramVec,
+    first_byte: HistogramVec,
+    in_flight: IntGaugeVec,
+    held: IntGaugeVec,
+    retries: IntCounterVec,
+    cut: IntCounterVec,
+    ready_replicas: IntGaugeVec,
+    /// Open connections of clients.
+    pub connections: IntGauge,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Default)]
+struct Seen {
+    services: HashSet<ServiceId>,
+    codes: HashSet<u16>,
+}
+
+/// Why an attempt was made again on another replica; also the reason label of cut streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// The connection could not be opened.
+    Connect,
+    /// The replica drains.
+    Draining,
+    /// The connection broke before the first byte.
+    Reset,
+}
+
+impl Cause {
+    const ALL: [Self; 3] = [Self::Connect, Self::Draining, Self::Reset];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Draining => "draining",
+            Self::Reset => "reset",
+        }
+    }
+}
+
+/// Who cut a response short after its first byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CutBy {
+    /// The client left.
+    Client,
+    /// The replica broke off.
+    Upstream,
+}
+
+impl CutBy {
+    const ALL: [Self; 2] = [Self::Client, Self::Upstream];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Upstream => "upstream",
+        }
+    }
+}
+
+impl Metrics {
+    /// Registers everything.
+    #[must_use]
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            let metric = IntCounterVec::new(Opts::new(name, help), labels);
+            registered(&registry, metric)
+        };
+        let gauge = |name: &str, help: &str| {
+            let metric = IntGaugeVec::new(Opts::new(name, help), &["namespace", "name"]);
+            registered(&registry, metric)
+        };
+        let histogram = |name: &str, help: &str| {
+            let opts = HistogramOpts::new(name, help).buckets(SECONDS.to_vec());
+            registered(&registry, HistogramVec::new(opts, &["namespace", "name"]))
+        };
+        Self {
+            requests: counter(
+                "ashlar_gateway_requests_total",
+                "Requests answered, by service and HTTP status; no service when none was found, 499 when the client left first.",
+                &["namespace", "name", "code"],
+            ),
+            duration: histogram(
+                "ashlar_gateway_request_duration_seconds",
+                "From the request's head to the last byte of the response.",
+            ),
+            first_byte: histogram(
+                "ashlar_gateway_time_to_first_byte_seconds",
+                "From the request's head to the first byte of the response's body.",
+            ),
+            in_flight: gauge(
+                "ashlar_gateway_in_flight_requests",
+                "Requests that were accepted and have not ended, held ones included.",
+            ),
+            held: gauge(
+                "ashlar_gateway_held_requests",
+                "Requests that wait for a ready replica.",
+            ),
+            retries: counter(
+                "ashlar_gateway_retries_total",
+                "Attempts repeated on another replica before the first byte, by cause.",
+                &["namespace", "name", "cause"],
+            ),
+            cut: counter(
+                "ashlar_gateway_cut_responses_total",
+                "Responses that ended before their last byte, by who ended them.",
+                &["namespace", "name", "by"],
+            ),
+            ready_replicas: gauge(
+                "ashlar_gateway_ready_replicas",
+                "Replicas that this gateway would send requests to.",
+            ),
+            connections: registered(
+                &registry,
+                IntGauge::new("ashlar_gateway_connections", "Open connections of clients."),
+            ),
+            registry,
+            seen: Mutex::default(),
+        }
+    }
+
+    /// The text that Prometheus reads.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let mut out = Vec::new();
+        TextEncoder::new()
+            .encode(&self.registry.gather(), &mut out)
+            .expect("writing metrics to memory does not fail: this is a bug");
+        String::from_utf8(out).expect("metrics are UTF-8: this is a bug")
+    }
+
+    /// Counts a request that no service was found for.
+    pub fn unresolved(&self, code: u16) {
+        self.requests
+            .with_label_values(&["", "", &code.to_string()])
+            .inc();
+    }
+
+    /// Starts counting a request for `service`, which began at `started`.
+    #[must_use]
+    pub fn meter(self: &std::sync::Arc<Self>, service: &ServiceId, started: Instant) -> Meter {
+        let labels = [service.namespace.as_str(), service.name.as_str()];
+        let in_flight = self.in_flight.with_label_values(&labels);
+        in_flight.inc();
+        Meter {
+            metrics: std::sync::Arc::clone(self),
+            service: service.clone(),
+            started,
+            code: None,
+            first_byte: false,
+            in_flight,
+        }
+    }
+
+    /// Publishes how many replicas each service has, and forgets services that are gone.
+    pub fn follow(&self, snapshot: &Snapshot) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        for service in snapshot.services() {
+            let id = &service.spec.id;
+            let ready = i64::try_from(service.replicas.len()).unwrap_or(i64::MAX);
+            self.ready_replicas
+                .with_label_values(&[&id.namespace, &id.name])
+                .set(ready);
+            self.held.with_label_values(&[&id.namespace, &id.name]); // zero is a value that scalers read
+            if !seen.services.contains(id) {
+                seen.services.insert(id.clone());
+            }
+        }
+        let codes: Vec<String> = seen.codes.iter().map(u16::to_string).collect();
+        seen.services.retain(|id| {
+            let known = snapshot.get(id).is_some();
+            if !known {
+                self.forget(id, &codes);
+            }
+            known
+        });
+    }
+
+    fn forget(&self, id: &ServiceId, codes: &[String]) {
+        let labels = [id.namespace.as_str(), id.name.as_str()];
+        // Removal fails when there was nothing to remove, which is as good.
+        for code in codes {
+            let _ = self
+                .requests
+                .remove_label_values(&[labels[0], labels[1], code]);
+        }
+        for cause in Cause::ALL {
+            let labels = [labels[0], labels[1], cause.label()];
+            let _ = self.retries.remove_label_values(&labels);
+        }
+        for by in CutBy::ALL {
+            let labels = [labels[0], labels[1], by.label()];
+            let _ = self.cut.remove_label_values(&labels);
+        }
+        for gauge in [&self.in_flight, &self.held, &self.ready_replicas] {
+            let _ = gauge.remove_label_values(&labels);
+        }
+        for histogram in [&self.duration, &self.first_byte] {
+            let _ = histogram.remove_label_values(&labels);
+        }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn registered<M>(registry: &Registry, metric: prometheus::Result<M>) -> M
+where
+    M: prometheus::core::Collector + Clone + 'static,
+{
+    let metric = metric.expect("the metric's name and labels are valid: this is a bug");
+    registry
+        .register(Box::new(metric.clone()))
+        .expect("each metric is registered once: this is a bug");
+    metric
+}
+
+/// One request's accounting, from resolution to the last byte; dropped early it counts the client as gone.
+pub struct Meter {
+    metrics: std::sync::Arc<Metrics>,
+    service: ServiceId,
+    started: Instant,
+    code: Option<u16>,
+    first_byte: bool,
+    in_flight: IntGauge,
+}
+
+impl Meter {
+    /// The response's head is known.
+    pub fn head(&mut self, code: u16) {
+        self.code = Some(code);
+    }
+
+    /// A byte of the response's body is on its way.
+    pub fn byte(&mut self) {
+        if !self.first_byte {
+            self.first_byte = true;
+            self.metrics
+                .first_byte
+                .with_label_values(&self.labels())
+                .observe(self.started.elapsed().as_secs_f64());
+        }
+    }
+
+    /// The request is tried again.
+    pub fn retry(&self, cause: Cause) {
+        let [namespace, name] = self.labels();
+        self.metrics
+            .retries
+            .with_label_values(&[namespace, name, cause.label()])
+            .inc();
+    }
+
+    /// The response ends before its last byte.
+    pub fn cut(&self, by: CutBy) {
+        let [namespace, name] = self.labels();
+        self.metrics
+            .cut
+            .with_label_values(&[namespace, name, by.label()])
+            .inc();
+    }
+
+    /// The request waits for a replica until the guard is dropped.
+    #[must_use]
+    pub fn hold(&self) -> Held {
+        let gauge = self.metrics.held.with_label_values(&self.labels());
+        gauge.inc();
+        Held(gauge)
+    }
+
+    /// Time since the request's head arrived.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn labels(&self) -> [&str; 2] {
+        [&self.service.namespace, &self.service.name]
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        self.in_flight.dec();
+        let code = self.code.unwrap_or(CLIENT_LEFT);
+        let [namespace, name] = self.labels();
+        self.metrics
+            .requests
+            .with_label_values(&[namespace, name, &code.to_string()])
+            .inc();
+        self.metrics
+            .duration
+            .with_label_values(&[namespace, name])
+            .observe(self.started.elapsed().as_secs_f64());
+        let mut seen = self
+            .metrics
+            .seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        seen.codes.insert(code);
+        if !seen.services.contains(&self.service) {
+            seen.services.insert(self.service.clone());
+        }
+    }
+}
+
+/// A request that waits for a replica.
+pub struct Held(IntGauge);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::snapshot::testing::{service, snapshot};
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_request_is_counted_once_with_its_status() {
+        let metrics = Arc::new(Metrics::new());
+        let id = ServiceId::new("chat", "mistral");
+        let mut meter = metrics.meter(&id, Instant::now());
+        assert!(
+            metrics.render().contains(
+                "ashlar_gateway_in_flight_requests{name=\"mistral\",namespace=\"chat\"} 1"
+            )
+        );
+        meter.head(200);
+        meter.byte();
+        meter.byte();
+        drop(meter);
+        drop(metrics.meter(&id, Instant::now()));
+        let text = metrics.render();
+        for line in [
+            "ashlar_gateway_requests_total{code=\"200\",name=\"mistral\",namespace=\"chat\"} 1",
+            "ashlar_gateway_requests_total{code=\"499\",name=\"mistral\",namespace=\"chat\"} 1",
+            "ashlar_gateway_in_flight_requests{name=\"mistral\",namespace=\"chat\"} 0",
+            "ashlar_gateway_time_to_first_byte_seconds_count{name=\"mistral\",namespace=\"chat\"} 1",
+            "ashlar_gateway_request_duration_seconds_count{name=\"mistral\",namespace=\"chat\"} 2",
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_service_that_is_gone_leaves_no_label() {
+        let metrics = Arc::new(Metrics::new());
+        metrics.follow(&snapshot([service("chat", "mistral", "m")], []));
+        let mut meter = metrics.meter(&ServiceId::new("chat", "mistral"), Instant::now());
+        meter.head(503);
+        meter.byte();
+        meter.retry(Cause::Draining);
+        meter.cut(CutBy::Client);
+        drop(meter.hold());
+        drop(meter);
+        assert!(metrics.render().contains("mistral"));
+        metrics.follow(&snapshot([], []));
+        assert!(
+            !metrics.render().contains("mistral"),
+            "{}",
+            metrics.render()
+        );
+    }
+}

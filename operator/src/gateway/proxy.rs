@@ -1,0 +1,448 @@
+//! One request from its head to the first byte of an answer: resolve, check the key, pick a replica, send, and try
+//! another replica as long as nothing has been answered.
+//!
+//! A request is tried again after a connection that could not be opened, after a replica's own word that it drains,
+//! and once after a connection that broke before the head of a response (an idle connection can close at the very
+//! moment it is used; a request that kills its replica must not visit them all). The client's leaving drops the
+//! future and with it the replica's connection.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, request};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use tokio::sync::watch;
+
+use super::auth::{self, KeyDigest};
+use super::error::GatewayError;
+use super::headers;
+use super::hold::Holds;
+use super::keys::{KeyStore, OnMiss, Verdict};
+use super::metrics::{Cause, Meter, Metrics};
+use super::models;
+use super::request_body::{AttemptBody, BodyLimits, ReplayBody};
+use super::resolve::{self, ModelMatch, Target};
+use super::response_body::{GatewayBody, Tracked};
+use super::snapshot::{Access, Replica, Service, Snapshot};
+
+/// Attempts on different replicas before giving up; draining and restarting ones are passed over quickly.
+const MAX_ATTEMPTS: usize = 8;
+/// Idle connections to a replica close before the runtime closes them.
+const POOL_IDLE: Duration = Duration::from_secs(20);
+/// A replica's node that is gone is noticed in about `KEEPALIVE + 3 × KEEPALIVE_INTERVAL`.
+const KEEPALIVE: Duration = Duration::from_secs(15);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A response of the gateway.
+pub type GatewayResponse = Response<GatewayBody<Incoming>>;
+
+/// Bounds of the proxy.
+#[derive(Debug, Clone, Copy)]
+pub struct ProxyLimits {
+    /// Bounds of a request's body.
+    pub body: BodyLimits,
+    /// Longest wait for a connection to a replica.
+    pub connect_timeout: Duration,
+}
+
+/// Everything that requests share.
+pub struct Proxy {
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// Turns true once the first whole picture of the cluster is there.
+    synced: watch::Receiver<bool>,
+    keys: Arc<KeyStore>,
+    holds: Holds,
+    metrics: Arc<Metrics>,
+    limits: ProxyLimits,
+    client: Client<HttpConnector, AttemptBody<Incoming>>,
+}
+
+/// An error, and the meter of the service it concerns.
+struct Failure(GatewayError, Option<Meter>);
+
+impl From<GatewayError> for Failure {
+    fn from(error: GatewayError) -> Self {
+        Self(error, None)
+    }
+}
+
+/// What is the same for every attempt.
+struct Outgoing {
+    method: Method,
+    path: PathAndQuery,
+    headers: HeaderMap,
+    length: Option<u64>,
+}
+
+/// A request whose service is known and that may be answered by it.
+struct Admitted {
+    service: Arc<Service>,
+    path: PathAndQuery,
+    client: Option<String>,
+    body: ReplayBody<Incoming>,
+    /// By how many bytes the body's length changed.
+    grown: i64,
+    meter: Meter,
+}
+
+impl Proxy {
+    /// A proxy over pictures of the cluster that others keep up to date.
+    #[must_use]
+    pub fn new(
+        snapshots: watch::Receiver<Arc<Snapshot>>,
+        synced: watch::Receiver<bool>,
+        keys: Arc<KeyStore>,
+        holds: Holds,
+        metrics: Arc<Metrics>,
+        limits: ProxyLimits,
+    ) -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(limits.connect_timeout));
+        connector.set_keepalive(Some(KEEPALIVE));
+        connector.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
+        connector.set_keepalive_retries(Some(3));
+        let client = Client::builder(TokioExecutor::new())
+            .pool_idle_timeout(POOL_IDLE)
+            .pool_timer(TokioTimer::new())
+            .build(connector);
+        Self {
+            snapshots,
+            synced,
+            keys,
+            holds,
+            metrics,
+            limits,
+            client,
+        }
+    }
+
+    /// Answers one request; every failure becomes a response.
+    pub async fn handle(&self, request: Request<Incoming>, peer: SocketAddr) -> GatewayResponse {
+        let started = Instant::now();
+        let (parts, body) = request.into_parts();
+        let request_id = headers::request_id(&parts.headers);
+        let answered = self.answer(&parts, body, peer, &request_id, started).await;
+        let mut response = answered.unwrap_or_else(|Failure(error, mut meter)| {
+            let status = error.status();
+            match &mut meter {
+                Some(meter) => meter.head(status.as_u16()),
+                None => self.metrics.unresolved(status.as_u16()),
+            }
+            if status.is_server_error() {
+                tracing::warn!(request_id = ?request_id, %error, "request failed");
+            }
+            error.response().map(|body| GatewayBody::Own(body, meter))
+        });
+        headers::to_client(response.headers_mut(), &request_id);
+        response
+    }
+
+    async fn answer(
+        &self,
+        parts: &request::Parts,
+        body: Incoming,
+        peer: SocketAddr,
+        request_id: &HeaderValue,
+        started: Instant,
+    ) -> Result<GatewayResponse, Failure> {
+        if !*self.synced.borrow() {
+            return Err(GatewayError::Starting.into());
+        }
+        let length = headers::content_length(&parts.headers);
+        let limit = self.limits.body.total;
+        if length.is_some_and(|length| length > limit) {
+            return Err(GatewayError::BodyTooLarge { limit }.into());
+        }
+        let snapshot = Arc::clone(&self.snapshots.borrow());
+        let host = headers::host(&parts.uri, &parts.headers);
+        let key = auth::presented(&parts.headers);
+        let body = ReplayBody::new(body, self.limits.body);
+        let target = resolve::resolve(&snapshot, host, &parts.method, &parts.uri)
+            .map_err(GatewayError::from)?;
+        let admitted = match target {
+            Target::Service { service, path } => {
+                self.admit(service, path, key, body, started).await?
+            }
+            Target::Model => {
+                self.admit_by_model(&snapshot, &parts.uri, key, body, started)
+                    .await?
+            }
+            Target::ModelList => {
+                let visible = self.visible(&snapshot, key).await?;
+                self.metrics.unresolved(200);
+                return Ok(own_json(models::list(&visible)));
+            }
+            Target::ModelCard { id } => {
+                let visible = self.visible(&snapshot, key).await?;
+                let card =
+                    models::card(&visible, &id).ok_or(GatewayError::ModelNotFound { model: id })?;
+                self.metrics.unresolved(200);
+                return Ok(own_json(card));
+            }
+        };
+        let mut headers = parts.headers.clone();
+        let client = admitted.client.as_deref();
+        headers::to_replica(&mut headers, host, peer.ip(), request_id, client);
+        let length = length.map(|length| length.saturating_add_signed(admitted.grown));
+        if let Some(length) = length {
+            headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+        }
+        let outgoing = Outgoing {
+            method: parts.method.clone(),
+            path: admitted.path.clone(),
+            headers,
+            length,
+        };
+        self.forward(admitted, &outgoing).await
+    }
+
+    /// Lets a request in at a service that Host, path or `NAMESPACE/NAME` named.
+    async fn admit(
+        &self,
+        service: Arc<Service>,
+        path: PathAndQuery,
+        key: Option<KeyDigest>,
+        body: ReplayBody<Incoming>,
+        started: Instant,
+    ) -> Result<Admitted, Failure> {
+        let meter = self.metrics.meter(&service.spec.id, started);
+        match self.authorise(&service, key).await {
+            Ok(client) => Ok(Admitted {
+                service,
+                path,
+                client,
+                body,
+                grown: 0,
+                meter,
+            }),
+            Err(error) => Err(Failure(error, Some(meter))),
+        }
+    }
+
+    /// The name of the key's holder, or nothing at an open service.
+    async fn authorise(
+        &self,
+        service: &Service,
+        key: Option<KeyDigest>,
+    ) -> Result<Option<String>, GatewayError> {
+        if service.spec.access == Access::Open {
+            return Ok(None);
+        }
+        let key = key.ok_or(GatewayError::KeyMissing)?;
+        match self.keys.check(service, &key, OnMiss::ReadAgain).await {
+            Verdict::Client(client) => Ok(Some(client)),
+            Verdict::Rejected => Err(GatewayError::KeyRejected),
+            Verdict::Unreadable(reason) => Err(GatewayError::KeysUnreadable {
+                service: service.spec.id.clone(),
+                reason,
+            }),
+        }
+    }
+
+    /// Finds the service by the body's `model`, and lets the request in there.
+    async fn admit_by_model(
+        &self,
+        snapshot: &Snapshot,
+        uri: &Uri,
+        key: Option<KeyDigest>,
+        body: ReplayBody<Incoming>,
+        started: Instant,
+    ) -> Result<Admitted, Failure> {
+        let path = uri
+            .path_and_query()
+            .cloned()
+            .unwrap_or_else(|| PathAndQuery::from_static("/"));
+        let (model, literal) = body.model().await?;
+        match resolve::by_model(snapshot, &model) {
+            ModelMatch::Direct(service) => {
+                let served = service.spec.model.clone();
+                let mut admitted = self
+                    .admit(Arc::clone(service), path, key, body, started)
+                    .await?;
+                admitted.grown = admitted.body.replace(&literal, &served);
+                Ok(admitted)
+            }
+            ModelMatch::Among(candidates) => {
+                let key = key.ok_or(GatewayError::KeyMissing)?;
+                let mut accepted = self.accepting(candidates, key, OnMiss::ReadAgain).await;
+                let (Some((service, client)), None) = (accepted.pop(), accepted.pop()) else {
+                    return Err(GatewayError::ModelNotFound { model }.into());
+                };
+                Ok(Admitted {
+                    meter: self.metrics.meter(&service.spec.id, started),
+                    service,
+                    path,
+                    client: Some(client),
+                    body,
+                    grown: 0,
+                })
+            }
+        }
+    }
+
+    /// Those of `services` that accept the key, with the name that each knows its holder by.
+    async fn accepting(
+        &self,
+        services: &[Arc<Service>],
+        key: KeyDigest,
+        on_miss: OnMiss,
+    ) -> Vec<(Arc<Service>, String)> {
+        let checks = services.iter().map(|service| async move {
+            match self.keys.check(service, &key, on_miss).await {
+                Verdict::Client(client) => Some((Arc::clone(service), client)),
+                Verdict::Rejected | Verdict::Unreadable(_) => None,
+            }
+        });
+        let verdicts = futures::future::join_all(checks).await;
+        verdicts.into_iter().flatten().collect()
+    }
+
+    /// The services that a key's holder may know of.
+    async fn visible(
+        &self,
+        snapshot: &Snapshot,
+        key: Option<KeyDigest>,
+    ) -> Result<Vec<Arc<Service>>, GatewayError> {
+        let key = key.ok_or(GatewayError::KeyMissing)?;
+        let keyed: Vec<_> = snapshot
+            .services()
+            .filter(|service| matches!(service.spec.access, Access::Keys { .. }))
+            .cloned()
+            .collect();
+        let accepted = self.accepting(&keyed, key, OnMiss::Reject).await;
+        if accepted.is_empty() {
+            return Err(GatewayError::KeyRejected);
+        }
+        Ok(accepted.into_iter().map(|(service, _)| service).collect())
+    }
+
+    /// Sends the request to replica after replica until one answers.
+    async fn forward(
+        &self,
+        admitted: Admitted,
+        outgoing: &Outgoing,
+    ) -> Result<GatewayResponse, Failure> {
+        let Admitted {
+            service,
+            body,
+            meter,
+            ..
+        } = admitted;
+        let id = &service.spec.id;
+        let mut snapshots = self.snapshots.clone();
+        let deadline = self.holds.deadline();
+        let mut excluded = Vec::new();
+        let mut resets = 0;
+        let mut reason = String::new();
+        for _ in 0..MAX_ATTEMPTS {
+            let picked = self
+                .holds
+                .replica(&mut snapshots, id, &excluded, deadline, &meter)
+                .await;
+            let picked = match picked {
+                Ok(picked) => picked,
+                Err(error) => return Err(Failure(error, Some(meter))),
+            };
+            let replica = &picked.replica;
+            let cause = match self.send(outgoing, replica, &body).await {
+                Ok(response) if is_draining(&response) && body.can_replay() => {
+                    "the replica is draining".clone_into(&mut reason);
+                    Cause::Draining
+                }
+                Ok(response) => return Ok(respond(response, meter, picked.in_flight)),
+                Err(error) => {
+                    if let Some(failure) = body.failure() {
+                        return Err(Failure(failure, Some(meter)));
+                    }
+                    reason = root_cause(&error);
+                    if error.is_connect() {
+                        Cause::Connect
+                    } else {
+                        resets += 1;
+                        Cause::Reset
+                    }
+                }
+            };
+            tracing::debug!(service = %id, replica = %replica.address, ?cause, reason, "attempt failed");
+            if !body.can_replay() || resets > 1 {
+                break;
+            }
+            meter.retry(cause);
+            excluded.push(replica.incarnation.clone());
+        }
+        let service = id.clone();
+        Err(Failure(
+            GatewayError::Upstream { service, reason },
+            Some(meter),
+        ))
+    }
+
+    async fn send(
+        &self,
+        outgoing: &Outgoing,
+        replica: &Replica,
+        body: &ReplayBody<Incoming>,
+    ) -> Result<Response<Incoming>, hyper_util::client::legacy::Error> {
+        let uri = Uri::builder()
+            .scheme("http")
+            .authority(replica.address.to_string())
+            .path_and_query(outgoing.path.clone())
+            .build()
+            .expect("an address and a path make a URI: this is a bug");
+        let mut request = Request::new(body.attempt(outgoing.length));
+        *request.method_mut() = outgoing.method.clone();
+        *request.uri_mut() = uri;
+        *request.headers_mut() = outgoing.headers.clone();
+        self.client.request(request).await
+    }
+}
+
+fn is_draining(response: &Response<Incoming>) -> bool {
+    response.status() == StatusCode::SERVICE_UNAVAILABLE
+        && response
+            .headers()
+            .get(headers::DRAINING)
+            .is_some_and(|value| value == "1")
+}
+
+/// The replica's response as the client's.
+fn respond(
+    response: Response<Incoming>,
+    mut meter: Meter,
+    in_flight: super::snapshot::InFlight,
+) -> GatewayResponse {
+    meter.head(response.status().as_u16());
+    let headers = response.headers();
+    let events = !headers.contains_key(CONTENT_LENGTH)
+        && headers
+            .get(CONTENT_TYPE)
+            .and_then(|kind| kind.to_str().ok())
+            .is_some_and(|kind| kind.starts_with("text/event-stream"));
+    response.map(|body| GatewayBody::Replica(Tracked::new(body, meter, in_flight, events)))
+}
+
+fn own_json(json: String) -> GatewayResponse {
+    let body = http_body_util::Full::new(Bytes::from(json));
+    let mut response = Response::new(GatewayBody::Own(body, None));
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// The innermost error, which says most: `Connection refused`, not `client error`.
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}

@@ -1,0 +1,231 @@
+//! The body of a response on its way to the client: frames pass as they come, and the request stays counted until
+//! the last one has gone or the client has left.
+//!
+//! Dropping it drops the replica's response, which closes that connection and so ends the generation. A stream of
+//! events that breaks off at the replica ends with an error event, so the client sees more than a closed socket.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::{Body, Frame, SizeHint};
+
+use super::metrics::{CutBy, Meter};
+use super::request_body::BoxError;
+use super::snapshot::InFlight;
+
+/// What follows the events of a stream that broke off: the envelope, then the usual end.
+const BROKEN_STREAM: &str = concat!(
+    r#"data: {"error":{"message":"the replica broke off before the end: try again","#,
+    r#""type":"BadGatewayError","param":null,"code":502}}"#,
+    "\n\ndata: [DONE]\n\n"
+);
+
+/// A response of the gateway's own, or a replica's.
+pub enum GatewayBody<B: Body> {
+    /// The gateway's own, with the meter that counts it if a service was found.
+    Own(Full<Bytes>, Option<Meter>),
+    /// A replica's.
+    Replica(Tracked<B>),
+}
+
+/// A replica's response body with all that is counted while it lasts.
+pub struct Tracked<B: Body> {
+    source: B,
+    meter: Meter,
+    _in_flight: InFlight,
+    /// A stream of events can carry an error of the gateway's.
+    events: bool,
+    /// The last byte passed on was the end of an event.
+    at_boundary: bool,
+    ended: bool,
+}
+
+impl<B: Body> Tracked<B> {
+    /// Follows `source`; `events` says that it is `text/event-stream`.
+    pub fn new(source: B, meter: Meter, in_flight: InFlight, events: bool) -> Self {
+        Self {
+            ended: source.is_end_stream(),
+            source,
+            meter,
+            _in_flight: in_flight,
+            events,
+            at_boundary: true,
+        }
+    }
+}
+
+impl<B> Tracked<B>
+where
+    B: Body<Data = Bytes> + Unpin,
+    B::Error: Into<BoxError>,
+{
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        match ready!(Pin::new(&mut self.source).poll_frame(cx)) {
+            Some(Ok(frame)) => {
+                if let Some(chunk) = frame.data_ref().filter(|chunk| !chunk.is_empty()) {
+                    self.meter.byte();
+                    self.at_boundary = chunk.ends_with(b"\n\n");
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Some(Err(error)) => {
+                self.ended = true;
+                self.meter.cut(CutBy::Upstream);
+                Poll::Ready(Some(if self.events && self.at_boundary {
+                    Ok(Frame::data(Bytes::from_static(BROKEN_STREAM.as_bytes())))
+                } else {
+                    Err(error.into())
+                }))
+            }
+            None => {
+                self.ended = true;
+                Poll::Ready(None)
+            }
+        }
+    }
+}
+
+impl<B: Body> Drop for Tracked<B> {
+    fn drop(&mut self) {
+        // The server stops polling after the last announced byte, so the end may not have been seen here.
+        if !self.ended && !self.source.is_end_stream() {
+            self.meter.cut(CutBy::Client);
+        }
+    }
+}
+
+impl<B> Body for GatewayBody<B>
+where
+    B: Body<Data = Bytes> + Unpin,
+    B::Error: Into<BoxError>,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match self.get_mut() {
+            Self::Own(body, meter) => {
+                if let Some(meter) = meter {
+                    meter.byte();
+                }
+                Pin::new(body)
+                    .poll_frame(cx)
+                    .map_err(|never| match never {})
+            }
+            Self::Replica(body) => body.poll(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Own(body, _) => body.is_end_stream(),
+            Self::Replica(body) => body.ended || body.source.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Own(body, _) => body.size_hint(),
+            // An error event may be added to a stream, whose length is never announced anyway.
+            Self::Replica(body) if body.events => SizeHint::default(),
+            Self::Replica(body) => body.source.size_hint(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a panic is a test's way to fail")]
+    use std::sync::Arc;
+    use std::time::Instant;
+
+    use http_body_util::{BodyExt as _, StreamBody};
+
+    use super::super::metrics::Metrics;
+    use super::super::snapshot::testing::{replica, service, snapshot};
+    use super::super::snapshot::{ServiceId, Snapshot};
+    use super::*;
+
+    type Item = Result<Frame<Bytes>, BoxError>;
+
+    fn tracked(
+        metrics: &Arc<Metrics>,
+        snapshot: &Snapshot,
+        items: Vec<Item>,
+        events: bool,
+    ) -> GatewayBody<impl Body<Data = Bytes, Error = BoxError> + Unpin> {
+        let replica = &snapshot.service("a", "s").unwrap().replicas[0];
+        let meter = metrics.meter(&ServiceId::new("a", "s"), Instant::now());
+        let source = StreamBody::new(futures::stream::iter(items));
+        GatewayBody::Replica(Tracked::new(source, meter, replica.enter(), events))
+    }
+
+    fn world() -> (Arc<Metrics>, Snapshot) {
+        let world = snapshot(
+            [service("a", "s", "m")],
+            [replica("a", "s", "u", "10.0.0.1:8000")],
+        );
+        (Arc::new(Metrics::new()), world)
+    }
+
+    fn data(text: &'static str) -> Item {
+        Ok(Frame::data(Bytes::from_static(text.as_bytes())))
+    }
+
+    fn broken() -> Item {
+        Err("connection reset".into())
+    }
+
+    #[tokio::test]
+    async fn a_request_is_in_flight_until_its_body_ends() {
+        let (metrics, world) = world();
+        let in_flight = || world.service("a", "s").unwrap().replicas[0].in_flight();
+        let body = tracked(&metrics, &world, vec![data("one"), data("two")], false);
+        assert_eq!(in_flight(), 1);
+        assert_eq!(body.collect().await.unwrap().to_bytes(), "onetwo");
+        assert_eq!(in_flight(), 0);
+        assert!(!metrics.render().contains("cut_responses_total{"));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_is_counted() {
+        let (metrics, world) = world();
+        let mut body = tracked(&metrics, &world, vec![data("one"), data("two")], false);
+        body.frame().await.unwrap().unwrap();
+        drop(body);
+        assert_eq!(world.service("a", "s").unwrap().replicas[0].in_flight(), 0);
+        assert!(metrics.render().contains("by=\"client\""));
+    }
+
+    #[tokio::test]
+    async fn a_broken_event_stream_ends_with_an_error_event() {
+        let (metrics, world) = world();
+        let body = tracked(&metrics, &world, vec![data("data: x\n\n"), broken()], true);
+        let text = body.collect().await.unwrap().to_bytes();
+        let text = std::str::from_utf8(&text).unwrap();
+        let (events, end) = text.split_once("\n\ndata: [DONE]").unwrap();
+        assert_eq!(end, "\n\n");
+        let error = events
+            .strip_prefix("data: x\n\ndata: ")
+            .map(serde_json::from_str::<serde_json::Value>);
+        assert_eq!(error.unwrap().unwrap()["error"]["code"], 502);
+        assert!(metrics.render().contains("by=\"upstream\""));
+    }
+
+    #[tokio::test]
+    async fn half_an_event_and_plain_bodies_are_cut() {
+        let (metrics, world) = world();
+        for (text, events) in [("data: x", true), ("{\"a\":", false)] {
+            let body = tracked(&metrics, &world, vec![data(text), broken()], events);
+            assert!(body.collect().await.is_err());
+        }
+    }
+}
