@@ -15,7 +15,7 @@ use super::{
     request::{FinishReason, GeneratedToken, SeqId},
     scheduler::{ScheduledItem, Scheduler, SchedulerOutput},
     sequence::Sequence,
-    stream::{Finish, StreamCell},
+    stream::{Finish, StreamCell, StreamSender},
 };
 use crate::model_runner::{ModelRunner, RunnerError, StepId, StepOutput};
 
@@ -24,7 +24,7 @@ const POLL_WAIT: Duration = Duration::from_millis(200);
 
 /// What the engine keeps of a sequence beside the scheduler: where its tokens go, and its times.
 struct Client {
-    stream: Arc<StreamCell>,
+    stream: StreamSender,
     arrival: Instant,
     queued: Instant,
     scheduled: Option<Instant>,
@@ -52,6 +52,8 @@ struct Tally {
 /// News for a client, held back until counters and gauges tell of it too.
 struct Delivery {
     stream: Arc<StreamCell>,
+    /// Held until the end is delivered.
+    sender: Option<StreamSender>,
     tokens: Vec<GeneratedToken>,
     cached_prompt_tokens: u32,
     finish: Option<Finish>,
@@ -125,7 +127,7 @@ impl Core {
                 stop_token: None,
                 error: error.clone(),
             };
-            stream.push(Vec::new(), 0, Some(finish));
+            stream.cell().push(Vec::new(), 0, Some(finish));
         }
         let stats = &self.shared.stats;
         for gauge in [
@@ -136,12 +138,14 @@ impl Core {
         ] {
             gauge.store(0, Relaxed);
         }
+        self.shared.exit();
     }
 
     fn run_steps(&mut self) -> Result<(), RunnerError> {
         let depth = self.runner.depth().max(1);
         while self.take_commands() {
             while self.in_flight.len() < depth && self.launch_step()? {}
+            self.publish_gauges();
             if !self.in_flight.is_empty() {
                 self.finish_step()?;
             } else if let Some(stuck) = self.scheduler.first_waiting() {
@@ -305,6 +309,11 @@ impl Core {
     fn deal_out(&mut self, step: &InFlight, output: StepOutput) {
         let now = Instant::now();
         let samples = step.plan.items.iter().filter(|item| item.samples);
+        assert_eq!(
+            samples.clone().count(),
+            output.rows.len(),
+            "the runner answers every sampled row: this is a bug"
+        );
         for (item, row) in samples.zip(output.rows) {
             assert!(
                 item.seq == row.seq && item.epoch == row.epoch,
@@ -382,7 +391,8 @@ impl Core {
             error: None,
         });
         self.deliveries.push(Delivery {
-            stream: Arc::clone(&client.stream),
+            stream: Arc::clone(client.stream.cell()),
+            sender: None,
             tokens: drawn,
             cached_prompt_tokens: cached,
             finish,
@@ -455,7 +465,8 @@ impl Core {
         };
         self.shared.stats.in_system.fetch_sub(1, Relaxed);
         self.deliveries.push(Delivery {
-            stream: client.stream,
+            stream: Arc::clone(client.stream.cell()),
+            sender: Some(client.stream),
             tokens: Vec::new(),
             cached_prompt_tokens: sequence.num_cached.unwrap_or(0),
             // No effect on a stream that its last token has ended.
@@ -491,6 +502,7 @@ impl Core {
                 delivery.cached_prompt_tokens,
                 delivery.finish,
             );
+            drop(delivery.sender);
         }
     }
 

@@ -15,7 +15,7 @@ use super::{
     scheduler::blocks_for_request,
     sequence::Sequence,
     stats::{EngineStats, StatsCells},
-    stream::{SequenceStream, StreamCell},
+    stream::{SequenceStream, StreamCell, StreamSender},
 };
 use crate::model_runner::RunnerLimits;
 
@@ -80,7 +80,7 @@ pub enum SubmitError {
 /// A sequence on its way to the engine thread.
 pub(super) struct NewSequence {
     pub(super) sequence: Sequence,
-    pub(super) stream: Arc<StreamCell>,
+    pub(super) stream: StreamSender,
     pub(super) arrival: Instant,
     pub(super) queued: Instant,
 }
@@ -110,6 +110,8 @@ pub(super) enum Phase {
 pub(super) struct Inbox {
     pub(super) commands: Vec<Command>,
     pub(super) phase: Phase,
+    /// The thread is done: every stream has its end.
+    exited: bool,
     /// Tasks that wait for the end of the thread.
     exit_wakers: Vec<Waker>,
 }
@@ -133,6 +135,7 @@ impl Shared {
             inbox: Mutex::new(Inbox {
                 commands: Vec::new(),
                 phase: Phase::Open,
+                exited: false,
                 exit_wakers: Vec::new(),
             }),
             work: Condvar::new(),
@@ -164,20 +167,23 @@ impl Shared {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The engine thread ends: takes what was still enqueued and tells who waits.
+    /// The engine thread ends: from here on nothing is taken. Gives back what was still enqueued.
     pub(super) fn close(&self, error: Option<String>) -> Vec<Command> {
-        let (commands, wakers) = {
+        let mut inbox = self.lock();
+        inbox.phase = Phase::Closed { error };
+        self.stats.alive.store(false, Relaxed);
+        std::mem::take(&mut inbox.commands)
+    }
+
+    /// The engine thread has told every stream: tells who waits for its end.
+    pub(super) fn exit(&self) {
+        let wakers = {
             let mut inbox = self.lock();
-            inbox.phase = Phase::Closed { error };
-            self.stats.alive.store(false, Relaxed);
+            inbox.exited = true;
             self.exited.notify_all();
-            (
-                std::mem::take(&mut inbox.commands),
-                std::mem::take(&mut inbox.exit_wakers),
-            )
+            std::mem::take(&mut inbox.exit_wakers)
         };
         wakers.into_iter().for_each(Waker::wake);
-        commands
     }
 
     /// Requests that may be queued now: the configured queue, and the free places if nothing waits for KV cache.
@@ -227,7 +233,7 @@ impl EngineHandle {
         let stream = Arc::new(StreamCell::default());
         let new = Box::new(NewSequence {
             sequence,
-            stream: Arc::clone(&stream),
+            stream: StreamSender::new(Arc::clone(&stream)),
             arrival,
             queued: Instant::now(),
         });
@@ -235,6 +241,7 @@ impl EngineHandle {
         Self::check_phase(&inbox.phase)?;
         let queued = shared.stats.queued.load(Relaxed);
         if queued >= shared.queue_limit() {
+            drop(inbox);
             return Err(SubmitError::QueueFull {
                 queued,
                 limit: shared.config.max_num_queued_reqs,
@@ -350,8 +357,8 @@ impl EngineHandle {
     pub async fn join(&self) -> Result<(), SubmitError> {
         std::future::poll_fn(|cx| {
             let mut inbox = self.shared.lock();
-            if let Phase::Closed { error } = &inbox.phase {
-                return Poll::Ready(Self::exit_result(error.as_deref()));
+            if inbox.exited {
+                return Poll::Ready(Self::exit_result(&inbox.phase));
             }
             if !inbox.exit_wakers.iter().any(|w| w.will_wake(cx.waker())) {
                 inbox.exit_wakers.push(cx.waker().clone());
@@ -368,8 +375,8 @@ impl EngineHandle {
     pub fn join_blocking(&self) -> Result<(), SubmitError> {
         let mut inbox = self.shared.lock();
         loop {
-            if let Phase::Closed { error } = &inbox.phase {
-                return Self::exit_result(error.as_deref());
+            if inbox.exited {
+                return Self::exit_result(&inbox.phase);
             }
             inbox = self
                 .shared
@@ -379,12 +386,11 @@ impl EngineHandle {
         }
     }
 
-    fn exit_result(error: Option<&str>) -> Result<(), SubmitError> {
-        error.map_or(Ok(()), |message| {
-            Err(SubmitError::EngineDead {
-                message: message.to_owned(),
-            })
-        })
+    fn exit_result(phase: &Phase) -> Result<(), SubmitError> {
+        match Self::check_phase(phase) {
+            Err(dead @ SubmitError::EngineDead { .. }) => Err(dead),
+            _ => Ok(()),
+        }
     }
 }
 

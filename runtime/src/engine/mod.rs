@@ -24,6 +24,8 @@ mod sequence;
 mod stats;
 mod stop;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -217,6 +217,16 @@ impl Scheduler {
         self.blocks.check_integrity(tables.chain(retired))
     }
 
+    /// Running sequences whose next row draws a token after their first.
+    #[cfg(test)]
+    pub(super) fn decoding_for_test(&self) -> Vec<SeqId> {
+        let decodes = |id: &&SeqId| {
+            let seq = &self.sequences[id];
+            seq.remaining() == 1 && seq.num_generated() > 0
+        };
+        self.running.iter().filter(decodes).copied().collect()
+    }
+
     /// Plans the next step. With no item in the plan there is no step: its number is given to the next plan.
     pub fn schedule(&mut self) -> SchedulerOutput {
         let mut plan = SchedulerOutput {

@@ -82,7 +82,7 @@ impl StreamCell {
             if buffer.finished {
                 return;
             }
-            buffer.cached_prompt_tokens = cached_prompt_tokens;
+            buffer.cached_prompt_tokens = buffer.cached_prompt_tokens.max(cached_prompt_tokens);
             if buffer.tokens.is_empty() {
                 buffer.tokens = tokens;
             } else {
@@ -102,6 +102,30 @@ impl StreamCell {
             finish: buffer.finish.take(),
             cached_prompt_tokens: buffer.cached_prompt_tokens,
         })
+    }
+}
+
+/// The engine's end of a stream. However it is lost, the reader gets an end.
+pub(super) struct StreamSender(Arc<StreamCell>);
+
+impl StreamSender {
+    pub(super) fn new(cell: Arc<StreamCell>) -> Self {
+        Self(cell)
+    }
+
+    pub(super) fn cell(&self) -> &Arc<StreamCell> {
+        &self.0
+    }
+}
+
+impl Drop for StreamSender {
+    fn drop(&mut self) {
+        let finish = Finish {
+            reason: FinishReason::Error,
+            stop_token: None,
+            error: Some("the engine lost the request".to_owned()),
+        };
+        self.0.push(Vec::new(), 0, Some(finish));
     }
 }
 
@@ -165,6 +189,8 @@ impl SequenceStream {
                 self.ended = update.finish.is_some();
                 return Some(update);
             }
+            // A task that polled before has left the stream to this thread.
+            buffer.waker = None;
             buffer = self
                 .cell
                 .ready

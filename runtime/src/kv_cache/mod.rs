@@ -17,6 +17,8 @@ mod block;
 mod block_manager;
 mod block_table;
 mod prefix_cache;
+#[cfg(test)]
+mod tests;
 
 pub use block_manager::{BlockManager, IntegrityError};
 pub use block_table::BlockTable;
