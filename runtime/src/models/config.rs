@@ -453,7 +453,7 @@ fn gguf_scaling(gguf: &Gguf, name: &str) -> Result<RopeScaling, WeightsError> {
     };
     match (gguf.str(&format!("{name}.rope.scaling.type"))?, factor) {
         (Some("none"), _) | (None | Some("linear"), None) => Ok(RopeScaling::None),
-        (None | Some("linear"), Some(factor)) if factor == 1.0 => Ok(RopeScaling::None),
+        (None | Some("linear"), Some(1.0)) => Ok(RopeScaling::None),
         (None | Some("linear"), Some(factor)) => Ok(RopeScaling::Linear { factor }),
         (Some(other), _) => Err(gguf.unsupported(format!(
             "its rope scaling is of type {other}; none and linear are supported"

@@ -6,6 +6,9 @@ use tempfile::TempDir;
 
 use super::*;
 
+/// Files of a folder, and what the error must say.
+type Case<'a> = (Vec<(&'a str, Vec<u8>)>, &'a str);
+
 fn shard(header: &Value, data: &[u8]) -> Vec<u8> {
     let header = header.to_string();
     [
@@ -72,7 +75,7 @@ fn refuses_malformed_folders() {
     let good = shard(&json!({"a": tensor}), &[0; 4]);
     let index = |map: Value| json!({"weight_map": map}).to_string().into_bytes();
     let index_name = "model.safetensors.index.json";
-    let cases: Vec<(Vec<(&str, Vec<u8>)>, &str)> = vec![
+    let cases: Vec<Case<'_>> = vec![
         (vec![], "cannot read"),
         (
             vec![(

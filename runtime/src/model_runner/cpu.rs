@@ -1,0 +1,403 @@
+//! The CPU's [`ModelRunner`]: a step is computed when it is submitted, on a pool of threads; depth 1.
+//!
+//! Invariants: a submitted [`ModelInput`] is checked against the limits before anything runs; nothing is allocated
+//! per row once the largest step has been seen; the KV pool is sized once, by [`KvCacheSize`].
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use super::{
+    ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SampledRow, StepId, StepOutput, TOKEN_FROM_SLOT,
+    cpu_backend::{CpuBackend, CpuBackendConfig, CpuBuf},
+    memory,
+};
+use crate::{
+    engine::request::{GeneratedToken, TokenId},
+    models::{
+        backend::Backend,
+        config::ModelConfig,
+        decoder::{Activations, Decoder},
+        loader,
+    },
+    sampler::{SampleError, Sampler},
+    weights::{Checkpoint, WeightsError},
+};
+
+/// Tokens in a block.
+pub const BLOCK_SIZE: u32 = 16;
+/// Share of the memory that [`KvCacheSize::Auto`] may take: 1 / this.
+const AUTO_MEMORY_SHARE: u64 = 4;
+
+/// What weights and arithmetic are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Dtype {
+    /// The checkpoint's own: quantised weights are multiplied as they are, activations as int8 blocks.
+    #[default]
+    Auto,
+    /// Exact mode: weights are dequantised exactly to f32, and everything is computed in f32.
+    Float32,
+}
+
+/// What K and V are stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvDtype {
+    /// f16, or f32 in exact mode.
+    #[default]
+    Auto,
+    /// 2 bytes a value.
+    Float16,
+    /// 4 bytes a value.
+    Float32,
+}
+
+/// How large the KV cache is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheSize {
+    /// Every slot at the longest length, or a quarter of the memory (the container's, where it has a limit) if that is
+    /// less. Pages that are never used take no memory.
+    #[default]
+    Auto,
+    /// This many bytes.
+    Bytes(u64),
+    /// This many blocks, the null block included.
+    Blocks(u32),
+}
+
+/// What a [`CpuRunner`] is built from.
+#[derive(Debug, Clone)]
+pub struct CpuRunnerConfig {
+    /// A `.gguf` file or a Hugging Face folder.
+    pub path: PathBuf,
+    /// Weights and arithmetic.
+    pub dtype: Dtype,
+    /// K and V.
+    pub kv_dtype: KvDtype,
+    /// Size of the KV cache.
+    pub kv_cache: KvCacheSize,
+    /// Sequences that run at once.
+    pub max_num_seqs: u32,
+    /// Rows in one step.
+    pub max_num_batched_tokens: u32,
+    /// Longest sequence; `None` takes the model's, lowered to what the KV cache holds.
+    pub max_model_len: Option<u32>,
+    /// Threads; 0 takes every core that this process may use.
+    pub threads: usize,
+}
+
+impl Default for CpuRunnerConfig {
+    fn default() -> Self {
+        Self {
+            path: PathBuf::new(),
+            dtype: Dtype::Auto,
+            kv_dtype: KvDtype::Auto,
+            kv_cache: KvCacheSize::Auto,
+            max_num_seqs: 64,
+            max_num_batched_tokens: 2048,
+            max_model_len: None,
+            threads: 0,
+        }
+    }
+}
+
+/// Why a runner could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuRunnerError {
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A size is zero.
+    #[error("{name} must be at least 1")]
+    Zero {
+        /// The setting.
+        name: &'static str,
+    },
+    /// The asked length is more than the model was made for.
+    #[error("--max-model-len is {asked}, and the model was made for {model} tokens; lower it")]
+    TooLong {
+        /// What was asked.
+        asked: u32,
+        /// What the model allows.
+        model: u32,
+    },
+    /// One sequence of the longest length does not fit.
+    #[error(
+        "the KV cache of {bytes} bytes holds {tokens} tokens, and --max-model-len is {max_model_len}; raise the cache or lower the length"
+    )]
+    CacheTooSmall {
+        /// Bytes of the cache.
+        bytes: u64,
+        /// Tokens it holds.
+        tokens: u64,
+        /// What was asked.
+        max_model_len: u32,
+    },
+    /// The KV cache cannot be allocated.
+    #[error("a KV cache of {bytes} bytes cannot be allocated; lower --kv-cache-memory-bytes")]
+    CacheTooLarge {
+        /// Bytes of the cache.
+        bytes: u64,
+    },
+}
+
+/// A step that was computed and not yet polled.
+struct Pending {
+    id: StepId,
+    sampled: Option<StepOutput>,
+}
+
+/// Runs a model of the Llama family on the CPU.
+pub struct CpuRunner {
+    limits: RunnerLimits,
+    config: ModelConfig,
+    backend: CpuBackend,
+    decoder: Decoder<CpuBackend>,
+    activations: Activations<CpuBackend>,
+    sampler: Sampler,
+    /// The step's input, [`TOKEN_FROM_SLOT`] resolved.
+    input: ModelInput,
+    /// The token that each slot drew last.
+    last_tokens: Vec<Option<TokenId>>,
+    next_step: u64,
+    pending: Option<Pending>,
+}
+
+impl CpuRunner {
+    /// Opens and loads the model and reserves the KV cache.
+    ///
+    /// # Errors
+    /// [`CpuRunnerError`] when the checkpoint cannot be used or the sizes do not fit each other.
+    pub fn new(config: &CpuRunnerConfig) -> Result<Self, CpuRunnerError> {
+        let started = Instant::now();
+        let checkpoint = Checkpoint::open(&config.path)?;
+        let model = ModelConfig::from_checkpoint(&checkpoint)?;
+        let kv_dtype = match (config.kv_dtype, config.dtype) {
+            (KvDtype::Auto, Dtype::Float32) => KvDtype::Float32,
+            (KvDtype::Auto, Dtype::Auto) => KvDtype::Float16,
+            (explicit, _) => explicit,
+        };
+        let limits = limits(config, &model, kv_dtype)?;
+        let threads = match config.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let backend_config = CpuBackendConfig {
+            exact: config.dtype == Dtype::Float32,
+            kv_dtype,
+            num_blocks: limits.num_blocks as usize,
+            block_size: limits.block_size as usize,
+            max_model_len: limits.max_model_len as usize,
+            threads,
+        };
+        let bytes = u64::from(limits.num_blocks) * u64::from(limits.block_size) * limits.kv_bytes_per_token;
+        let backend = CpuBackend::new(&model, &backend_config).ok_or(CpuRunnerError::CacheTooLarge { bytes })?;
+        let decoder = loader::load(&checkpoint, &model, &backend, threads)?;
+        let buffer = |width| CpuBuf::new(width);
+        let activations = Activations {
+            residual: buffer(model.hidden_size),
+            normed: buffer(model.hidden_size),
+            qkv: buffer(model.qkv_size()),
+            attention: buffer(model.attention_size()),
+            delta: buffer(model.hidden_size),
+            gate_up: buffer(2 * model.intermediate_size),
+            mlp: buffer(model.intermediate_size),
+            logits: buffer(model.vocab_size),
+        };
+        tracing::info!(
+            model = %config.path.display(),
+            threads,
+            kv_cache_bytes = bytes,
+            kv_cache_tokens = u64::from(limits.num_blocks - 1) * u64::from(limits.block_size),
+            max_model_len = limits.max_model_len,
+            seconds = started.elapsed().as_secs_f64(),
+            "model ready"
+        );
+        Ok(Self {
+            sampler: Sampler::new(limits.vocab_size, limits.max_num_seqs, model.eos_token_ids.clone()),
+            last_tokens: vec![None; limits.max_num_seqs as usize],
+            limits,
+            config: model,
+            backend,
+            decoder,
+            activations,
+            input: ModelInput::default(),
+            next_step: 0,
+            pending: None,
+        })
+    }
+
+    /// The model's sizes and special tokens.
+    #[must_use]
+    pub fn model_config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Copies the input, with tokens of slots in place of [`TOKEN_FROM_SLOT`].
+    fn take_input(&mut self, input: &ModelInput) -> Result<(), RunnerError> {
+        self.input.clone_from(input);
+        for seq in &input.seqs {
+            let rows = seq.query_start as usize..(seq.query_start + seq.query_len) as usize;
+            for token in &mut self.input.token_ids[rows] {
+                if *token == TOKEN_FROM_SLOT {
+                    *token = self.last_tokens[seq.slot.0 as usize]
+                        .ok_or_else(|| refused(format!("slot {} has drawn no token yet", seq.slot.0)))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The one formula for the KV pool, shared by start-up and admission through [`RunnerLimits`].
+fn limits(config: &CpuRunnerConfig, model: &ModelConfig, kv_dtype: KvDtype) -> Result<RunnerLimits, CpuRunnerError> {
+    for (name, value) in
+        [("--max-num-seqs", config.max_num_seqs), ("--max-num-batched-tokens", config.max_num_batched_tokens)]
+    {
+        if value == 0 {
+            return Err(CpuRunnerError::Zero { name });
+        }
+    }
+    let model_len = u32::try_from(model.max_position).unwrap_or(u32::MAX);
+    let wanted = match config.max_model_len {
+        Some(0) => return Err(CpuRunnerError::Zero { name: "--max-model-len" }),
+        Some(asked) if asked > model_len => return Err(CpuRunnerError::TooLong { asked, model: model_len }),
+        Some(asked) => asked,
+        None => model_len,
+    };
+    let kv_bytes_per_token = CpuBackend::kv_bytes_per_token(model, kv_dtype);
+    let block_bytes = kv_bytes_per_token * u64::from(BLOCK_SIZE);
+    // One more than the sequences need: block 0 holds nothing.
+    let full = u64::from(config.max_num_seqs) * u64::from(wanted.div_ceil(BLOCK_SIZE)) + 1;
+    let num_blocks = match config.kv_cache {
+        KvCacheSize::Blocks(blocks) => u64::from(blocks),
+        KvCacheSize::Bytes(bytes) => bytes / block_bytes,
+        KvCacheSize::Auto => full.min(memory::limit_bytes() / AUTO_MEMORY_SHARE / block_bytes),
+    };
+    let num_blocks = u32::try_from(num_blocks).unwrap_or(u32::MAX);
+    let tokens = u64::from(num_blocks.saturating_sub(1)) * u64::from(BLOCK_SIZE);
+    let fits = u64::from(wanted) <= tokens;
+    if tokens == 0 || (!fits && config.max_model_len.is_some()) {
+        let bytes = u64::from(num_blocks) * block_bytes;
+        return Err(CpuRunnerError::CacheTooSmall { bytes, tokens, max_model_len: wanted });
+    }
+    Ok(RunnerLimits {
+        block_size: BLOCK_SIZE,
+        num_blocks,
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_model_len: if fits { wanted } else { u32::try_from(tokens).unwrap_or(wanted) },
+        vocab_size: u32::try_from(model.vocab_size).expect("the configuration bounds sizes: this is a bug"),
+        kv_bytes_per_token,
+    })
+}
+
+fn refused(message: String) -> RunnerError {
+    RunnerError { message, fatal: false }
+}
+
+/// Checks a step against the limits: whatever passes cannot make a kernel read or write outside its buffers.
+fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), RunnerError> {
+    let rows = input.token_ids.len();
+    let need = |holds: bool, what: &str| if holds { Ok(()) } else { Err(refused(format!("invalid step: {what}"))) };
+    need(rows > 0 && rows <= limits.max_num_batched_tokens as usize, "number of rows")?;
+    need(input.positions.len() == rows && input.slot_mapping.len() == rows, "lengths of the row arrays")?;
+    need(
+        input.token_ids.iter().all(|token| *token < limits.vocab_size || *token == TOKEN_FROM_SLOT),
+        "a token is outside the vocabulary",
+    )?;
+    need(input.positions.iter().all(|position| *position < limits.max_model_len), "a position is too large")?;
+    let pool = i64::from(limits.num_blocks) * i64::from(limits.block_size);
+    need(input.slot_mapping.iter().all(|slot| (-1..pool).contains(slot)), "a cache slot is outside the pool")?;
+    need(input.logit_rows.is_sorted_by(|a, b| a < b), "logit rows do not ascend")?;
+    need(input.logit_rows.last().is_none_or(|row| (*row as usize) < rows), "a logit row is outside the step")?;
+    let mut next_row = 0;
+    for seq in &input.seqs {
+        need(seq.query_start == next_row && seq.query_len > 0, "sequences do not cover the rows in order")?;
+        next_row = seq.query_start.saturating_add(seq.query_len);
+        need(seq.slot.0 < limits.max_num_seqs, "a slot is outside the limits")?;
+        need((seq.query_len..=limits.max_model_len).contains(&seq.context_len), "a context is too long or too short")?;
+        let blocks = seq.context_len.div_ceil(limits.block_size) as usize;
+        need(seq.block_table.len() >= blocks, "a block table is too short")?;
+        need(seq.block_table.iter().all(|block| block.0 < limits.num_blocks), "a block is outside the pool")?;
+    }
+    need(next_row as usize == rows, "sequences do not cover the rows")?;
+    need(input.init_slots.iter().all(|init| init.slot.0 < limits.max_num_seqs), "a bound slot is outside the limits")
+}
+
+impl ModelRunner for CpuRunner {
+    fn limits(&self) -> &RunnerLimits {
+        &self.limits
+    }
+
+    fn submit(&mut self, input: &ModelInput) -> Result<StepId, RunnerError> {
+        if self.pending.is_some() {
+            return Err(refused("a step is still in flight and this runner's depth is 1".to_owned()));
+        }
+        check(input, &self.limits)?;
+        for init in &input.init_slots {
+            self.sampler.init_slot(init);
+            self.last_tokens[init.slot.0 as usize] = None;
+        }
+        self.take_input(input)?;
+        self.decoder.forward(&mut self.backend, &self.input, &mut self.activations);
+        let id = StepId(self.next_step);
+        self.next_step += 1;
+        self.pending = Some(Pending { id, sampled: None });
+        Ok(id)
+    }
+
+    fn sample(&mut self, step: StepId, input: &SampleInput) -> Result<(), RunnerError> {
+        let pending = self.pending.as_mut().filter(|pending| pending.id == step && pending.sampled.is_none());
+        let pending = pending.ok_or_else(|| refused(format!("step {} does not wait for a draw", step.0)))?;
+        let rows = self.input.logit_rows.len();
+        if let Some(row) = input.rows.iter().find(|row| row.logit_index as usize >= rows) {
+            return Err(refused(format!("logit index {} of {rows}", row.logit_index)));
+        }
+        let logits = &mut self.activations.logits;
+        let mut output = StepOutput::default();
+        if input.return_logits {
+            output.logits.extend_from_slice(&logits.rows()[..rows * self.config.vocab_size]);
+        }
+        let sampler = &self.sampler;
+        let drawn: Vec<Result<GeneratedToken, SampleError>> = self.backend.map_rows(
+            logits,
+            input.rows.iter().map(|row| row.logit_index as usize),
+            |index, logits| sampler.sample(&input.rows[index], logits),
+        );
+        for (row, drawn) in input.rows.iter().zip(drawn) {
+            if let Err(error) = &drawn {
+                tracing::warn!(slot = row.slot.0, seq = row.seq.0, %error, "a row has no token; its request fails");
+            }
+            let token = drawn.ok();
+            if let Some(token) = &token {
+                self.last_tokens[row.slot.0 as usize] = Some(token.id);
+            }
+            output.rows.push(SampledRow {
+                slot: row.slot,
+                seq: row.seq,
+                epoch: row.epoch,
+                tokens: token.into_iter().collect(),
+            });
+        }
+        pending.sampled = Some(output);
+        Ok(())
+    }
+
+    fn poll(&mut self, step: StepId, _wait: Duration) -> Result<Option<StepOutput>, RunnerError> {
+        match self.pending.take() {
+            Some(Pending { id, sampled: Some(output) }) if id == step => Ok(Some(output)),
+            pending => {
+                self.pending = pending;
+                Err(refused(format!("step {} was not submitted and sampled", step.0)))
+            }
+        }
+    }
+
+    fn depth(&self) -> usize {
+        1
+    }
+}
+
+#[cfg(test)]
+mod tests;
