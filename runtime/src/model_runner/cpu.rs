@@ -9,14 +9,14 @@ use std::{
 };
 
 use super::{
-    ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SampledRow, StepId, StepOutput, TOKEN_FROM_SLOT,
+    ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SampledRow, StepId,
+    StepOutput, TOKEN_FROM_SLOT,
     cpu_backend::{CpuBackend, CpuBackendConfig, CpuBuf},
     memory,
 };
 use crate::{
     engine::request::{GeneratedToken, TokenId},
     models::{
-        backend::Backend,
         config::ModelConfig,
         decoder::{Activations, Decoder},
         loader,
@@ -190,8 +190,10 @@ impl CpuRunner {
             max_model_len: limits.max_model_len as usize,
             threads,
         };
-        let bytes = u64::from(limits.num_blocks) * u64::from(limits.block_size) * limits.kv_bytes_per_token;
-        let backend = CpuBackend::new(&model, &backend_config).ok_or(CpuRunnerError::CacheTooLarge { bytes })?;
+        let bytes =
+            u64::from(limits.num_blocks) * u64::from(limits.block_size) * limits.kv_bytes_per_token;
+        let backend = CpuBackend::new(&model, &backend_config)
+            .ok_or(CpuRunnerError::CacheTooLarge { bytes })?;
         let decoder = loader::load(&checkpoint, &model, &backend, threads)?;
         let buffer = |width| CpuBuf::new(width);
         let activations = Activations {
@@ -214,7 +216,11 @@ impl CpuRunner {
             "model ready"
         );
         Ok(Self {
-            sampler: Sampler::new(limits.vocab_size, limits.max_num_seqs, model.eos_token_ids.clone()),
+            sampler: Sampler::new(
+                limits.vocab_size,
+                limits.max_num_seqs,
+                model.eos_token_ids.clone(),
+            ),
             last_tokens: vec![None; limits.max_num_seqs as usize],
             limits,
             config: model,
@@ -240,8 +246,9 @@ impl CpuRunner {
             let rows = seq.query_start as usize..(seq.query_start + seq.query_len) as usize;
             for token in &mut self.input.token_ids[rows] {
                 if *token == TOKEN_FROM_SLOT {
-                    *token = self.last_tokens[seq.slot.0 as usize]
-                        .ok_or_else(|| refused(format!("slot {} has drawn no token yet", seq.slot.0)))?;
+                    *token = self.last_tokens[seq.slot.0 as usize].ok_or_else(|| {
+                        refused(format!("slot {} has drawn no token yet", seq.slot.0))
+                    })?;
                 }
             }
         }
@@ -250,18 +257,32 @@ impl CpuRunner {
 }
 
 /// The one formula for the KV pool, shared by start-up and admission through [`RunnerLimits`].
-fn limits(config: &CpuRunnerConfig, model: &ModelConfig, kv_dtype: KvDtype) -> Result<RunnerLimits, CpuRunnerError> {
-    for (name, value) in
-        [("--max-num-seqs", config.max_num_seqs), ("--max-num-batched-tokens", config.max_num_batched_tokens)]
-    {
+fn limits(
+    config: &CpuRunnerConfig,
+    model: &ModelConfig,
+    kv_dtype: KvDtype,
+) -> Result<RunnerLimits, CpuRunnerError> {
+    for (name, value) in [
+        ("--max-num-seqs", config.max_num_seqs),
+        ("--max-num-batched-tokens", config.max_num_batched_tokens),
+    ] {
         if value == 0 {
             return Err(CpuRunnerError::Zero { name });
         }
     }
     let model_len = u32::try_from(model.max_position).unwrap_or(u32::MAX);
     let wanted = match config.max_model_len {
-        Some(0) => return Err(CpuRunnerError::Zero { name: "--max-model-len" }),
-        Some(asked) if asked > model_len => return Err(CpuRunnerError::TooLong { asked, model: model_len }),
+        Some(0) => {
+            return Err(CpuRunnerError::Zero {
+                name: "--max-model-len",
+            });
+        }
+        Some(asked) if asked > model_len => {
+            return Err(CpuRunnerError::TooLong {
+                asked,
+                model: model_len,
+            });
+        }
         Some(asked) => asked,
         None => model_len,
     };
@@ -279,50 +300,121 @@ fn limits(config: &CpuRunnerConfig, model: &ModelConfig, kv_dtype: KvDtype) -> R
     let fits = u64::from(wanted) <= tokens;
     if tokens == 0 || (!fits && config.max_model_len.is_some()) {
         let bytes = u64::from(num_blocks) * block_bytes;
-        return Err(CpuRunnerError::CacheTooSmall { bytes, tokens, max_model_len: wanted });
+        return Err(CpuRunnerError::CacheTooSmall {
+            bytes,
+            tokens,
+            max_model_len: wanted,
+        });
     }
     Ok(RunnerLimits {
         block_size: BLOCK_SIZE,
         num_blocks,
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,
-        max_model_len: if fits { wanted } else { u32::try_from(tokens).unwrap_or(wanted) },
-        vocab_size: u32::try_from(model.vocab_size).expect("the configuration bounds sizes: this is a bug"),
+        max_model_len: if fits {
+            wanted
+        } else {
+            u32::try_from(tokens).unwrap_or(wanted)
+        },
+        vocab_size: u32::try_from(model.vocab_size)
+            .expect("the configuration bounds sizes: this is a bug"),
         kv_bytes_per_token,
     })
 }
 
 fn refused(message: String) -> RunnerError {
-    RunnerError { message, fatal: false }
+    RunnerError {
+        message,
+        fatal: false,
+    }
 }
 
 /// Checks a step against the limits: whatever passes cannot make a kernel read or write outside its buffers.
 fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), RunnerError> {
     let rows = input.token_ids.len();
-    let need = |holds: bool, what: &str| if holds { Ok(()) } else { Err(refused(format!("invalid step: {what}"))) };
-    need(rows > 0 && rows <= limits.max_num_batched_tokens as usize, "number of rows")?;
-    need(input.positions.len() == rows && input.slot_mapping.len() == rows, "lengths of the row arrays")?;
+    let need = |holds: bool, what: &str| {
+        if holds {
+            Ok(())
+        } else {
+            Err(refused(format!("invalid step: {what}")))
+        }
+    };
     need(
-        input.token_ids.iter().all(|token| *token < limits.vocab_size || *token == TOKEN_FROM_SLOT),
+        rows > 0 && rows <= limits.max_num_batched_tokens as usize,
+        "number of rows",
+    )?;
+    need(
+        input.positions.len() == rows && input.slot_mapping.len() == rows,
+        "lengths of the row arrays",
+    )?;
+    need(
+        input
+            .token_ids
+            .iter()
+            .all(|token| *token < limits.vocab_size || *token == TOKEN_FROM_SLOT),
         "a token is outside the vocabulary",
     )?;
-    need(input.positions.iter().all(|position| *position < limits.max_model_len), "a position is too large")?;
+    need(
+        input
+            .positions
+            .iter()
+            .all(|position| *position < limits.max_model_len),
+        "a position is too large",
+    )?;
     let pool = i64::from(limits.num_blocks) * i64::from(limits.block_size);
-    need(input.slot_mapping.iter().all(|slot| (-1..pool).contains(slot)), "a cache slot is outside the pool")?;
-    need(input.logit_rows.is_sorted_by(|a, b| a < b), "logit rows do not ascend")?;
-    need(input.logit_rows.last().is_none_or(|row| (*row as usize) < rows), "a logit row is outside the step")?;
+    need(
+        input
+            .slot_mapping
+            .iter()
+            .all(|slot| (-1..pool).contains(slot)),
+        "a cache slot is outside the pool",
+    )?;
+    need(
+        input.logit_rows.is_sorted_by(|a, b| a < b),
+        "logit rows do not ascend",
+    )?;
+    need(
+        input
+            .logit_rows
+            .last()
+            .is_none_or(|row| (*row as usize) < rows),
+        "a logit row is outside the step",
+    )?;
     let mut next_row = 0;
     for seq in &input.seqs {
-        need(seq.query_start == next_row && seq.query_len > 0, "sequences do not cover the rows in order")?;
+        need(
+            seq.query_start == next_row && seq.query_len > 0,
+            "sequences do not cover the rows in order",
+        )?;
         next_row = seq.query_start.saturating_add(seq.query_len);
-        need(seq.slot.0 < limits.max_num_seqs, "a slot is outside the limits")?;
-        need((seq.query_len..=limits.max_model_len).contains(&seq.context_len), "a context is too long or too short")?;
+        need(
+            seq.slot.0 < limits.max_num_seqs,
+            "a slot is outside the limits",
+        )?;
+        need(
+            (seq.query_len..=limits.max_model_len).contains(&seq.context_len),
+            "a context is too long or too short",
+        )?;
         let blocks = seq.context_len.div_ceil(limits.block_size) as usize;
-        need(seq.block_table.len() >= blocks, "a block table is too short")?;
-        need(seq.block_table.iter().all(|block| block.0 < limits.num_blocks), "a block is outside the pool")?;
+        need(
+            seq.block_table.len() >= blocks,
+            "a block table is too short",
+        )?;
+        need(
+            seq.block_table
+                .iter()
+                .all(|block| block.0 < limits.num_blocks),
+            "a block is outside the pool",
+        )?;
     }
     need(next_row as usize == rows, "sequences do not cover the rows")?;
-    need(input.init_slots.iter().all(|init| init.slot.0 < limits.max_num_seqs), "a bound slot is outside the limits")
+    need(
+        input
+            .init_slots
+            .iter()
+            .all(|init| init.slot.0 < limits.max_num_seqs),
+        "a bound slot is outside the limits",
+    )
 }
 
 impl ModelRunner for CpuRunner {
@@ -332,7 +424,9 @@ impl ModelRunner for CpuRunner {
 
     fn submit(&mut self, input: &ModelInput) -> Result<StepId, RunnerError> {
         if self.pending.is_some() {
-            return Err(refused("a step is still in flight and this runner's depth is 1".to_owned()));
+            return Err(refused(
+                "a step is still in flight and this runner's depth is 1".to_owned(),
+            ));
         }
         check(input, &self.limits)?;
         for init in &input.init_slots {
@@ -340,7 +434,8 @@ impl ModelRunner for CpuRunner {
             self.last_tokens[init.slot.0 as usize] = None;
         }
         self.take_input(input)?;
-        self.decoder.forward(&mut self.backend, &self.input, &mut self.activations);
+        self.decoder
+            .forward(&mut self.backend, &self.input, &mut self.activations);
         let id = StepId(self.next_step);
         self.next_step += 1;
         self.pending = Some(Pending { id, sampled: None });
@@ -348,16 +443,29 @@ impl ModelRunner for CpuRunner {
     }
 
     fn sample(&mut self, step: StepId, input: &SampleInput) -> Result<(), RunnerError> {
-        let pending = self.pending.as_mut().filter(|pending| pending.id == step && pending.sampled.is_none());
-        let pending = pending.ok_or_else(|| refused(format!("step {} does not wait for a draw", step.0)))?;
+        let pending = self
+            .pending
+            .as_mut()
+            .filter(|pending| pending.id == step && pending.sampled.is_none());
+        let pending =
+            pending.ok_or_else(|| refused(format!("step {} does not wait for a draw", step.0)))?;
         let rows = self.input.logit_rows.len();
-        if let Some(row) = input.rows.iter().find(|row| row.logit_index as usize >= rows) {
-            return Err(refused(format!("logit index {} of {rows}", row.logit_index)));
+        if let Some(row) = input
+            .rows
+            .iter()
+            .find(|row| row.logit_index as usize >= rows)
+        {
+            return Err(refused(format!(
+                "logit index {} of {rows}",
+                row.logit_index
+            )));
         }
         let logits = &mut self.activations.logits;
         let mut output = StepOutput::default();
         if input.return_logits {
-            output.logits.extend_from_slice(&logits.rows()[..rows * self.config.vocab_size]);
+            output
+                .logits
+                .extend_from_slice(&logits.rows()[..rows * self.config.vocab_size]);
         }
         let sampler = &self.sampler;
         let drawn: Vec<Result<GeneratedToken, SampleError>> = self.backend.map_rows(
@@ -386,10 +494,16 @@ impl ModelRunner for CpuRunner {
 
     fn poll(&mut self, step: StepId, _wait: Duration) -> Result<Option<StepOutput>, RunnerError> {
         match self.pending.take() {
-            Some(Pending { id, sampled: Some(output) }) if id == step => Ok(Some(output)),
+            Some(Pending {
+                id,
+                sampled: Some(output),
+            }) if id == step => Ok(Some(output)),
             pending => {
                 self.pending = pending;
-                Err(refused(format!("step {} was not submitted and sampled", step.0)))
+                Err(refused(format!(
+                    "step {} was not submitted and sampled",
+                    step.0
+                )))
             }
         }
     }

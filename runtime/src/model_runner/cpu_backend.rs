@@ -13,24 +13,25 @@ use super::cpu::KvDtype;
 
 /// Sizes of a [`CpuBackend`].
 #[derive(Debug, Clone)]
-pub struct CpuBackendConfig {
+#[allow(dead_code)] // The int8 and threaded paths read the rest.
+pub(super) struct CpuBackendConfig {
     /// f32 weights and arithmetic.
-    pub exact: bool,
+    pub(super) exact: bool,
     /// K and V.
-    pub kv_dtype: KvDtype,
+    pub(super) kv_dtype: KvDtype,
     /// Blocks in the pool.
-    pub num_blocks: usize,
+    pub(super) num_blocks: usize,
     /// Tokens in a block.
-    pub block_size: usize,
+    pub(super) block_size: usize,
     /// Longest sequence.
-    pub max_model_len: usize,
+    pub(super) max_model_len: usize,
     /// Threads.
-    pub threads: usize,
+    pub(super) threads: usize,
 }
 
 /// Rows of f32 activations; grows to the largest step and stays.
 #[derive(Debug, Default)]
-pub struct CpuBuf {
+pub(super) struct CpuBuf {
     data: Vec<f32>,
     rows: usize,
     width: usize,
@@ -39,13 +40,17 @@ pub struct CpuBuf {
 impl CpuBuf {
     /// An empty buffer for rows of `width` values.
     #[must_use]
-    pub fn new(width: usize) -> Self {
-        Self { data: Vec::new(), rows: 0, width }
+    pub(super) fn new(width: usize) -> Self {
+        Self {
+            data: Vec::new(),
+            rows: 0,
+            width,
+        }
     }
 
     /// All rows, one after another.
     #[must_use]
-    pub fn rows(&self) -> &[f32] {
+    pub(super) fn rows(&self) -> &[f32] {
         &self.data[..self.rows * self.width]
     }
 
@@ -59,7 +64,7 @@ impl CpuBuf {
 }
 
 /// Plain f32.
-pub struct CpuBackend {
+pub(super) struct CpuBackend {
     heads: usize,
     kv_heads: usize,
     dim: usize,
@@ -75,13 +80,13 @@ pub struct CpuBackend {
 impl CpuBackend {
     /// Bytes of K and V of one token, all layers.
     #[must_use]
-    pub fn kv_bytes_per_token(model: &ModelConfig, _dtype: KvDtype) -> u64 {
+    pub(super) fn kv_bytes_per_token(model: &ModelConfig, _dtype: KvDtype) -> u64 {
         (model.num_layers * 2 * model.num_kv_heads * model.head_dim * 4) as u64
     }
 
     /// Reserves the KV cache; `None` when it cannot be allocated.
     #[must_use]
-    pub fn new(model: &ModelConfig, config: &CpuBackendConfig) -> Option<Self> {
+    pub(super) fn new(model: &ModelConfig, config: &CpuBackendConfig) -> Option<Self> {
         let len = config.num_blocks * config.block_size * model.num_kv_heads * model.head_dim;
         Some(Self {
             heads: model.num_heads,
@@ -92,19 +97,23 @@ impl CpuBackend {
             window: model.sliding_window.unwrap_or(usize::MAX),
             block_size: config.block_size,
             freqs: model.rope.inverse_frequencies(model.head_dim),
-            kv: (0..model.num_layers).map(|_| (vec![0.0; len], vec![0.0; len])).collect(),
+            kv: (0..model.num_layers)
+                .map(|_| (vec![0.0; len], vec![0.0; len]))
+                .collect(),
         })
     }
 
     /// Calls `run` for each of these rows with its index and the row.
-    pub fn map_rows<T>(
+    pub(super) fn map_rows<T>(
         &self,
         buf: &mut CpuBuf,
         rows: impl Iterator<Item = usize>,
         run: impl Fn(usize, &mut [f32]) -> T,
     ) -> Vec<T> {
         let width = buf.width;
-        rows.enumerate().map(|(index, row)| run(index, &mut buf.data[row * width..(row + 1) * width])).collect()
+        rows.enumerate()
+            .map(|(index, row)| run(index, &mut buf.data[row * width..(row + 1) * width]))
+            .collect()
     }
 
     fn norm(&self, x: &[f32], weight: &[f32], out: &mut [f32]) {
@@ -120,7 +129,7 @@ impl CpuBackend {
 }
 
 /// A plain matrix.
-pub struct PlainMatrix {
+pub(super) struct PlainMatrix {
     values: Vec<f32>,
     columns: usize,
 }
@@ -131,7 +140,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     let (b, b_rest) = b.as_chunks::<32>();
     for (a, b) in a.iter().zip(b) {
         for i in 0..32 {
-            sums[i] = a[i].mul_add(b[i], sums[i]);
+            sums[i] += a[i] * b[i];
         }
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
@@ -171,14 +180,24 @@ impl Backend for CpuBackend {
             path: "the model".to_owned(),
             message: format!("storage type {:?} is not supported", matrix.kind),
         })?;
-        Ok(PlainMatrix { values, columns: matrix.columns })
+        Ok(PlainMatrix {
+            values,
+            columns: matrix.columns,
+        })
     }
 
     fn vector(&self, values: Vec<f32>) -> Vec<f32> {
         values
     }
 
-    fn embed_norm(&mut self, tokens: &[TokenId], embedding: &PlainMatrix, norm: &Vec<f32>, residual: &mut CpuBuf, out: &mut CpuBuf) {
+    fn embed_norm(
+        &mut self,
+        tokens: &[TokenId],
+        embedding: &PlainMatrix,
+        norm: &Vec<f32>,
+        residual: &mut CpuBuf,
+        out: &mut CpuBuf,
+    ) {
         let width = self.hidden;
         let rows = residual.set_rows(tokens.len());
         for (row, token) in rows.chunks_exact_mut(width).zip(tokens) {
@@ -187,7 +206,13 @@ impl Backend for CpuBackend {
         self.norm(residual.rows(), norm, out.set_rows(tokens.len()));
     }
 
-    fn linear(&mut self, x: &CpuBuf, weight: &Linear<PlainMatrix>, _adapters: AdapterRows, out: &mut CpuBuf) {
+    fn linear(
+        &mut self,
+        x: &CpuBuf,
+        weight: &Linear<PlainMatrix>,
+        _adapters: AdapterRows,
+        out: &mut CpuBuf,
+    ) {
         out.set_rows(x.rows);
         let mut first = 0;
         for part in &weight.parts {
@@ -200,7 +225,9 @@ impl Backend for CpuBackend {
         }
         if let Some(bias) = &weight.bias {
             for row in out.data[..out.rows * out.width].chunks_exact_mut(bias.len()) {
-                row.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+                row.iter_mut()
+                    .zip(bias)
+                    .for_each(|(out, bias)| *out += bias);
             }
         }
     }
@@ -208,12 +235,23 @@ impl Backend for CpuBackend {
     fn rope_write_kv(&mut self, qkv: &mut CpuBuf, args: &RopeArgs<'_, Vec<f32>>) {
         let (dim, half) = (self.dim, self.dim / 2);
         let kv_size = self.kv_heads * dim;
-        for (index, row) in qkv.data[..qkv.rows * qkv.width].chunks_exact_mut(qkv.width).enumerate() {
+        for (index, row) in qkv.data[..qkv.rows * qkv.width]
+            .chunks_exact_mut(qkv.width)
+            .enumerate()
+        {
             for head in 0..self.heads + self.kv_heads {
                 let head_row = &mut row[head * dim..][..dim];
                 if let Some(norms) = args.norms {
                     let input = head_row.to_vec();
-                    self.norm(&input, if head < self.heads { &norms.query } else { &norms.key }, head_row);
+                    self.norm(
+                        &input,
+                        if head < self.heads {
+                            &norms.query
+                        } else {
+                            &norms.key
+                        },
+                        head_row,
+                    );
                 }
                 for i in 0..half {
                     let (sin, cos) = (f64::from(args.positions[index]) * self.freqs[i]).sin_cos();
@@ -232,8 +270,18 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn attention(&mut self, layer: usize, qkv: &CpuBuf, seqs: &[AttentionSeq<'_>], out: &mut CpuBuf) {
-        let (dim, group, kv_size) = (self.dim, self.heads / self.kv_heads, self.kv_heads * self.dim);
+    fn attention(
+        &mut self,
+        layer: usize,
+        qkv: &CpuBuf,
+        seqs: &[AttentionSeq<'_>],
+        out: &mut CpuBuf,
+    ) {
+        let (dim, group, kv_size) = (
+            self.dim,
+            self.heads / self.kv_heads,
+            self.kv_heads * self.dim,
+        );
         let (keys, values) = &self.kv[layer];
         out.set_rows(qkv.rows);
         let mut scores = Vec::new();
@@ -242,21 +290,28 @@ impl Backend for CpuBackend {
                 let end = seq.context_len - seq.query_len + i + 1;
                 let start = end.saturating_sub(self.window);
                 let slot = |position: usize| {
-                    seq.block_table[position / self.block_size].0 as usize * self.block_size + position % self.block_size
+                    seq.block_table[position / self.block_size].0 as usize * self.block_size
+                        + position % self.block_size
                 };
                 for head in 0..self.heads {
                     let row = seq.query_start + i;
                     let q = &qkv.data[row * qkv.width + head * dim..][..dim];
                     let at = |position| slot(position) * kv_size + head / group * dim;
                     scores.clear();
-                    scores.extend((start..end).map(|p| dot(q, &keys[at(p)..][..dim]) / (dim as f32).sqrt()));
+                    scores.extend(
+                        (start..end).map(|p| dot(q, &keys[at(p)..][..dim]) / (dim as f32).sqrt()),
+                    );
                     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    scores.iter_mut().for_each(|score| *score = (*score - max).exp());
+                    scores
+                        .iter_mut()
+                        .for_each(|score| *score = (*score - max).exp());
                     let sum: f32 = scores.iter().sum();
                     let out = &mut out.data[row * out.width + head * dim..][..dim];
                     out.fill(0.0);
                     for (score, p) in scores.iter().zip(start..end) {
-                        out.iter_mut().zip(&values[at(p)..][..dim]).for_each(|(out, v)| *out += score / sum * v);
+                        out.iter_mut()
+                            .zip(&values[at(p)..][..dim])
+                            .for_each(|(out, v)| *out += score / sum * v);
                     }
                 }
             }
@@ -266,15 +321,29 @@ impl Backend for CpuBackend {
     fn silu_mul(&mut self, gate_up: &CpuBuf, out: &mut CpuBuf) {
         let width = out.width;
         let rows = out.set_rows(gate_up.rows);
-        for (row, out) in gate_up.rows().chunks_exact(2 * width).zip(rows.chunks_exact_mut(width)) {
+        for (row, out) in gate_up
+            .rows()
+            .chunks_exact(2 * width)
+            .zip(rows.chunks_exact_mut(width))
+        {
             for i in 0..width {
                 out[i] = row[i] / (1.0 + (-row[i]).exp()) * row[width + i];
             }
         }
     }
 
-    fn reduce_add_norm(&mut self, delta: &CpuBuf, norm: &Vec<f32>, residual: &mut CpuBuf, out: &mut CpuBuf) {
-        residual.data.iter_mut().zip(delta.rows()).for_each(|(residual, delta)| *residual += delta);
+    fn reduce_add_norm(
+        &mut self,
+        delta: &CpuBuf,
+        norm: &Vec<f32>,
+        residual: &mut CpuBuf,
+        out: &mut CpuBuf,
+    ) {
+        residual
+            .data
+            .iter_mut()
+            .zip(delta.rows())
+            .for_each(|(residual, delta)| *residual += delta);
         self.norm(residual.rows(), norm, out.set_rows(residual.rows));
     }
 

@@ -6,12 +6,18 @@
 
 pub mod fake;
 
+pub mod cpu;
+mod cpu_backend;
+mod memory;
+
 use std::{sync::Arc, time::Duration};
 
 use crate::{
     engine::request::{GeneratedToken, SamplingParams, SeqId, TokenId},
     kv_cache::BlockId,
 };
+
+pub use cpu::{CpuRunner, CpuRunnerConfig, CpuRunnerError, Dtype, KvCacheSize, KvDtype};
 
 /// Stable index `< max_num_seqs` of a running sequence: per-request state of the runner lives in arrays indexed by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

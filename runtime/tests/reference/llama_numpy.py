@@ -4,13 +4,14 @@ It shares no code and no method with the runtime: it reads the GGUF with the `gg
 package's own routines, keeps llama.cpp's interleaved rotary pairs instead of un-permuting rows, and attends over
 ordinary contiguous arrays.
 
-    python llama_numpy.py MODEL.gguf golden.json golden-hidden.safetensors
+    python llama_numpy.py MODEL.gguf golden.json golden-hidden.safetensors passage.txt passage.json
 
-needs the PyPI packages numpy, gguf and tokenizers. It writes
+needs the PyPI packages numpy, gguf and tokenizers. It reads passage.txt, and writes
 - golden.json: for each prompt its text, its token ids, 48 greedy tokens, the gap between the two largest logits
   before each of them, and the eight largest logits after the prompt;
 - golden-hidden.safetensors: `hidden` f32 [positions of all prompts, hidden size], the normalised hidden state at
-  every prompt position. Logits are the output matrix times these, so the file holds every logit of every position.
+  every prompt position. Logits are the output matrix times these, so the file holds every logit of every position;
+- passage.json: the token ids of passage.txt and their mean negative log-likelihood in nats.
 """
 
 import json
@@ -148,9 +149,27 @@ def write_safetensors(path, name, array):
         file.write(struct.pack("<Q", len(header)) + header + raw)
 
 
-def main(model_path, golden_path, hidden_path):
+def score(model, tokens):
+    """Mean negative log-likelihood of each token after the first, given those before it."""
+    hidden = model.forward(tokens, [None] * model.layers)
+    total = 0.0
+    for start in range(0, len(tokens) - 1, 128):
+        targets = tokens[start + 1 : start + 129]
+        logits = (hidden[start : start + len(targets)] @ model.head.T).astype(np.float64)
+        peak = logits.max(-1)
+        total += (np.log(np.exp(logits - peak[:, None]).sum(-1)) + peak).sum()
+        total -= logits[np.arange(len(targets)), targets].sum()
+    return total / (len(tokens) - 1)
+
+
+def main(model_path, golden_path, hidden_path, text_path, passage_path):
     model = Llama(model_path)
     encode = tokenizer(model)
+    with open(text_path, encoding="utf-8") as file:
+        tokens = encode.encode(file.read(), add_special_tokens=False).ids
+    with open(passage_path, "w", encoding="utf-8") as file:
+        json.dump({"mean_nll": score(model, tokens), "tokens": tokens}, file)
+        file.write("\n")
     cases, states = [], []
     for text in [chat(question) for question in QUESTIONS] + TEXTS:
         prompt = encode.encode(text, add_special_tokens=False).ids
