@@ -22,7 +22,7 @@ pub enum GatewayError {
     Unresolved(#[from] Unresolved),
     /// The model is served to nobody who holds this key, or by several services.
     #[error(
-        "the model `{model}` does not exist or your key has no access to it; `NAMESPACE/NAME` as model names one service"
+        "the model `{model}` does not exist or your API key has no access to it; `NAMESPACE/NAME` as model names one service"
     )]
     ModelNotFound {
         /// The model asked for.

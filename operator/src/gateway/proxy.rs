@@ -271,7 +271,10 @@ impl Proxy {
                 Ok(admitted)
             }
             ModelMatch::Among(candidates) => {
-                let key = key.ok_or(GatewayError::KeyMissing)?;
+                // Without a key there is nothing to be found: the answer is the same as for a key of nobody's.
+                let Some(key) = key else {
+                    return Err(GatewayError::ModelNotFound { model }.into());
+                };
                 let mut accepted = self.accepting(candidates, key, OnMiss::ReadAgain).await;
                 let (Some((service, client)), None) = (accepted.pop(), accepted.pop()) else {
                     return Err(GatewayError::ModelNotFound { model }.into());
