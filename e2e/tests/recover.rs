@@ -19,7 +19,7 @@ async fn ask(ns: &Namespace, service: &DynamicObject) -> Result<()> {
     let url = format!("{}/chat/completions", text(service, "/status/url")?);
     let answer = ns
         .http
-        .post(&url, &chat("smollm2", QUESTION, 32))
+        .post(&url, &chat(&service.name_any(), QUESTION, 32))
         .await?
         .chat_text()?;
     ensure!(answer.contains("Paris"), "the answer is {answer:?}");

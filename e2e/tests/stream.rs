@@ -152,15 +152,16 @@ async fn a_pod_that_is_told_to_stop_finishes_its_answers_first() -> Result<()> {
             "the stream was cut: {:?}",
             all.last()
         );
-        let usage = all.iter().rev().find_map(|event| {
+        let finish = all.iter().find_map(|event| {
             let chunk: Value = serde_json::from_str(&event.data).ok()?;
             chunk
-                .pointer("/usage/completion_tokens")
-                .and_then(Value::as_u64)
+                .pointer("/choices/0/finish_reason")
+                .and_then(Value::as_str)
+                .map(ToOwned::to_owned)
         });
         ensure!(
-            usage.is_some_and(|tokens| tokens > 1),
-            "no usage in the answer of a stopping pod"
+            matches!(finish.as_deref(), Some("stop" | "length")),
+            "the stopping pod ended the answer with {finish:?}"
         );
 
         wait::gone(&api, &old, wait::REACTION).await?;
