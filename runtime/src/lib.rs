@@ -15,6 +15,8 @@
 //! - a request can fail, the engine cannot because of a request.
 #![deny(unsafe_code)]
 
+pub mod batch;
+pub mod bench;
 pub mod config;
 pub mod engine;
 pub mod hub;

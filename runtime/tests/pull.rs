@@ -460,7 +460,7 @@ fn a_cache_shows_a_model_only_when_it_is_whole() {
     assert_eq!(complete(&cache), Vec::<PathBuf>::new());
     server.clear_faults();
     let pulled = pull_from(&server, Place::Cache(cache.clone())).unwrap();
-    assert_eq!(complete(&cache), [pulled.folder.clone()]);
+    assert_eq!(complete(&cache), std::slice::from_ref(&pulled.folder));
     assert_eq!(
         pulled.folder.file_name().unwrap().len(),
         64,
