@@ -153,11 +153,12 @@ impl LayerCache {
     }
 }
 
+/// Zeroes that take no memory until they are written: the system hands out zero pages. None when it refuses.
 fn zeroed<T: Clone + Default>(len: usize) -> Option<Vec<T>> {
-    let mut data = Vec::new();
-    data.try_reserve_exact(len).ok()?;
-    data.resize(len, T::default());
-    Some(data)
+    let mut probe = Vec::<T>::new();
+    probe.try_reserve_exact(len).ok()?;
+    drop(probe);
+    Some(vec![T::default(); len])
 }
 
 fn write_token<T>(

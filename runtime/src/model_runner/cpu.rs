@@ -26,7 +26,9 @@ use crate::{
 };
 
 /// Tokens in a block.
-pub const BLOCK_SIZE: u32 = 16;
+pub const BLOCK_SIZE: u32 = ashlar_kernels::cpu::attention::BLOCK_SIZE as u32;
+/// What the attention kernel needs `head_dim` to be a multiple of.
+const HEAD_DIM_MULTIPLE: usize = 16;
 /// Share of the memory that [`KvCacheSize::Auto`] may take: 1 / this.
 const AUTO_MEMORY_SHARE: u64 = 4;
 
@@ -172,6 +174,13 @@ impl CpuRunner {
         let started = Instant::now();
         let checkpoint = Checkpoint::open(&config.path)?;
         let model = ModelConfig::from_checkpoint(&checkpoint)?;
+        if !model.head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
+            let message = format!(
+                "its heads have {} values, not a multiple of {HEAD_DIM_MULTIPLE}",
+                model.head_dim
+            );
+            return Err(checkpoint.unsupported(message).into());
+        }
         let kv_dtype = match (config.kv_dtype, config.dtype) {
             (KvDtype::Auto, Dtype::Float32) => KvDtype::Float32,
             (KvDtype::Auto, Dtype::Auto) => KvDtype::Float16,
@@ -185,9 +194,7 @@ impl CpuRunner {
         let backend_config = CpuBackendConfig {
             exact: config.dtype == Dtype::Float32,
             kv_dtype,
-            num_blocks: limits.num_blocks as usize,
-            block_size: limits.block_size as usize,
-            max_model_len: limits.max_model_len as usize,
+            num_blocks: limits.num_blocks,
             threads,
         };
         let bytes =
@@ -205,6 +212,7 @@ impl CpuRunner {
             gate_up: buffer(2 * model.intermediate_size),
             mlp: buffer(model.intermediate_size),
             logits: buffer(model.vocab_size),
+            blocks: Vec::new(),
         };
         tracing::info!(
             model = %config.path.display(),
@@ -465,15 +473,17 @@ impl ModelRunner for CpuRunner {
         if input.return_logits {
             output
                 .logits
-                .extend_from_slice(&logits.rows()[..rows * self.config.vocab_size]);
+                .extend_from_slice(&logits.values()[..rows * self.config.vocab_size]);
         }
         let sampler = &self.sampler;
-        let drawn: Vec<Result<GeneratedToken, SampleError>> = self.backend.map_rows(
+        let drawn: Vec<Option<Result<GeneratedToken, SampleError>>> = self.backend.map_rows(
             logits,
             input.rows.iter().map(|row| row.logit_index as usize),
             |index, logits| sampler.sample(&input.rows[index], logits),
         );
         for (row, drawn) in input.rows.iter().zip(drawn) {
+            let drawn = drawn
+                .ok_or_else(|| refused(format!("two rows draw from logits {}", row.logit_index)))?;
             if let Err(error) = &drawn {
                 tracing::warn!(slot = row.slot.0, seq = row.seq.0, %error, "a row has no token; its request fails");
             }

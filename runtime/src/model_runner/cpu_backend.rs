@@ -1,36 +1,44 @@
-//! [`Backend`] on the CPU.
+//! [`Backend`] on the CPU: the host kernels of `ashlar-kernels`, their thread pool and the KV cache of every layer.
+//!
+//! Activations are f32 rows. Where a matrix is quantised its input is quantised to int8 once, for all its parts.
 
-use crate::{
-    engine::request::TokenId,
-    models::{
-        backend::{AdapterRows, AttentionSeq, Backend, Linear, RopeArgs},
-        config::ModelConfig,
-    },
-    weights::{GgmlType, RawTensor, WeightsError},
+use std::sync::Mutex;
+
+use ashlar_kernels::cpu::{
+    self as kernels, AttentionArgs, BlockFormat, KernelError, KvLayout, LayerCache, MatmulInput,
+    PackedMatrix, QuantizedRows, ThreadPool,
+    attention::{BLOCK_SIZE, paged_attention},
+    elementwise,
 };
 
 use super::cpu::KvDtype;
+use crate::{
+    engine::request::TokenId,
+    models::{
+        backend::{AdapterRows, AttentionSeq, Backend, HeadNorms, Linear, RopeArgs},
+        config::ModelConfig,
+    },
+    weights::{GgmlType, RawTensor},
+};
+
+/// Rows that make a task worth handing out, where a row is a few thousand operations.
+const ROWS_PER_TASK: usize = 16;
 
 /// Sizes of a [`CpuBackend`].
 #[derive(Debug, Clone)]
-#[allow(dead_code)] // The int8 and threaded paths read the rest.
 pub(super) struct CpuBackendConfig {
-    /// f32 weights and arithmetic.
+    /// Weights are dequantised exactly to f32.
     pub(super) exact: bool,
-    /// K and V.
+    /// K and V; [`KvDtype::Auto`] has been resolved.
     pub(super) kv_dtype: KvDtype,
     /// Blocks in the pool.
-    pub(super) num_blocks: usize,
-    /// Tokens in a block.
-    pub(super) block_size: usize,
-    /// Longest sequence.
-    pub(super) max_model_len: usize,
-    /// Threads.
+    pub(super) num_blocks: u32,
+    /// Threads, the engine's own included.
     pub(super) threads: usize,
 }
 
 /// Rows of f32 activations; grows to the largest step and stays.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct CpuBuf {
     data: Vec<f32>,
     rows: usize,
@@ -39,7 +47,6 @@ pub(super) struct CpuBuf {
 
 impl CpuBuf {
     /// An empty buffer for rows of `width` values.
-    #[must_use]
     pub(super) fn new(width: usize) -> Self {
         Self {
             data: Vec::new(),
@@ -49,141 +56,214 @@ impl CpuBuf {
     }
 
     /// All rows, one after another.
-    #[must_use]
-    pub(super) fn rows(&self) -> &[f32] {
+    pub(super) fn values(&self) -> &[f32] {
         &self.data[..self.rows * self.width]
     }
 
-    fn set_rows(&mut self, rows: usize) -> &mut [f32] {
+    fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.data[..self.rows * self.width]
+    }
+
+    /// Makes room for `rows` rows; what they hold is left over from earlier steps.
+    fn with_rows(&mut self, rows: usize) -> &mut [f32] {
         self.rows = rows;
         if self.data.len() < rows * self.width {
             self.data.resize(rows * self.width, 0.0);
         }
-        &mut self.data[..rows * self.width]
+        self.values_mut()
     }
 }
 
-/// Plain f32.
+/// The CPU as a device.
 pub(super) struct CpuBackend {
+    pool: ThreadPool,
+    exact: bool,
     heads: usize,
     kv_heads: usize,
-    dim: usize,
-    hidden: usize,
+    head_dim: usize,
     eps: f32,
-    window: usize,
-    block_size: usize,
-    freqs: Vec<f64>,
-    /// Per layer: K then V, `[slots][kv_heads·dim]`.
-    kv: Vec<(Vec<f32>, Vec<f32>)>,
+    window: Option<usize>,
+    /// Angular frequencies, `[head_dim / 2]`.
+    frequencies: Vec<f64>,
+    /// Cosines and sines of the step's rows, `[rows, head_dim / 2]`, computed in its first layer.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    caches: Vec<LayerCache>,
+    quantized: QuantizedRows,
+}
+
+/// The kernels' name of a K and V type.
+fn kernel_dtype(dtype: KvDtype) -> kernels::KvDtype {
+    match dtype {
+        KvDtype::Auto | KvDtype::Float16 => kernels::KvDtype::F16,
+        KvDtype::Float32 => kernels::KvDtype::F32,
+    }
+}
+
+fn layout(model: &ModelConfig, dtype: KvDtype, num_blocks: u32) -> KvLayout {
+    KvLayout {
+        num_blocks: num_blocks as usize,
+        kv_heads: model.num_kv_heads,
+        head_dim: model.head_dim,
+        dtype: kernel_dtype(dtype),
+    }
 }
 
 impl CpuBackend {
     /// Bytes of K and V of one token, all layers.
-    #[must_use]
-    pub(super) fn kv_bytes_per_token(model: &ModelConfig, _dtype: KvDtype) -> u64 {
-        (model.num_layers * 2 * model.num_kv_heads * model.head_dim * 4) as u64
+    pub(super) fn kv_bytes_per_token(model: &ModelConfig, dtype: KvDtype) -> u64 {
+        (layout(model, dtype, 1).block_bytes() / BLOCK_SIZE * model.num_layers) as u64
     }
 
-    /// Reserves the KV cache; `None` when it cannot be allocated.
-    #[must_use]
+    /// Starts the threads and reserves the KV cache; `None` when that cannot be allocated.
     pub(super) fn new(model: &ModelConfig, config: &CpuBackendConfig) -> Option<Self> {
-        let len = config.num_blocks * config.block_size * model.num_kv_heads * model.head_dim;
+        let layout = layout(model, config.kv_dtype, config.num_blocks);
         Some(Self {
+            pool: ThreadPool::new(config.threads),
+            exact: config.exact,
             heads: model.num_heads,
             kv_heads: model.num_kv_heads,
-            dim: model.head_dim,
-            hidden: model.hidden_size,
+            head_dim: model.head_dim,
             eps: model.rms_norm_eps,
-            window: model.sliding_window.unwrap_or(usize::MAX),
-            block_size: config.block_size,
-            freqs: model.rope.inverse_frequencies(model.head_dim),
-            kv: (0..model.num_layers)
-                .map(|_| (vec![0.0; len], vec![0.0; len]))
-                .collect(),
+            window: model.sliding_window,
+            frequencies: model.rope.inverse_frequencies(model.head_dim),
+            cos: Vec::new(),
+            sin: Vec::new(),
+            caches: (0..model.num_layers)
+                .map(|_| LayerCache::new(layout))
+                .collect::<Option<_>>()?,
+            quantized: QuantizedRows::default(),
         })
     }
 
-    /// Calls `run` for each of these rows with its index and the row.
-    pub(super) fn map_rows<T>(
+    /// Calls `run` with each of these rows of `buf` (all different) and its place in `rows`, on all threads.
+    /// Results are in the order of `rows`; a row that is named twice or absent gets none.
+    pub(super) fn map_rows<T: Send>(
         &self,
         buf: &mut CpuBuf,
         rows: impl Iterator<Item = usize>,
-        run: impl Fn(usize, &mut [f32]) -> T,
-    ) -> Vec<T> {
+        run: impl Fn(usize, &mut [f32]) -> T + Sync,
+    ) -> Vec<Option<T>> {
         let width = buf.width;
-        rows.enumerate()
-            .map(|(index, row)| run(index, &mut buf.data[row * width..(row + 1) * width]))
-            .collect()
+        let mut all: Vec<Option<&mut [f32]>> =
+            buf.values_mut().chunks_exact_mut(width).map(Some).collect();
+        let tasks: Vec<Mutex<(Option<&mut [f32]>, Option<T>)>> = rows
+            .map(|row| Mutex::new((all.get_mut(row).and_then(Option::take), None)))
+            .collect();
+        self.pool.run(tasks.len(), &|task, _| {
+            let mut slot = tasks[task].lock().expect("a task panicked: this is a bug");
+            let (row, result) = &mut *slot;
+            *result = row.as_mut().map(|row| run(task, row));
+        });
+        let results = tasks
+            .into_iter()
+            .map(|task| task.into_inner().expect("a task panicked: this is a bug").1);
+        results.collect()
     }
 
-    fn norm(&self, x: &[f32], weight: &[f32], out: &mut [f32]) {
-        let width = weight.len();
-        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-            let mean = dot(x, x) / width as f32;
-            let scale = 1.0 / (mean + self.eps).sqrt();
-            for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
-                *out = x * scale * w;
+    /// Calls `run(first_row, rows)` on pieces of `data` that cover it, on all threads.
+    fn for_rows(&self, data: &mut [f32], width: usize, run: impl Fn(usize, &mut [f32]) + Sync) {
+        if data.len() <= ROWS_PER_TASK * width {
+            run(0, data);
+            return;
+        }
+        let pieces: Vec<Mutex<&mut [f32]>> = data
+            .chunks_mut(ROWS_PER_TASK * width)
+            .map(Mutex::new)
+            .collect();
+        self.pool.run(pieces.len(), &|task, _| {
+            let mut piece = pieces[task].lock().expect("a task panicked: this is a bug");
+            run(task * ROWS_PER_TASK, &mut piece);
+        });
+    }
+
+    fn compute_angles(&mut self, positions: &[u32]) {
+        self.cos.clear();
+        self.sin.clear();
+        for position in positions {
+            for frequency in &self.frequencies {
+                let (sin, cos) = (f64::from(*position) * frequency).sin_cos();
+                self.cos.push(cos as f32);
+                self.sin.push(sin as f32);
             }
+        }
+    }
+
+    /// Norms and rotates the q and k heads of one row.
+    fn rotate_row(&self, row: usize, qk: &mut [f32], norms: Option<&HeadNorms<Vec<f32>>>) {
+        let half = self.head_dim / 2;
+        let (cos, sin) = (
+            &self.cos[row * half..][..half],
+            &self.sin[row * half..][..half],
+        );
+        for (index, head) in qk.chunks_exact_mut(self.head_dim).enumerate() {
+            if let Some(norms) = norms {
+                let weight = if index < self.heads {
+                    &norms.query
+                } else {
+                    &norms.key
+                };
+                elementwise::head_norm(head, weight, self.eps);
+            }
+            elementwise::rope(head, cos, sin);
         }
     }
 }
 
-/// A plain matrix.
-pub(super) struct PlainMatrix {
-    values: Vec<f32>,
-    columns: usize,
+/// The kernels' name of a storage type they can read.
+fn block_format(kind: GgmlType) -> Option<BlockFormat> {
+    Some(match kind {
+        GgmlType::F32 => BlockFormat::F32,
+        GgmlType::F16 => BlockFormat::F16,
+        GgmlType::BF16 => BlockFormat::BF16,
+        GgmlType::Q4_0 => BlockFormat::Q4_0,
+        GgmlType::Q4_1 => BlockFormat::Q4_1,
+        GgmlType::Q5_0 => BlockFormat::Q5_0,
+        GgmlType::Q5_1 => BlockFormat::Q5_1,
+        GgmlType::Q8_0 => BlockFormat::Q8_0,
+        GgmlType::Q4K => BlockFormat::Q4K,
+        GgmlType::Q5K => BlockFormat::Q5K,
+        GgmlType::Q6K => BlockFormat::Q6K,
+        _ => return None,
+    })
 }
 
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0f32; 32];
-    let (a, a_rest) = a.as_chunks::<32>();
-    let (b, b_rest) = b.as_chunks::<32>();
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..32 {
-            sums[i] += a[i] * b[i];
-        }
+/// Exact mode packs f32. Otherwise formats that a product reads are packed as they are, and the others as 8 bits.
+fn pack(
+    raw: &RawTensor<'_>,
+    format: BlockFormat,
+    exact: bool,
+) -> Result<PackedMatrix, KernelError> {
+    let as_stored = matches!(
+        format,
+        BlockFormat::F32
+            | BlockFormat::F16
+            | BlockFormat::BF16
+            | BlockFormat::Q4_0
+            | BlockFormat::Q4_1
+            | BlockFormat::Q8_0
+    );
+    if as_stored && !exact {
+        return PackedMatrix::from_rows(format, raw.rows, raw.columns, &raw.data);
     }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    sums.iter().sum::<f32>() + rest
-}
-
-fn dequantise(raw: &RawTensor<'_>) -> Option<Vec<f32>> {
-    let f16 = |bytes: &[u8]| half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
-    let blocks = raw.data.chunks_exact(raw.kind.block_bytes());
-    let mut values = Vec::with_capacity(raw.rows * raw.columns);
-    match raw.kind {
-        GgmlType::Q4_1 => {
-            for block in blocks {
-                let (d, m) = (f16(block), f16(&block[2..]));
-                values.extend(block[4..].iter().map(|q| f32::from(q & 15) * d + m));
-                values.extend(block[4..].iter().map(|q| f32::from(q >> 4) * d + m));
-            }
-        }
-        GgmlType::Q8_0 => {
-            for block in blocks {
-                let d = f16(block);
-                values.extend(block[2..].iter().map(|q| f32::from(*q as i8) * d));
-            }
-        }
-        _ => return raw.to_f32(),
+    let mut values = vec![0.0; raw.rows * raw.columns];
+    format.dequantize(&raw.data, &mut values)?;
+    if exact {
+        PackedMatrix::from_f32(raw.rows, raw.columns, &values)
+    } else {
+        PackedMatrix::quantize_q8(raw.rows, raw.columns, &values)
     }
-    Some(values)
 }
 
 impl Backend for CpuBackend {
     type Buf = CpuBuf;
-    type Matrix = PlainMatrix;
+    type Matrix = PackedMatrix;
     type Vector = Vec<f32>;
 
-    fn pack(&self, matrix: &RawTensor<'_>) -> Result<PlainMatrix, WeightsError> {
-        let values = dequantise(matrix).ok_or_else(|| WeightsError::Unsupported {
-            path: "the model".to_owned(),
-            message: format!("storage type {:?} is not supported", matrix.kind),
-        })?;
-        Ok(PlainMatrix {
-            values,
-            columns: matrix.columns,
-        })
+    fn pack(&self, matrix: &RawTensor<'_>) -> Result<PackedMatrix, String> {
+        let format = block_format(matrix.kind)
+            .ok_or_else(|| format!("the CPU cannot compute with {:?}", matrix.kind))?;
+        pack(matrix, format, self.exact).map_err(|error| error.to_string())
     }
 
     fn vector(&self, values: Vec<f32>) -> Vec<f32> {
@@ -193,81 +273,73 @@ impl Backend for CpuBackend {
     fn embed_norm(
         &mut self,
         tokens: &[TokenId],
-        embedding: &PlainMatrix,
+        embedding: &PackedMatrix,
         norm: &Vec<f32>,
         residual: &mut CpuBuf,
         out: &mut CpuBuf,
     ) {
-        let width = self.hidden;
-        let rows = residual.set_rows(tokens.len());
-        for (row, token) in rows.chunks_exact_mut(width).zip(tokens) {
-            row.copy_from_slice(&embedding.values[*token as usize * width..][..width]);
-        }
-        self.norm(residual.rows(), norm, out.set_rows(tokens.len()));
+        let width = residual.width;
+        self.for_rows(residual.with_rows(tokens.len()), width, |first, rows| {
+            for (row, token) in rows.chunks_exact_mut(width).zip(&tokens[first..]) {
+                embedding.dequantize_row(*token as usize, row);
+            }
+        });
+        elementwise::rms_norm(
+            &self.pool,
+            residual.values(),
+            norm,
+            self.eps,
+            out.with_rows(tokens.len()),
+        );
     }
 
     fn linear(
         &mut self,
         x: &CpuBuf,
-        weight: &Linear<PlainMatrix>,
+        weight: &Linear<PackedMatrix>,
         _adapters: AdapterRows,
         out: &mut CpuBuf,
     ) {
-        out.set_rows(x.rows);
-        let mut first = 0;
+        if weight.parts.iter().any(PackedMatrix::is_quantized) {
+            self.quantized.quantize(&self.pool, x.values(), x.width);
+        }
+        let (stride, y) = (out.width, out.with_rows(x.rows));
+        let mut offset = 0;
         for part in &weight.parts {
-            for (index, w) in part.values.chunks_exact(part.columns).enumerate() {
-                for (row, x) in x.rows().chunks_exact(part.columns).enumerate() {
-                    out.data[row * weight.out_features + first + index] = dot(x, w);
-                }
-            }
-            first += part.values.len() / part.columns;
+            let quantized = part.is_quantized().then_some(&self.quantized);
+            let input = MatmulInput {
+                x: x.values(),
+                quantized,
+                rows: x.rows,
+            };
+            kernels::matmul(&self.pool, part, input, y, stride, offset);
+            offset += part.rows();
         }
         if let Some(bias) = &weight.bias {
-            for row in out.data[..out.rows * out.width].chunks_exact_mut(bias.len()) {
-                row.iter_mut()
-                    .zip(bias)
-                    .for_each(|(out, bias)| *out += bias);
+            for row in y.chunks_exact_mut(stride) {
+                row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
             }
         }
     }
 
     fn rope_write_kv(&mut self, qkv: &mut CpuBuf, args: &RopeArgs<'_, Vec<f32>>) {
-        let (dim, half) = (self.dim, self.dim / 2);
-        let kv_size = self.kv_heads * dim;
-        for (index, row) in qkv.data[..qkv.rows * qkv.width]
-            .chunks_exact_mut(qkv.width)
-            .enumerate()
-        {
-            for head in 0..self.heads + self.kv_heads {
-                let head_row = &mut row[head * dim..][..dim];
-                if let Some(norms) = args.norms {
-                    let input = head_row.to_vec();
-                    self.norm(
-                        &input,
-                        if head < self.heads {
-                            &norms.query
-                        } else {
-                            &norms.key
-                        },
-                        head_row,
-                    );
-                }
-                for i in 0..half {
-                    let (sin, cos) = (f64::from(args.positions[index]) * self.freqs[i]).sin_cos();
-                    let (sin, cos) = (sin as f32, cos as f32);
-                    let (a, b) = (head_row[i], head_row[i + half]);
-                    head_row[i] = a * cos - b * sin;
-                    head_row[i + half] = b * cos + a * sin;
-                }
-            }
-            if let Ok(slot) = usize::try_from(args.slot_mapping[index]) {
-                let (keys, values) = &mut self.kv[args.layer];
-                let start = self.heads * dim;
-                keys[slot * kv_size..][..kv_size].copy_from_slice(&row[start..start + kv_size]);
-                values[slot * kv_size..][..kv_size].copy_from_slice(&row[start + kv_size..]);
-            }
+        if args.layer == 0 {
+            self.compute_angles(args.positions);
         }
+        let (q_size, kv_size) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let width = qkv.width;
+        self.for_rows(qkv.values_mut(), width, |first, rows| {
+            for (index, row) in rows.chunks_exact_mut(width).enumerate() {
+                self.rotate_row(first + index, &mut row[..q_size + kv_size], args.norms);
+            }
+        });
+        self.caches[args.layer].write(
+            args.slot_mapping,
+            qkv.values(),
+            width,
+            q_size,
+            q_size + kv_size,
+        );
     }
 
     fn attention(
@@ -277,59 +349,39 @@ impl Backend for CpuBackend {
         seqs: &[AttentionSeq<'_>],
         out: &mut CpuBuf,
     ) {
-        let (dim, group, kv_size) = (
-            self.dim,
-            self.heads / self.kv_heads,
-            self.kv_heads * self.dim,
+        let seqs: Vec<kernels::AttentionSeq<'_>> = seqs
+            .iter()
+            .map(|seq| kernels::AttentionSeq {
+                query_start: seq.query_start,
+                query_len: seq.query_len,
+                context_len: seq.context_len,
+                block_table: seq.block_table,
+            })
+            .collect();
+        let args = AttentionArgs {
+            q: qkv.values(),
+            q_stride: qkv.width,
+            heads: self.heads,
+            scale: 1.0 / (self.head_dim as f32).sqrt(),
+            window: self.window,
+            seqs: &seqs,
+        };
+        paged_attention(
+            &self.pool,
+            &self.caches[layer],
+            &args,
+            out.with_rows(qkv.rows),
         );
-        let (keys, values) = &self.kv[layer];
-        out.set_rows(qkv.rows);
-        let mut scores = Vec::new();
-        for seq in seqs {
-            for i in 0..seq.query_len {
-                let end = seq.context_len - seq.query_len + i + 1;
-                let start = end.saturating_sub(self.window);
-                let slot = |position: usize| {
-                    seq.block_table[position / self.block_size].0 as usize * self.block_size
-                        + position % self.block_size
-                };
-                for head in 0..self.heads {
-                    let row = seq.query_start + i;
-                    let q = &qkv.data[row * qkv.width + head * dim..][..dim];
-                    let at = |position| slot(position) * kv_size + head / group * dim;
-                    scores.clear();
-                    scores.extend(
-                        (start..end).map(|p| dot(q, &keys[at(p)..][..dim]) / (dim as f32).sqrt()),
-                    );
-                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    scores
-                        .iter_mut()
-                        .for_each(|score| *score = (*score - max).exp());
-                    let sum: f32 = scores.iter().sum();
-                    let out = &mut out.data[row * out.width + head * dim..][..dim];
-                    out.fill(0.0);
-                    for (score, p) in scores.iter().zip(start..end) {
-                        out.iter_mut()
-                            .zip(&values[at(p)..][..dim])
-                            .for_each(|(out, v)| *out += score / sum * v);
-                    }
-                }
-            }
-        }
     }
 
     fn silu_mul(&mut self, gate_up: &CpuBuf, out: &mut CpuBuf) {
         let width = out.width;
-        let rows = out.set_rows(gate_up.rows);
-        for (row, out) in gate_up
-            .rows()
-            .chunks_exact(2 * width)
-            .zip(rows.chunks_exact_mut(width))
-        {
-            for i in 0..width {
-                out[i] = row[i] / (1.0 + (-row[i]).exp()) * row[width + i];
-            }
-        }
+        elementwise::silu_mul(
+            &self.pool,
+            gate_up.values(),
+            width,
+            out.with_rows(gate_up.rows),
+        );
     }
 
     fn reduce_add_norm(
@@ -339,23 +391,27 @@ impl Backend for CpuBackend {
         residual: &mut CpuBuf,
         out: &mut CpuBuf,
     ) {
-        residual
-            .data
-            .iter_mut()
-            .zip(delta.rows())
-            .for_each(|(residual, delta)| *residual += delta);
-        self.norm(residual.rows(), norm, out.set_rows(residual.rows));
+        let out = out.with_rows(delta.rows);
+        elementwise::add_rms_norm(
+            &self.pool,
+            delta.values(),
+            norm,
+            self.eps,
+            residual.values_mut(),
+            out,
+        );
     }
 
     fn keep_rows(&mut self, rows: &[u32], buf: &mut CpuBuf) {
+        let width = buf.width;
         for (to, from) in rows.iter().enumerate() {
-            let from = *from as usize * buf.width;
-            buf.data.copy_within(from..from + buf.width, to * buf.width);
+            let from = *from as usize * width;
+            buf.data.copy_within(from..from + width, to * width);
         }
         buf.rows = rows.len();
     }
 
-    fn logits(&mut self, x: &CpuBuf, head: &Linear<PlainMatrix>, out: &mut CpuBuf) {
+    fn logits(&mut self, x: &CpuBuf, head: &Linear<PackedMatrix>, out: &mut CpuBuf) {
         self.linear(x, head, AdapterRows, out);
     }
 }

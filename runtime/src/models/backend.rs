@@ -7,11 +7,7 @@
 //!   starts, so a row may attend to blocks that another row of the same step has written.
 
 use super::registry::Shard;
-use crate::{
-    engine::request::TokenId,
-    kv_cache::BlockId,
-    weights::{RawTensor, WeightsError},
-};
+use crate::{engine::request::TokenId, weights::RawTensor};
 
 /// A matrix `[out, in]` made of stacked parts (one per storage type), with its bias.
 #[derive(Debug)]
@@ -42,7 +38,7 @@ pub struct AttentionSeq<'a> {
     /// Tokens up to and including its last row: row `i` sees the first `context_len − query_len + i + 1`.
     pub context_len: usize,
     /// Logical → physical blocks.
-    pub block_table: &'a [BlockId],
+    pub block_table: &'a [u32],
 }
 
 /// RMS norms of each head's q and k, `[head_dim]` each.
@@ -79,8 +75,8 @@ pub trait Backend: Sync {
     /// Repacks a matrix for the device.
     ///
     /// # Errors
-    /// [`WeightsError::Unsupported`] when its storage type or shape cannot be computed with.
-    fn pack(&self, matrix: &RawTensor<'_>) -> Result<Self::Matrix, WeightsError>;
+    /// What about its storage type or shape cannot be computed with.
+    fn pack(&self, matrix: &RawTensor<'_>) -> Result<Self::Matrix, String>;
 
     /// Takes a norm's weights.
     fn vector(&self, values: Vec<f32>) -> Self::Vector;

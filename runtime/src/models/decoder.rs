@@ -66,6 +66,8 @@ pub struct Activations<B: Backend> {
     pub mlp: B::Buf,
     /// `[logit_rows, vocab]`
     pub logits: B::Buf,
+    /// All block tables of the step, one after another.
+    pub blocks: Vec<u32>,
 }
 
 impl<B: Backend> Decoder<B> {
@@ -73,7 +75,20 @@ impl<B: Backend> Decoder<B> {
     ///
     /// The caller has checked the input: rows, block tables and slots are within the backend's sizes.
     pub fn forward(&self, backend: &mut B, input: &ModelInput, act: &mut Activations<B>) {
-        let all = attention_seqs(input);
+        let mut blocks = std::mem::take(&mut act.blocks);
+        blocks.clear();
+        blocks.extend(
+            input
+                .seqs
+                .iter()
+                .flat_map(|seq| seq.block_table.iter().map(|block| block.0)),
+        );
+        self.run(backend, input, &blocks, act);
+        act.blocks = blocks;
+    }
+
+    fn run(&self, backend: &mut B, input: &ModelInput, blocks: &[u32], act: &mut Activations<B>) {
+        let all = attention_seqs(input, blocks);
         let last_layer = self.layers.len() - 1;
         let first_norm = &self.layers[0].input_norm;
         backend.embed_norm(
@@ -100,7 +115,7 @@ impl<B: Backend> Decoder<B> {
             if input.logit_rows.is_empty() {
                 return;
             }
-            let wanted = wanted_seqs(input);
+            let wanted = wanted_seqs(input, &all);
             if input.logit_rows.len() < input.token_ids.len() {
                 backend.keep_rows(&input.logit_rows, &mut act.qkv);
                 backend.keep_rows(&input.logit_rows, &mut act.residual);
@@ -147,38 +162,41 @@ impl<B: Backend> Decoder<B> {
 }
 
 /// Every row of the step.
-fn attention_seqs(input: &ModelInput) -> Vec<AttentionSeq<'_>> {
-    let whole = input.seqs.iter().map(|seq| AttentionSeq {
-        query_start: seq.query_start as usize,
-        query_len: seq.query_len as usize,
-        context_len: seq.context_len as usize,
-        block_table: &seq.block_table,
+fn attention_seqs<'a>(input: &ModelInput, blocks: &'a [u32]) -> Vec<AttentionSeq<'a>> {
+    let mut rest = blocks;
+    let whole = input.seqs.iter().map(|seq| {
+        let (block_table, after) = rest.split_at(seq.block_table.len());
+        rest = after;
+        AttentionSeq {
+            query_start: seq.query_start as usize,
+            query_len: seq.query_len as usize,
+            context_len: seq.context_len as usize,
+            block_table,
+        }
     });
     whole.collect()
 }
 
 /// The rows of `logit_rows`, numbered as they stand after all others have been dropped: one entry per run of adjacent
 /// rows of a sequence, ending where its last row ends.
-fn wanted_seqs(input: &ModelInput) -> Vec<AttentionSeq<'_>> {
-    let mut wanted = Vec::with_capacity(input.seqs.len());
+fn wanted_seqs<'a>(input: &ModelInput, seqs: &[AttentionSeq<'a>]) -> Vec<AttentionSeq<'a>> {
+    let rows = &input.logit_rows;
+    let row_at = |index: usize| rows.get(index).map(|row| *row as usize);
+    let mut wanted = Vec::with_capacity(seqs.len());
     let mut next = 0;
-    for seq in &input.seqs {
+    for seq in seqs {
         let end = seq.query_start + seq.query_len;
-        while let Some(&first) = input.logit_rows.get(next).filter(|row| **row < end) {
+        while let Some(first) = row_at(next).filter(|row| *row < end) {
             let run_start = next;
-            while input
-                .logit_rows
-                .get(next)
-                .is_some_and(|row| *row < end && *row - first == (next - run_start) as u32)
-            {
+            while row_at(next).is_some_and(|row| row < end && row - first == next - run_start) {
                 next += 1;
             }
-            let last = first as usize + (next - run_start) - 1;
+            let last = first + (next - run_start) - 1;
             wanted.push(AttentionSeq {
                 query_start: run_start,
                 query_len: next - run_start,
-                context_len: seq.context_len as usize - (end as usize - 1 - last),
-                block_table: &seq.block_table,
+                context_len: seq.context_len - (end - 1 - last),
+                block_table: seq.block_table,
             });
         }
     }

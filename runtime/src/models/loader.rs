@@ -178,7 +178,12 @@ impl<B: Backend> Loader<'_, B> {
         }
         let parts = stacked
             .iter()
-            .map(|raw| self.backend.pack(raw))
+            .map(|raw| {
+                self.backend.pack(raw).map_err(|reason| {
+                    let name = entry.parts[0].name.replace("{}", &layer.to_string());
+                    self.checkpoint.unsupported(format!("{name}: {reason}"))
+                })
+            })
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Linear {
             parts,

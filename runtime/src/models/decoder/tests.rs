@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
 
-use super::{attention_seqs, wanted_seqs};
+use super::{AttentionSeq, attention_seqs, wanted_seqs};
 use crate::{
     kv_cache::BlockId,
     model_runner::{ModelInput, SeqInput, Slot},
@@ -23,15 +23,24 @@ fn input(logit_rows: &[u32]) -> ModelInput {
     }
 }
 
+fn blocks(input: &ModelInput) -> Vec<u32> {
+    input
+        .seqs
+        .iter()
+        .flat_map(|seq| seq.block_table.iter().map(|block| block.0))
+        .collect()
+}
+
 fn shape(input: &ModelInput) -> Vec<(usize, usize, usize, u32)> {
-    let seqs = wanted_seqs(input);
+    let blocks = blocks(input);
+    let seqs = wanted_seqs(input, &attention_seqs(input, &blocks));
     seqs.iter()
         .map(|seq| {
             (
                 seq.query_start,
                 seq.query_len,
                 seq.context_len,
-                seq.block_table[0].0,
+                seq.block_table[0],
             )
         })
         .collect()
@@ -63,13 +72,19 @@ fn adjacent_wanted_rows_attend_together_and_gaps_split_them() {
 #[test]
 fn wanting_every_row_is_the_whole_step() {
     let input = input(&[0, 1, 2, 3, 4, 5, 6, 7, 8]);
-    let whole: Vec<_> = attention_seqs(&input)
-        .iter()
-        .map(|seq| (seq.query_start, seq.query_len))
-        .collect();
-    let wanted: Vec<_> = wanted_seqs(&input)
-        .iter()
-        .map(|seq| (seq.query_start, seq.query_len))
-        .collect();
-    assert_eq!(whole, wanted);
+    let blocks = blocks(&input);
+    let all = attention_seqs(&input, &blocks);
+    let spans = |seqs: &[AttentionSeq<'_>]| -> Vec<_> {
+        seqs.iter()
+            .map(|seq| {
+                (
+                    seq.query_start,
+                    seq.query_len,
+                    seq.context_len,
+                    seq.block_table.to_vec(),
+                )
+            })
+            .collect()
+    };
+    assert_eq!(spans(&all), spans(&wanted_seqs(&input, &all)));
 }
