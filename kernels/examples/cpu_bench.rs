@@ -1,6 +1,6 @@
 //! Times the host kernels on the default model's shapes and adds them up to tokens per second.
 //!
-//! `cargo run --release -p ashlar-kernels --example cpu_bench [threads]`. A product is timed only after it agreed with
+//! `cargo run --release -p ashlar-kernels --example cpu_bench [threads [scalar|avx2|avx512]]`. A product is timed only after it agreed with
 //! the reference.
 #![allow(
     clippy::print_stdout,
@@ -13,7 +13,8 @@ use std::time::Instant;
 use ashlar_kernels::{
     cpu::{
         AttentionArgs, AttentionSeq, BlockFormat, Isa, KvDtype, KvLayout, LayerCache, MatmulInput,
-        PackedMatrix, QuantizedRows, ThreadPool, attention::paged_attention, elementwise, matmul,
+        PackedMatrix, QuantizedRows, ThreadPool, attention::paged_attention_with, elementwise,
+        matmul::matmul_with,
     },
     reference,
 };
@@ -26,7 +27,13 @@ fn main() {
         |n| n.parse().expect("a number of threads"),
     );
     let pool = ThreadPool::new(threads);
-    println!("{:?}, {threads} threads", Isa::detect());
+    let isa = match std::env::args().nth(2).as_deref() {
+        Some("scalar") => Isa::Scalar,
+        Some("avx2") => Isa::Avx2,
+        Some("avx512") => Isa::Avx512,
+        _ => Isa::detect(),
+    };
+    println!("{isa:?}, {threads} threads");
     println!(
         "empty loop {:.2} µs",
         best(2000, || pool.run(threads, &|_, _| ())) * 1e6
@@ -42,14 +49,14 @@ fn main() {
         "memory read {:.1} GB/s",
         (big.len() * 8) as f64 / read / 1e9
     );
-    for rows in [1, 4, 16, 128, 512] {
+    for rows in [1, 4, 16, 128, 512, 1024] {
         let layer: f64 = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
             .into_iter()
-            .map(|(n, k)| product(&pool, BlockFormat::Q4_1, rows, n, k))
+            .map(|(n, k)| product(isa, &pool, BlockFormat::Q4_1, rows, n, k))
             .sum();
-        let head = product(&pool, BlockFormat::Q8_0, rows.min(16), 49152, 576);
+        let head = product(isa, &pool, BlockFormat::Q8_0, rows.min(16), 49152, 576);
         let norm = time_norm(&pool, rows);
-        let attention = time_attention(&pool, rows);
+        let attention = time_attention(isa, &pool, rows);
         let step = LAYERS * (layer + 2.0 * norm + attention) + head;
         println!(
             "rows {rows}: layer {:.0} µs, attention {:.0} µs, norm {:.1} µs, head {:.2} ms → {:.0} tokens/s",
@@ -73,7 +80,14 @@ fn best(times: usize, mut run: impl FnMut()) -> f64 {
         .fold(f64::INFINITY, f64::min)
 }
 
-fn product(pool: &ThreadPool, format: BlockFormat, rows: usize, n: usize, k: usize) -> f64 {
+fn product(
+    isa: Isa,
+    pool: &ThreadPool,
+    format: BlockFormat,
+    rows: usize,
+    n: usize,
+    k: usize,
+) -> f64 {
     let mut data: Vec<u8> = (0..format.row_bytes(k).unwrap() * n)
         .map(|i| (i * 131 % 251) as u8)
         .collect();
@@ -92,26 +106,26 @@ fn product(pool: &ThreadPool, format: BlockFormat, rows: usize, n: usize, k: usi
         .collect();
     let mut quantized = QuantizedRows::default();
     let mut y = vec![0.0; rows * n];
-    quantized.quantize(pool, &x, k);
+    quantized.quantize_with(isa, pool, &x, k);
     let input = MatmulInput {
         x: &x,
         quantized: Some(&quantized),
         rows,
     };
-    matmul(pool, &copies[0], input, &mut y, n, 0);
+    matmul_with(isa, pool, &copies[0], input, &mut y, n, 0);
     let mut plain = vec![0.0; n * k];
     format.dequantize(&data, &mut plain).unwrap();
     let (_, cosine) = reference::difference(&y[..n], &reference::matmul(&x[..k], &plain, k));
     assert!(cosine > 0.9995, "wrong product, cosine {cosine}: not timed");
     let mut next = 0;
     let time = best(30, || {
-        quantized.quantize(pool, &x, k);
+        quantized.quantize_with(isa, pool, &x, k);
         let input = MatmulInput {
             x: &x,
             quantized: Some(&quantized),
             rows,
         };
-        matmul(pool, &copies[next % copies.len()], input, &mut y, n, 0);
+        matmul_with(isa, pool, &copies[next % copies.len()], input, &mut y, n, 0);
         next += 1;
     });
     println!(
@@ -132,7 +146,7 @@ fn time_norm(pool: &ThreadPool, rows: usize) -> f64 {
 }
 
 /// `rows ≤ 16`: decode at context 512; otherwise one prompt of `rows` tokens.
-fn time_attention(pool: &ThreadPool, rows: usize) -> f64 {
+fn time_attention(isa: Isa, pool: &ThreadPool, rows: usize) -> f64 {
     let (context, query, count) = if rows <= 16 {
         (512, 1, rows)
     } else {
@@ -174,5 +188,7 @@ fn time_attention(pool: &ThreadPool, rows: usize) -> f64 {
         window: None,
         seqs: &seqs,
     };
-    best(20, || paged_attention(pool, &cache, &args, &mut out))
+    best(20, || {
+        paged_attention_with(isa, pool, &cache, &args, &mut out)
+    })
 }

@@ -1,15 +1,22 @@
-//! `y = x · wᵀ` for any number of rows.
+//! `y = x · wᵀ (+ bias)` for any number of rows.
 //!
 //! One order of summation per output, whatever the number of rows or threads: blocks of 32 inputs in order for
 //! quantised weights (integer dot products inside a block are exact), single inputs in order for float weights.
+//!
+//! Work is cut into (rows × panels) rectangles, all panels of some rows first, so that the rows stay in a core's cache
+//! while weights stream by. Few rows: bound by memory, every weight is read once. Many: bound by the products.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod tiles;
 
 use super::{
     Isa, PackedMatrix, QuantizedRows, ThreadPool,
     packed::{Data, PANEL},
     pool::SharedMut,
-    quantize::BLOCK,
-    simd::{Simd, dispatch},
+    simd::dispatch,
 };
+use tiles::{Activations, MAX_TILE, Panel, tile_product};
 
 /// The left operand: rows in f32, and the same rows in int8 for quantised weights.
 #[derive(Clone, Copy)]
@@ -22,16 +29,20 @@ pub struct MatmulInput<'a> {
     pub rows: usize,
 }
 
-/// Where a part's columns go in `y`: `y[row · stride + offset + n]`.
+/// Where the parts' columns go in `y`: `y[row · stride + offset + n]`.
 #[derive(Clone, Copy)]
-struct Output {
+struct Output<'a> {
     y: SharedMut<f32>,
     stride: usize,
     offset: usize,
+    bias: Option<&'a [f32]>,
 }
 
 /// Multiplies-and-adds that make a task worth handing out.
 const TASK_MACS: usize = 1 << 17;
+
+/// Bytes of activations that a task keeps in its core's cache.
+const TASK_INPUT_BYTES: usize = 128 * 1024;
 
 /// Writes `x · wᵀ` to columns `offset..offset + w.rows()` of `y`, `[rows, stride]`.
 ///
@@ -65,355 +76,196 @@ pub fn matmul_with(
     stride: usize,
     offset: usize,
 ) {
-    let rows = input.rows;
     assert!(
-        Isa::available().contains(&isa),
-        "this machine has no {isa:?}"
+        offset + w.rows <= stride && y.len() == input.rows * stride,
+        "output of {} rows of {stride}",
+        input.rows
     );
-    assert_eq!(
-        input.x.len(),
-        rows * w.columns,
-        "input of {rows} rows of {}",
-        w.columns
-    );
-    assert!(
-        offset + w.rows <= stride && y.len() == rows * stride,
-        "output of {rows} rows of {stride}"
-    );
-    if rows == 0 {
-        return;
-    }
     let out = Output {
         y: SharedMut::new(y),
         stride,
         offset,
+        bias: None,
     };
-    let panels = w.rows.div_ceil(PANEL);
+    multiply(isa, pool, std::slice::from_ref(w), input, out);
+}
+
+/// `y = x · [parts stacked]ᵀ + bias`, `y` `[rows, Σ parts' rows]`: one parallel loop however many parts there are, so
+/// q, k and v, or gate and up, cost one. `scratch` takes the quantised rows when a part needs them.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn linear(
+    pool: &ThreadPool,
+    parts: &[PackedMatrix],
+    bias: Option<&[f32]>,
+    x: &[f32],
+    scratch: &mut QuantizedRows,
+    y: &mut [f32],
+) {
+    let Some(first) = parts.first() else {
+        assert!(y.is_empty(), "output of a linear layer without parts");
+        return;
+    };
+    assert!(
+        x.len().is_multiple_of(first.columns),
+        "{} values are not rows of {}",
+        x.len(),
+        first.columns
+    );
+    let rows = x.len() / first.columns;
+    let width: usize = parts.iter().map(|part| part.rows).sum();
+    assert_eq!(y.len(), rows * width, "output of {rows} rows of {width}");
+    assert!(
+        bias.is_none_or(|bias| bias.len() == width),
+        "bias of an output of {width}"
+    );
+    let quantized = parts.iter().any(PackedMatrix::is_quantized);
+    if quantized {
+        scratch.quantize(pool, x, first.columns);
+    }
+    let input = MatmulInput {
+        x,
+        quantized: quantized.then_some(&*scratch),
+        rows,
+    };
+    let out = Output {
+        y: SharedMut::new(y),
+        stride: width,
+        offset: 0,
+        bias,
+    };
+    multiply(Isa::detect(), pool, parts, input, out);
+}
+
+/// The parts' products, side by side from `out.offset`. The caller has checked that they fit `out`.
+fn multiply(
+    isa: Isa,
+    pool: &ThreadPool,
+    parts: &[PackedMatrix],
+    input: MatmulInput<'_>,
+    out: Output<'_>,
+) {
+    assert!(isa.is_available(), "this machine has no {isa:?}");
+    let columns = parts[0].columns;
+    for part in parts {
+        check_input(part, columns, input);
+    }
+    let panels: usize = parts.iter().map(|part| part.rows.div_ceil(PANEL)).sum();
+    let rows = input.rows;
+    if rows == 0 {
+        return;
+    }
+    let value = if input.quantized.is_some() { 1 } else { 4 };
+    let chunk = (TASK_INPUT_BYTES / (columns * value)).max(MAX_TILE) / MAX_TILE * MAX_TILE;
+    let row_chunks = rows.div_ceil(chunk);
+    // Equal chunks: 300 rows go as 2 × 152, not as 224 + 76.
+    let chunk = rows.div_ceil(row_chunks).next_multiple_of(MAX_TILE);
     let per_task =
-        (TASK_MACS / (PANEL * w.columns * rows)).clamp(1, panels.div_ceil(pool.threads()));
-    let quantized = w.is_quantized().then(|| {
-        let quantized = input
-            .quantized
-            .expect("quantised weights need quantised rows");
-        assert!(
-            quantized.rows == rows && quantized.columns == w.columns,
-            "the quantised rows are of another input"
-        );
-        quantized
-    });
-    pool.run(panels.div_ceil(per_task), &|task, _| {
-        for panel in task * per_task..((task + 1) * per_task).min(panels) {
-            match (&w.data, quantized) {
-                (Data::Q4 { q, scales }, Some(x)) => {
-                    run_panel(
-                        isa,
-                        Panel::Q4(q, scales),
-                        panel,
-                        w,
-                        Activations::Int8(x),
-                        rows,
-                        out,
-                    );
-                }
-                (Data::Q8 { q, scales }, Some(x)) => {
-                    run_panel(
-                        isa,
-                        Panel::Q8(q, scales),
-                        panel,
-                        w,
-                        Activations::Int8(x),
-                        rows,
-                        out,
-                    );
-                }
-                (Data::F32(values), _) => run_panel(
+        (TASK_MACS / (PANEL * columns * chunk.min(rows))).clamp(1, panels.div_ceil(pool.threads()));
+    let panel_tasks = panels.div_ceil(per_task);
+    pool.run(row_chunks * panel_tasks, &|task, _| {
+        let first_row = task / panel_tasks * chunk;
+        let task_rows = first_row..(first_row + chunk).min(rows);
+        let first = task % panel_tasks * per_task;
+        let mut wanted = first..(first + per_task).min(panels);
+        let (mut before, mut offset) = (0, out.offset);
+        for part in parts {
+            let end = before + part.rows.div_ceil(PANEL);
+            while wanted.start < end.min(wanted.end) {
+                let job = Job {
                     isa,
-                    Panel::F32(values),
-                    panel,
-                    w,
-                    Activations::Float(input.x),
-                    rows,
-                    out,
-                ),
-                (Data::F16(values), _) => run_panel(
-                    isa,
-                    Panel::F16(values),
-                    panel,
-                    w,
-                    Activations::Float(input.x),
-                    rows,
-                    out,
-                ),
-                (Data::BF16(values), _) => run_panel(
-                    isa,
-                    Panel::BF16(values),
-                    panel,
-                    w,
-                    Activations::Float(input.x),
-                    rows,
-                    out,
-                ),
-                _ => unreachable!("quantised weights have quantised rows: asserted above"),
+                    part,
+                    panel: wanted.start - before,
+                    offset,
+                };
+                run_panel(&job, input, task_rows.clone(), out);
+                wanted.start += 1;
             }
+            before = end;
+            offset += part.rows;
         }
     });
 }
 
-#[derive(Clone, Copy)]
-enum Panel<'a> {
-    Q4(&'a [u8], &'a [u16]),
-    Q8(&'a [u8], &'a [u16]),
-    F32(&'a [f32]),
-    F16(&'a [u16]),
-    BF16(&'a [u16]),
+/// What a part needs of the input.
+fn check_input(part: &PackedMatrix, columns: usize, input: MatmulInput<'_>) {
+    assert_eq!(part.columns, columns, "columns of the parts of one layer");
+    assert_eq!(
+        Some(input.x.len()),
+        input.rows.checked_mul(columns),
+        "input of {} rows of {columns}",
+        input.rows
+    );
+    if part.is_quantized() {
+        let quantized = input
+            .quantized
+            .expect("quantised weights need quantised rows");
+        assert!(
+            quantized.rows == input.rows && quantized.columns == columns,
+            "the quantised rows are of another input"
+        );
+    }
 }
 
-#[derive(Clone, Copy)]
-enum Activations<'a> {
-    Int8(&'a QuantizedRows),
-    Float(&'a [f32]),
-}
-
-/// All rows against one panel, in tiles of 8, 4, 2, 1 rows.
-fn run_panel(
+/// One panel of one part.
+struct Job<'a> {
     isa: Isa,
-    data: Panel<'_>,
+    part: &'a PackedMatrix,
     panel: usize,
-    w: &PackedMatrix,
-    x: Activations<'_>,
-    rows: usize,
-    out: Output,
-) {
-    let mut row = 0;
-    while row < rows {
-        let tile = match rows - row {
+    /// Column of the part's first output.
+    offset: usize,
+}
+
+/// Some rows against one panel, in tiles of 8, 4, 2, 1 rows.
+fn run_panel(job: &Job<'_>, input: MatmulInput<'_>, rows: std::ops::Range<usize>, out: Output<'_>) {
+    let (isa, panel, columns) = (job.isa, job.panel, job.part.columns);
+    let (data, x) = match (&job.part.data, input.quantized) {
+        (Data::Q4 { q, scales }, Some(x)) => (Panel::Q4(q, scales), Activations::Int8(x)),
+        (Data::Q8 { q, scales }, Some(x)) => (Panel::Q8(q, scales), Activations::Int8(x)),
+        (Data::F32(values), _) => (Panel::F32(values), Activations::Float(input.x)),
+        (Data::F16(values), _) => (Panel::F16(values), Activations::Float(input.x)),
+        (Data::BF16(values), _) => (Panel::BF16(values), Activations::Float(input.x)),
+        _ => unreachable!("quantised weights have quantised rows: asserted in check_input"),
+    };
+    let mut row = rows.start;
+    while row < rows.end {
+        let tile = match rows.end - row {
             8.. => 8,
             4.. => 4,
             2.. => 2,
             _ => 1,
         };
-        let mut sums = [[0f32; PANEL]; 8];
+        let mut sums = [[0f32; PANEL]; MAX_TILE];
         let sums_ref = &mut sums;
-        let columns = w.columns;
-        // SAFETY: `isa` is available by `matmul_with`'s assertion. `tile` rows from `row` exist in the input by the
-        // loop's bound, `panel` is below the panels that the matrix was packed with, and every buffer's length was
-        // asserted from rows, columns and panels; the kernels slice with bounds checks before they take pointers.
+        // SAFETY: `isa` is available by `multiply`'s assertion. `tile` rows from `row` exist in the input by the
+        // loop's bound and `check_input`, and `panel` is below the panels that the matrix was packed with; the tiles
+        // slice one panel and `tile` rows with bounds checks before they take pointers.
         match tile {
             8 => {
-                dispatch!(isa, tile_product::<8>(data: Panel<'_>, panel: usize, columns: usize, x: Activations<'_>, row: usize, sums_ref: &mut [[f32; PANEL]; 8]))
+                dispatch!(isa, tile_product::<8>(data: Panel<'_>, panel: usize, columns: usize, x: Activations<'_>, row: usize, sums_ref: &mut [[f32; PANEL]; MAX_TILE]))
             }
             4 => {
-                dispatch!(isa, tile_product::<4>(data: Panel<'_>, panel: usize, columns: usize, x: Activations<'_>, row: usize, sums_ref: &mut [[f32; PANEL]; 8]))
+                dispatch!(isa, tile_product::<4>(data: Panel<'_>, panel: usize, columns: usize, x: Activations<'_>, row: usize, sums_ref: &mut [[f32; PANEL]; MAX_TILE]))
             }
             2 => {
-                dispatch!(isa, tile_product::<2>(data: Panel<'_>, panel: usize, columns: usize, x: Activations<'_>, row: usize, sums_ref: &mut [[f32; PANEL]; 8]))
+                dispatch!(isa, tile_product::<2>(data: Panel<'_>, panel: usize, columns: usize, x: Activations<'_>, row: usize, sums_ref: &mut [[f32; PANEL]; MAX_TILE]))
             }
             _ => {
-                dispatch!(isa, tile_product::<1>(data: Panel<'_>, panel: usize, columns: usize, x: Activations<'_>, row: usize, sums_ref: &mut [[f32; PANEL]; 8]))
+                dispatch!(isa, tile_product::<1>(data: Panel<'_>, panel: usize, columns: usize, x: Activations<'_>, row: usize, sums_ref: &mut [[f32; PANEL]; MAX_TILE]))
             }
         }
-        let first = panel * PANEL;
-        let lanes = PANEL.min(w.rows - first);
-        for (i, sums) in sums.iter().take(tile).enumerate() {
-            // SAFETY: this task alone writes this panel's columns, of every row; `y` outlives the loop.
-            let y = unsafe {
-                out.y
-                    .slice((row + i) * out.stride + out.offset + first, lanes)
-            };
+        let first = job.offset + panel * PANEL;
+        let lanes = PANEL.min(job.part.rows - panel * PANEL);
+        for (i, sums) in sums.iter_mut().take(tile).enumerate() {
+            if let Some(bias) = out.bias {
+                let bias = &bias[first - out.offset..][..lanes];
+                sums.iter_mut().zip(bias).for_each(|(sum, b)| *sum += b);
+            }
+            // SAFETY: this task alone writes this panel's columns of these rows; `y` outlives the loop.
+            let y = unsafe { out.y.slice((row + i) * out.stride + first, lanes) };
             y.copy_from_slice(&sums[..lanes]);
         }
         row += tile;
-    }
-}
-
-/// `T` rows from `row` against one panel.
-///
-/// # Safety
-/// The processor has `S`'s instruction set.
-#[inline(always)]
-unsafe fn tile_product<S: Simd, const T: usize>(
-    data: Panel<'_>,
-    panel: usize,
-    columns: usize,
-    x: Activations<'_>,
-    row: usize,
-    sums: &mut [[f32; PANEL]; 8],
-) {
-    let blocks = columns / BLOCK;
-    // SAFETY: the instruction set is the caller's promise; the slices passed on are exactly one panel and `T` rows.
-    unsafe {
-        match (data, x) {
-            (Panel::Q4(q, scales), Activations::Int8(x)) => {
-                let (q, scales) = (
-                    &q[panel * blocks * 256..][..blocks * 256],
-                    &scales[panel * blocks * 32..][..blocks * 32],
-                );
-                q4_tile::<S, T>(q, scales, &Int8Tile::new(x, row, T), blocks, sums);
-            }
-            (Panel::Q8(q, scales), Activations::Int8(x)) => {
-                let (q, scales) = (
-                    &q[panel * blocks * 512..][..blocks * 512],
-                    &scales[panel * blocks * 16..][..blocks * 16],
-                );
-                q8_tile::<S, T>(q, scales, &Int8Tile::new(x, row, T), blocks, sums);
-            }
-            (Panel::F32(values), Activations::Float(x)) => {
-                let panel = &values[panel * columns * PANEL..][..columns * PANEL];
-                float_tile::<S, T>(columns, &x[row * columns..][..T * columns], sums, |c| {
-                    S::load(panel.as_ptr().add(c * PANEL))
-                });
-            }
-            (Panel::F16(values), Activations::Float(x)) => {
-                let panel = &values[panel * columns * PANEL..][..columns * PANEL];
-                float_tile::<S, T>(columns, &x[row * columns..][..T * columns], sums, |c| {
-                    S::load_f16(panel.as_ptr().add(c * PANEL))
-                });
-            }
-            (Panel::BF16(values), Activations::Float(x)) => {
-                let panel = &values[panel * columns * PANEL..][..columns * PANEL];
-                float_tile::<S, T>(columns, &x[row * columns..][..T * columns], sums, |c| {
-                    S::load_bf16(panel.as_ptr().add(c * PANEL))
-                });
-            }
-            _ => unreachable!("run_panel pairs weights with their activations"),
-        }
-    }
-}
-
-/// `T` rows of int8 activations.
-struct Int8Tile<'a> {
-    q: &'a [i8],
-    scale: &'a [f32],
-    scaled_sum: &'a [f32],
-    sum: &'a [i32],
-    columns: usize,
-}
-
-impl<'a> Int8Tile<'a> {
-    #[inline(always)]
-    fn new(x: &'a QuantizedRows, row: usize, rows: usize) -> Self {
-        let (columns, blocks) = (x.columns, x.columns / BLOCK);
-        Self {
-            q: &x.q[row * columns..][..rows * columns],
-            scale: &x.scale[row * blocks..][..rows * blocks],
-            scaled_sum: &x.scaled_sum[row * blocks..][..rows * blocks],
-            sum: &x.sum[row * blocks..][..rows * blocks],
-            columns,
-        }
-    }
-
-    /// Four activations of row `t` from `column`, as a word.
-    ///
-    /// # Safety
-    /// `t` below the tile's rows and `column + 4 ≤ columns`.
-    #[inline(always)]
-    unsafe fn word(&self, t: usize, column: usize) -> i32 {
-        // SAFETY: in bounds by the caller's promise.
-        unsafe {
-            self.q
-                .as_ptr()
-                .add(t * self.columns + column)
-                .cast::<i32>()
-                .read_unaligned()
-        }
-    }
-}
-
-/// # Safety
-/// The processor has `S`; `q` is `256·blocks` bytes, `scales` `32·blocks`, `x` `T` rows of `32·blocks`.
-#[inline(always)]
-unsafe fn q4_tile<S: Simd, const T: usize>(
-    q: &[u8],
-    scales: &[u16],
-    x: &Int8Tile<'_>,
-    blocks: usize,
-    sums: &mut [[f32; PANEL]; 8],
-) {
-    // SAFETY: offsets stay within the lengths of the promise; `sums` holds 8 ≥ T rows of 16.
-    unsafe {
-        let mut acc = [S::splat(0.0); T];
-        for block in 0..blocks {
-            let mut dots = [S::zero_i(); T];
-            for j in 0..4 {
-                let bytes = S::load_bytes(q.as_ptr().add(block * 256 + j * 64));
-                let (low, high) = (S::low_nibbles(bytes), S::high_nibbles(bytes));
-                for t in 0..T {
-                    dots[t] = S::dot_u4(dots[t], low, x.word(t, block * BLOCK + 4 * j));
-                    dots[t] = S::dot_u4(dots[t], high, x.word(t, block * BLOCK + 16 + 4 * j));
-                }
-            }
-            let d = S::load_f16(scales.as_ptr().add(block * 32));
-            let m = S::load_f16(scales.as_ptr().add(block * 32 + 16));
-            for t in 0..T {
-                let at = t * blocks + block;
-                let scale = S::mul(d, S::splat(*x.scale.get_unchecked(at)));
-                acc[t] = S::fma(S::to_f32(dots[t]), scale, acc[t]);
-                acc[t] = S::fma(m, S::splat(*x.scaled_sum.get_unchecked(at)), acc[t]);
-            }
-        }
-        for t in 0..T {
-            S::store(sums[t].as_mut_ptr(), acc[t]);
-        }
-    }
-}
-
-/// # Safety
-/// The processor has `S`; `q` is `512·blocks` bytes, `scales` `16·blocks`, `x` `T` rows of `32·blocks`.
-#[inline(always)]
-unsafe fn q8_tile<S: Simd, const T: usize>(
-    q: &[u8],
-    scales: &[u16],
-    x: &Int8Tile<'_>,
-    blocks: usize,
-    sums: &mut [[f32; PANEL]; 8],
-) {
-    // SAFETY: offsets stay within the lengths of the promise; `sums` holds 8 ≥ T rows of 16.
-    unsafe {
-        let mut acc = [S::splat(0.0); T];
-        for block in 0..blocks {
-            let mut dots = [S::zero_i(); T];
-            for t in 0..T {
-                // Stored bytes are q + 128: take 128·Σa off again.
-                dots[t] = S::splat_i(-128 * *x.sum.get_unchecked(t * blocks + block));
-            }
-            for j in 0..8 {
-                let bytes = S::load_bytes(q.as_ptr().add(block * 512 + j * 64));
-                for t in 0..T {
-                    dots[t] = S::dot_u8(dots[t], bytes, x.word(t, block * BLOCK + 4 * j));
-                }
-            }
-            let d = S::load_f16(scales.as_ptr().add(block * 16));
-            for t in 0..T {
-                let scale = S::mul(d, S::splat(*x.scale.get_unchecked(t * blocks + block)));
-                acc[t] = S::fma(S::to_f32(dots[t]), scale, acc[t]);
-            }
-        }
-        for t in 0..T {
-            S::store(sums[t].as_mut_ptr(), acc[t]);
-        }
-    }
-}
-
-/// # Safety
-/// The processor has `S`; `x` is `T` rows of `columns`; `weights(c)` may be called for `c < columns`.
-#[inline(always)]
-unsafe fn float_tile<S: Simd, const T: usize>(
-    columns: usize,
-    x: &[f32],
-    sums: &mut [[f32; PANEL]; 8],
-    weights: impl Fn(usize) -> S::F,
-) {
-    // SAFETY: `t·columns + c < T·columns = x.len()`; `sums` holds 8 ≥ T rows of 16.
-    unsafe {
-        let mut acc = [S::splat(0.0); T];
-        for c in 0..columns {
-            let w = weights(c);
-            for t in 0..T {
-                acc[t] = S::fma(w, S::splat(*x.get_unchecked(t * columns + c)), acc[t]);
-            }
-        }
-        for t in 0..T {
-            S::store(sums[t].as_mut_ptr(), acc[t]);
-        }
     }
 }

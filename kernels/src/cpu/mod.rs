@@ -14,7 +14,7 @@ mod simd;
 
 pub use attention::{AttentionArgs, AttentionSeq, KvDtype, KvLayout, LayerCache};
 pub use format::BlockFormat;
-pub use matmul::{MatmulInput, matmul};
+pub use matmul::{MatmulInput, linear, matmul};
 pub use packed::PackedMatrix;
 pub use pool::ThreadPool;
 pub use quantize::QuantizedRows;

@@ -43,6 +43,12 @@ impl Isa {
         })
     }
 
+    /// True when this machine can run it.
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        self as u8 <= Self::detect() as u8
+    }
+
     /// All that this machine can run, for tests.
     #[must_use]
     pub fn available() -> Vec<Self> {
@@ -102,6 +108,11 @@ pub(crate) trait Simd: Copy {
     /// 16 bf16.
     unsafe fn load_bf16(p: *const u16) -> Self::F;
     unsafe fn store(p: *mut f32, x: Self::F);
+    /// 16 f16, to nearest even.
+    unsafe fn store_f16(p: *mut u16, x: Self::F);
+    /// Hints that the cache line at `p` is read soon. `p` may point anywhere.
+    #[inline(always)]
+    unsafe fn prefetch(_p: *const u8) {}
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
@@ -155,7 +166,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn exp(x: Self::F) -> Self::F {
         // SAFETY: register operations only.
         unsafe {
-            let x = Self::max(Self::min(x, Self::splat(88.0)), Self::splat(-87.0));
+            // `x` second: `min` and `max` give their second operand when either is NaN, and NaN must come out.
+            let x = Self::max(Self::splat(-87.0), Self::min(Self::splat(88.0), x));
             let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
             let r = Self::fma(n, Self::splat(-0.693_359_4), x);
             let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
@@ -213,6 +225,11 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn store(p: *mut f32, x: Self::F) {
         unsafe { p.cast::<[f32; 16]>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, x: Self::F) {
+        let bits = x.map(|x| half::f16::from_f32(x).to_bits());
+        unsafe { p.cast::<[u16; 16]>().write_unaligned(bits) }
     }
     #[inline(always)]
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
@@ -338,6 +355,14 @@ mod x86 {
             unsafe { _mm512_storeu_ps(p, x) }
         }
         #[inline(always)]
+        unsafe fn store_f16(p: *mut u16, x: Self::F) {
+            unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<0x08>(x)) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(p: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
+        #[inline(always)]
         unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
             unsafe { _mm512_add_ps(a, b) }
         }
@@ -457,6 +482,17 @@ mod x86 {
                 _mm256_storeu_ps(p, x[0]);
                 _mm256_storeu_ps(p.add(8), x[1]);
             }
+        }
+        #[inline(always)]
+        unsafe fn store_f16(p: *mut u16, x: Self::F) {
+            unsafe {
+                _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<0x08>(x[0]));
+                _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<0x08>(x[1]));
+            }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(p: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
         }
         #[inline(always)]
         unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
