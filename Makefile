@@ -41,6 +41,7 @@ deny: ## licences, sources and duplicates of the dependencies
 generate: ## the generated files: CRD and what the chart copies of it
 	cargo run --release --quiet --bin crdgen > target.crd.tmp
 	mv target.crd.tmp crds/yaml/inferenceservices.serving.ashlar.dev.yaml
+	cp crds/yaml/inferenceservices.serving.ashlar.dev.yaml charts/ashlar/files/
 
 chart-test: ## renders the chart with several values and checks the result
 	charts/tests/render.sh
