@@ -52,7 +52,7 @@ crd_is_current() {
 
 # What the template adds to the definition is metadata, and nothing else changes.
 crd_is_rendered_whole() {
-    render --show-only templates/crd.yaml "$@" | grep -v -e '^---$' -e '^# Source:' > "$tmp/crd"
+    printf '%s\n' "$(render --show-only templates/crd.yaml "$@" | grep -v -e '^---$' -e '^# Source:')" > "$tmp/crd"
     diff "$crd" "$tmp/crd" > "$tmp/difference" && { echo "no labels were added"; return 1; }
     ! grep -q '^<' "$tmp/difference" || { cat "$tmp/difference"; return 1; }
     ! grep '^>' "$tmp/difference" | grep -v -E '^>   (labels|annotations):$|^>     [a-z./-]+: ' || return 1
