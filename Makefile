@@ -10,6 +10,7 @@ export ASHLAR_CACHE := $(CACHE)
 export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell sha256sum < rust-toolchain.toml | cut -c1-16)
 # The name of the cluster that tests use; two checkouts may test at once under two names.
 CLUSTER ?= test
+CRD := inferenceservices.serving.ashlar.dev.yaml
 
 .PHONY: help demo demo-down check unit e2e test deny generate chart-test clean
 
@@ -38,12 +39,12 @@ test: ## everything, and one line that counts it; needs root
 deny: ## licences, sources and duplicates of the dependencies
 	e2e/deny.sh
 
-generate: ## the generated files: CRD and what the chart copies of it
-	cargo run --release --quiet --bin crdgen > target.crd.tmp
-	mv target.crd.tmp crds/yaml/inferenceservices.serving.ashlar.dev.yaml
-	cp crds/yaml/inferenceservices.serving.ashlar.dev.yaml charts/ashlar/files/
+generate: ## the generated files: the resource's definition, and the chart's copy of it
+	cargo run --release --quiet --bin crdgen > crds/yaml/.new
+	mv crds/yaml/.new crds/yaml/$(CRD)
+	cp crds/yaml/$(CRD) charts/ashlar/files/$(CRD)
 
-chart-test: ## renders the chart with several values and checks the result
+chart-test: ## renders the chart with several values and checks the result; needs helm on PATH
 	charts/tests/render.sh
 
 clean: ## ends the test cluster and empties the cache

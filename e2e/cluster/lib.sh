@@ -82,6 +82,13 @@ cluster_vars() {
     [ ${#STATE} -le 70 ] || die "TMPDIR is too long for unix sockets: ${#STATE} characters in $STATE"
 }
 
+# import_image ARCHIVE: gives an image to the cluster that cluster_vars named.
+import_image() {
+    local snapshotter
+    snapshotter=$(sed -n 's/.*snapshotter = "\(.*\)"/\1/p' "$STATE/containerd.toml")
+    "$STATE/tools/ctr" images import --snapshotter "$snapshotter" "$1" > "$STATE/log/import.log" 2>&1 || { cat "$STATE/log/import.log" >&2; return 1; }
+}
+
 # wait_until SECONDS WHAT COMMAND...: runs COMMAND until it succeeds; after SECONDS fails, naming WHAT.
 wait_until() {
     local deadline=$((SECONDS + $1)) what=$2

@@ -7,8 +7,7 @@ cluster_vars "${1:?name of the cluster}"
 shift
 
 archives=$("$CLUSTER_DIR/images.sh" "$@")
-snapshotter=$(sed -n 's/.*snapshotter = "\(.*\)"/\1/p' "$STATE/containerd.toml")
 while read -r reference archive; do
-    "$STATE/tools/ctr" images import --snapshotter "$snapshotter" "$archive" > /dev/null
+    import_image "$archive"
     echo "$reference"
 done <<< "$archives"

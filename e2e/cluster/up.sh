@@ -149,7 +149,7 @@ ASHLAR_NODE=$STATE COMPONENTS=$components CONTAINERD=$containerd setsid nsenter 
     unshare --mount --pid --fork --propagation private "$CLUSTER_DIR/node.sh" >> "$STATE/log/node.log" 2>&1 < /dev/null &
 
 wait_until 60 containerd ctr version
-while read -r _ archive; do ctr images import --snapshotter "$(sed -n 's/.*snapshotter = "\(.*\)"/\1/p' "$STATE/containerd.toml")" "$archive" > /dev/null; done <<< "$images"
+while read -r _ archive; do import_image "$archive"; done <<< "$images"
 wait_until 120 "the API server" kubectl get --raw /readyz
 wait_until 60 "the default ServiceAccount" kubectl -n default get serviceaccount default
 kubectl apply -f "$CLUSTER_DIR/coredns/coredns.yaml" > /dev/null

@@ -8,6 +8,7 @@ cluster_vars demo
 DEMO=$CLUSTER_DIR/../demo
 QUESTION=${QUESTION:-What is the capital of France?}
 EXPECTED=${EXPECTED:-Paris}
+GATEWAY_METRICS_PORT=8081
 times=()
 total=$SECONDS
 bound_target_dir
