@@ -55,7 +55,7 @@ async fn grant(ns: &Namespace) -> Result<DynamicObject> {
             "ashlar-system",
             "deployment/ashlar-operator",
             "--",
-            "/usr/local/bin/ashlar-operator",
+            "ashlar-operator",
             "grant",
             &format!("{}/smollm2", ns.name),
         ],
