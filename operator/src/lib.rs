@@ -1,3 +1,13 @@
-//! Controller, autoscaler and gateway of Ashlar.
+//! # Controller, autoscaler and gateway of Ashlar
+//!
+//! ```text
+//! controller   InferenceService → pods: fetch → validate → build → apply → status
+//! gateway      requests → pods: resolve → auth → hold → route → proxy
+//! ```
+//!
+//! Controller and gateway run as two Deployments of one image and meet only in the API server: the gateway reads what
+//! the controller wrote.
+#![forbid(unsafe_code)]
 
+pub mod controller;
 pub mod gateway;

@@ -1,9 +1,9 @@
 //! `ashlar-operator`: the controller, the gateway and their helpers behind one command line.
 
-use std::process::ExitCode;
+use std::{io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
-use ashlar_operator::gateway;
+use ashlar_operator::{controller, gateway};
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
@@ -43,10 +43,14 @@ enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the controller, which turns InferenceServices into pods.
+    Run(controller::ControllerArgs),
     /// Run the gateway, the front door of all services.
     Gateway(gateway::GatewayArgs),
     /// Print the Role and RoleBinding that let the gateway read a service's keys.
     Grant(gateway::grant::GrantArgs),
+    /// Print the CustomResourceDefinition.
+    Crd,
 }
 
 fn main() -> ExitCode {
@@ -64,8 +68,11 @@ async fn start(cli: Cli) -> anyhow::Result<()> {
     // It fails only if one is installed already, which is as good.
     let _ = rustls::crypto::ring::default_provider().install_default();
     match cli.command {
+        Command::Run(args) => controller::run(args).await?,
         Command::Gateway(args) => gateway::run(args).await?,
         Command::Grant(args) => gateway::grant::run(&args).await?,
+        Command::Crd => std::io::stdout()
+            .write_all(ashlar_crds::inference_service_crd_yaml().as_bytes())?,
     }
     Ok(())
 }

@@ -1,0 +1,232 @@
+//! The controller: brings the cluster to what each InferenceService says, and says in its status how far that is.
+//!
+//! ```text
+//! watch ──► reconcile:  fetch ──► validate ──► rollout ──► build ──► apply ──► status
+//!           (caches)    reads     pure         pure        pure      writes    pure, then one patch
+//! ```
+//!
+//! Invariants:
+//! - a reconcile reads caches only; `apply` writes only what differs; an unchanged status is never written;
+//! - a revision's template is rendered once, into its ControllerRevision: an upgrade of the operator renders nothing;
+//! - workloads are applied last, after everything they need;
+//! - only the leader writes, and it stops when its Lease cannot be renewed.
+
+pub mod apply;
+pub mod build;
+pub mod fetch;
+pub mod leader;
+pub mod metrics;
+pub mod pods;
+mod reconcile;
+pub mod rollout;
+pub mod status;
+pub mod validate;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use ashlar_crds::InferenceService;
+use futures::StreamExt as _;
+use kube::{
+    Api, Client, Config,
+    runtime::{Controller, watcher},
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+use build::Defaults;
+use fetch::Caches;
+use metrics::Metrics;
+
+/// Longest wait for one answer of the API server.
+const CALL_TIMEOUT: Duration = Duration::from_secs(3);
+/// Watches are answered slowly by design: the API server ends one after at most this long.
+const WATCH_TIMEOUT: Duration = Duration::from_secs(295);
+/// Reconciles at once.
+const CONCURRENCY: u16 = 16;
+/// Changes within this time are looked at together.
+const DEBOUNCE: Duration = Duration::from_millis(20);
+
+/// Arguments of `ashlar-operator run`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ControllerArgs {
+    /// Namespace of operator and gateway.
+    #[arg(long, env = "ASHLAR_OPERATOR_NAMESPACE", default_value = "ashlar-system")]
+    pub namespace: String,
+    /// Only this namespace's services; all without it.
+    #[arg(long, env = "ASHLAR_WATCH_NAMESPACE", value_name = "NAMESPACE")]
+    pub watch_namespace: Option<String>,
+    /// Runtime image for services on the CPU, and for downloads.
+    #[arg(long, env = "ASHLAR_RUNTIME_IMAGE", value_name = "IMAGE")]
+    pub runtime_image: String,
+    /// Runtime image for services on GPUs; the other one without it.
+    #[arg(long, env = "ASHLAR_RUNTIME_IMAGE_CUDA", value_name = "IMAGE")]
+    pub runtime_image_cuda: Option<String>,
+    /// The gateway's Service.
+    #[arg(long, env = "ASHLAR_GATEWAY_SERVICE_NAME", default_value = "ashlar-gateway")]
+    pub gateway_service: String,
+    /// The gateway's ServiceAccount, which reads users' keys.
+    #[arg(long, env = "ASHLAR_GATEWAY_SERVICE_ACCOUNT", default_value = "ashlar-gateway")]
+    pub gateway_service_account: String,
+    /// The cluster's DNS domain.
+    #[arg(long, env = "ASHLAR_CLUSTER_DOMAIN", default_value = "cluster.local", value_name = "DOMAIN")]
+    pub cluster_domain: String,
+    /// Where /metrics, /healthz and /readyz are served.
+    #[arg(long, env = "ASHLAR_OPERATOR_ADMIN_LISTEN", default_value = "0.0.0.0:8080", value_name = "ADDRESS")]
+    pub admin_listen: SocketAddr,
+    /// Name of the Lease by which operators agree on a leader.
+    #[arg(long, env = "ASHLAR_LEASE_NAME", default_value = "ashlar-operator")]
+    pub lease_name: String,
+    /// This process among its peers; the pod's name.
+    #[arg(long, env = "ASHLAR_POD_NAME", default_value = "ashlar-operator")]
+    pub identity: String,
+}
+
+/// Why the controller ended or could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ControllerError {
+    /// No way to the API server.
+    #[error("no cluster to control: run inside one with a ServiceAccount, or point KUBECONFIG at one: {0}")]
+    Client(String),
+    /// The CRD is missing or too old.
+    #[error("InferenceService {0}; install the CRD of this version: ashlar-operator crd | kubectl apply --server-side -f -")]
+    Crd(String),
+    /// The address is taken.
+    #[error("cannot listen on {address}: free it, or choose another with --admin-listen")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Signals cannot be received.
+    #[error("cannot listen for signals")]
+    Signals(#[source] std::io::Error),
+    /// Another leads now.
+    #[error(transparent)]
+    LeadershipLost(#[from] leader::LeadershipLost),
+}
+
+/// What every reconcile shares.
+pub(crate) struct Context {
+    pub(crate) client: Client,
+    pub(crate) caches: Caches,
+    pub(crate) defaults: Defaults,
+    pub(crate) gateway_account: String,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) events: kube::runtime::events::Recorder,
+}
+
+/// Runs until SIGTERM, or until the leadership is lost.
+///
+/// # Errors
+/// [`ControllerError`] when it cannot start, or no longer leads.
+pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
+    let mut config = Config::infer().await.map_err(|error| ControllerError::Client(error.to_string()))?;
+    config.connect_timeout = Some(CALL_TIMEOUT);
+    config.read_timeout = Some(WATCH_TIMEOUT);
+    let client = Client::try_from(config).map_err(|error| ControllerError::Client(error.to_string()))?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(ControllerError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(ControllerError::Signals)?;
+    let metrics = Arc::new(Metrics::new());
+    metrics::serve(args.admin_listen, Arc::clone(&metrics))
+        .await
+        .map_err(|source| ControllerError::Listen { address: args.admin_listen, source })?;
+    check_crd(&client).await?;
+
+    let watched = args.watch_namespace.as_deref();
+    let (caches, triggers) = Caches::start(&client, watched, (&args.namespace, &args.gateway_service));
+    let mut elector =
+        leader::Elector::new(client.clone(), &args.namespace, &args.lease_name, format!("{}-{:08x}", args.identity, rand::random::<u32>()));
+    // A standby keeps its caches warm, so that it acts at once when it leads.
+    metrics.set_ready();
+    tracing::info!("waiting for the Lease");
+    tokio::select! {
+        () = elector.acquire() => {}
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    }
+    tracing::info!("leading");
+    metrics.set_leader(true);
+    caches.ready().await;
+    let work = control(client, args, caches, triggers, metrics);
+    let ended = tokio::select! {
+        lost = elector.hold() => return Err(lost.into()),
+        () = work => Ok(()),
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    };
+    elector.release().await;
+    ended
+}
+
+async fn control(
+    client: Client,
+    args: ControllerArgs,
+    caches: Caches,
+    triggers: impl futures::Stream<Item = Option<kube::runtime::reflector::ObjectRef<InferenceService>>> + Send + 'static,
+    metrics: Arc<Metrics>,
+) {
+    let services: Api<InferenceService> = match &args.watch_namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    };
+    let controller = Controller::new(services, watcher::Config::default())
+        .with_config(kube::runtime::controller::Config::default().debounce(DEBOUNCE).concurrency(CONCURRENCY));
+    let store = controller.store();
+    let reporter = kube::runtime::events::Reporter { controller: "ashlar-operator".into(), instance: Some(args.identity.clone()) };
+    let context = Arc::new(Context {
+        events: kube::runtime::events::Recorder::new(client.clone(), reporter),
+        client,
+        caches,
+        defaults: Defaults {
+            runtime_image_cuda: args.runtime_image_cuda.unwrap_or_else(|| args.runtime_image.clone()),
+            runtime_image: args.runtime_image,
+            namespace: args.namespace,
+            gateway_service: args.gateway_service,
+            cluster_domain: args.cluster_domain,
+        },
+        gateway_account: args.gateway_service_account,
+        metrics,
+    });
+    // A change of the gateway's endpoints concerns every service's alias.
+    let triggers = triggers.flat_map(move |service| {
+        let all = match service {
+            Some(service) => vec![service],
+            None => store.state().iter().map(|s| kube::runtime::reflector::ObjectRef::from_obj(&**s)).collect(),
+        };
+        futures::stream::iter(all)
+    });
+    controller
+        .reconcile_on(triggers)
+        .run(reconcile::reconcile, reconcile::after_error, context)
+        .for_each(|result| async move {
+            if let Err(error) = result {
+                tracing::debug!(%error, "reconcile");
+            }
+        })
+        .await;
+}
+
+/// Refuses to start without the CRD, or with one that lacks this version's fields.
+async fn check_crd(client: &Client) -> Result<(), ControllerError> {
+    use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition as Crd;
+    let api: Api<Crd> = Api::all(client.clone());
+    let ours = ashlar_crds::inference_service_crd();
+    let name = ours.metadata.name.clone().unwrap_or_default();
+    let found = api.get_opt(&name).await.map_err(|error| ControllerError::Client(error.to_string()))?;
+    let found = found.ok_or_else(|| ControllerError::Crd("is not installed".into()))?;
+    let schema = |crd: &Crd| serde_json::to_value(&crd.spec.versions).unwrap_or_default();
+    let (ours, found) = (schema(&ours), schema(&found));
+    let properties = |versions: &serde_json::Value| -> Vec<String> {
+        versions
+            .pointer("/0/schema/openAPIV3Schema/properties/spec/properties")
+            .and_then(|p| p.as_object())
+            .map(|p| p.keys().cloned().collect())
+            .unwrap_or_default()
+    };
+    let installed = properties(&found);
+    match properties(&ours).into_iter().find(|field| !installed.contains(field)) {
+        Some(field) => Err(ControllerError::Crd(format!("has no field spec.{field}"))),
+        None => Ok(()),
+    }
+}

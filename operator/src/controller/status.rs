@@ -1,0 +1,253 @@
+//! `status`, computed from what was applied and what the pods say. Pure.
+
+use ashlar_crds::{
+    Auth, InferenceService, InferenceServiceStatus, ModelStatus, RevisionStatus, ScalingStatus,
+    conditions::{ENDPOINT_READY, MODEL_READY, READY, SCALING_READY, WORKLOADS_READY, reason},
+    names::SERVICE_LABEL,
+};
+use k8s_openapi::{
+    api::core::v1::Pod,
+    apimachinery::pkg::apis::meta::v1::{Condition, Time},
+    jiff::Timestamp,
+};
+
+use super::{
+    build::Defaults,
+    pods::{self, Blocker},
+    rollout::{RevisionState, RolloutPlan},
+    validate::ValidatedService,
+};
+
+/// Whether the gateway can check the users' keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyAccess {
+    /// It can, or no keys are asked for.
+    Allowed,
+    /// It may not read the Secret.
+    Denied,
+    /// The API server did not answer the question.
+    Unknown,
+}
+
+/// What `compute` looks at.
+pub struct Facts<'a> {
+    /// The service.
+    pub service: &'a ValidatedService,
+    /// Where things are.
+    pub defaults: &'a Defaults,
+    /// Pods of all revisions.
+    pub pods: &'a [std::sync::Arc<Pod>],
+    /// The newest revision.
+    pub newest: &'a RevisionState,
+    /// What was asked of the Deployments.
+    pub plan: &'a RolloutPlan,
+    /// A newer default image exists than the one that runs.
+    pub outdated: bool,
+    /// Ready endpoints of the gateway.
+    pub gateway_endpoints: usize,
+    /// Users' keys.
+    pub keys: KeyAccess,
+    /// Now.
+    pub now: Timestamp,
+}
+
+struct Verdict {
+    ok: bool,
+    reason: &'static str,
+    message: String,
+}
+
+fn verdict(ok: bool, reason: &'static str, message: impl Into<String>) -> Verdict {
+    Verdict { ok, reason, message: message.into() }
+}
+
+/// The status of a service that was built and applied.
+#[must_use]
+pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
+    let service = facts.service;
+    let ready = facts.pods.iter().filter(|pod| pods::is_ready(pod)).count();
+    let worst = facts.pods.iter().filter_map(|pod| pods::why_not_ready(pod)).max();
+    let endpoint = endpoint_verdict(facts);
+    let workloads = workloads_verdict(facts, worst.as_ref());
+    let model = model_verdict(facts, ready, worst.as_ref());
+    let overall = ready_verdict(facts, ready, &endpoint, &workloads);
+    let scaling = scaling_verdict(service);
+    let phase = match (&model, worst.as_ref().map(|b| b.reason)) {
+        (Verdict { ok: true, .. }, _) => "Ready",
+        (_, Some(reason::MODEL_DOWNLOADING)) => "Downloading",
+        (_, Some(reason::MODEL_LOADING)) => "Loading",
+        (_, Some(reason::MODEL_DOWNLOAD_FAILED | reason::MODEL_LOAD_FAILED | reason::CRASH_LOOP | reason::OUT_OF_MEMORY)) => "Failed",
+        _ => "Pending",
+    };
+    let old = service.service.status.clone().unwrap_or_default();
+    let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
+    InferenceServiceStatus {
+        url: Some(url(service, facts.defaults)),
+        alias_url: service
+            .service
+            .spec
+            .endpoint
+            .alias
+            .then(|| format!("http://{}/v1", service.service.alias_host())),
+        replicas: count(facts.pods.len()),
+        ready_replicas: count(ready),
+        updated_replicas: facts.newest.pods,
+        selector: Some(format!("{SERVICE_LABEL}={}", service.name)),
+        revision: Some(RevisionStatus {
+            current: facts.newest.hash.clone(),
+            previous: facts.plan.previous.as_ref().filter(|_| facts.plan.rollout.is_some()).map(|(hash, _)| hash.clone()),
+            outdated: facts.outdated,
+            rollout: facts.plan.rollout.clone(),
+        }),
+        model: Some(ModelStatus { phase: phase.to_owned(), ..old.model.unwrap_or_default() }),
+        scaling: Some(ScalingStatus { desired_replicas: service.wanted, last_decision: old.scaling.and_then(|s| s.last_decision) }),
+        ..with_conditions(
+            &service.service,
+            [(READY, overall), (MODEL_READY, model), (WORKLOADS_READY, workloads), (ENDPOINT_READY, endpoint), (SCALING_READY, scaling)],
+            facts.now,
+        )
+    }
+}
+
+/// The status of a service that could not be built or applied: what it had, and why it is not ready for the new spec.
+#[must_use]
+pub fn blocked(service: &InferenceService, reason: &'static str, message: &str, now: Timestamp) -> InferenceServiceStatus {
+    let old = service.status.clone().unwrap_or_default();
+    // What serves goes on serving: only a service without ready pods is not Ready for it.
+    let serving = old.ready_replicas > 0;
+    let keep = old.clone();
+    InferenceServiceStatus {
+        observed_generation: service.metadata.generation,
+        conditions: with_conditions(
+            service,
+            [(READY, verdict(serving, reason, message)), (WORKLOADS_READY, verdict(false, reason, message))],
+            now,
+        )
+        .conditions,
+        ..keep
+    }
+}
+
+fn url(service: &ValidatedService, defaults: &Defaults) -> String {
+    format!("http://{}.{}.svc/{}/{}/v1", defaults.gateway_service, defaults.namespace, service.namespace, service.name)
+}
+
+fn endpoint_verdict(facts: &Facts<'_>) -> Verdict {
+    let spec = &facts.service.service.spec.endpoint;
+    if facts.gateway_endpoints == 0 {
+        return verdict(
+            false,
+            reason::GATEWAY_UNAVAILABLE,
+            format!("Service {} in namespace {} has no ready endpoint; look at its Deployment", facts.defaults.gateway_service, facts.defaults.namespace),
+        );
+    }
+    match (spec.auth, facts.keys) {
+        (Auth::Keys, KeyAccess::Denied) => verdict(
+            false,
+            reason::KEYS_UNREADABLE,
+            format!(
+                "the gateway may not read Secret {}; let it: ashlar-operator grant {}/{} | kubectl apply -f -",
+                spec.api_key_secret_ref.as_ref().map_or("", |s| s.name.as_str()),
+                facts.service.namespace,
+                facts.service.name
+            ),
+        ),
+        (Auth::Keys, KeyAccess::Unknown) => {
+            verdict(false, reason::KEYS_UNREADABLE, "it is not known yet whether the gateway may read the keys")
+        }
+        (Auth::Keys, KeyAccess::Allowed) => verdict(true, reason::AVAILABLE, "callers show a key"),
+        (Auth::None, _) => verdict(true, reason::AVAILABLE, "open to whoever reaches the gateway"),
+    }
+}
+
+fn workloads_verdict(facts: &Facts<'_>, worst: Option<&Blocker>) -> Verdict {
+    let wanted = facts.service.wanted;
+    if facts.plan.halted {
+        let words = facts.newest.failed.clone().unwrap_or_default();
+        return verdict(false, reason::REVISION_FAILED, format!("revision {} does not start: {words}; apply the old spec to go back", facts.newest.hash));
+    }
+    if wanted == 0 {
+        return verdict(true, reason::SCALED_TO_ZERO, "no replica is wanted");
+    }
+    if facts.newest.ready >= wanted && facts.plan.rollout.is_none() {
+        return verdict(true, reason::AVAILABLE, format!("{wanted} of {wanted} replicas are ready"));
+    }
+    let progress = format!("{} of {wanted} replicas of revision {} are ready", facts.newest.ready, facts.newest.hash);
+    match worst {
+        Some(blocker) if blocker.severity >= 3 => verdict(false, blocker.reason, format!("{progress}; {}", blocker.message)),
+        _ if facts.plan.rollout.is_some() => {
+            let reason = if worst.is_some_and(|b| b.reason == reason::DRAINING) { reason::DRAINING } else { reason::ROLLING_OUT };
+            verdict(false, reason, format!("{progress}; {}", facts.plan.rollout.clone().unwrap_or_default()))
+        }
+        Some(blocker) => verdict(false, blocker.reason, format!("{progress}; {}", blocker.message)),
+        None => verdict(false, reason::STARTING, progress),
+    }
+}
+
+fn model_verdict(facts: &Facts<'_>, ready: usize, worst: Option<&Blocker>) -> Verdict {
+    if ready > 0 {
+        return verdict(true, reason::AVAILABLE, format!("{} is loaded", facts.service.service.spec.model.uri));
+    }
+    match worst {
+        Some(blocker) => verdict(false, blocker.reason, blocker.message.clone()),
+        None if facts.service.wanted == 0 => verdict(true, reason::SCALED_TO_ZERO, "no replica is wanted"),
+        None => verdict(false, reason::STARTING, "no pod exists yet"),
+    }
+}
+
+fn ready_verdict(facts: &Facts<'_>, ready: usize, endpoint: &Verdict, workloads: &Verdict) -> Verdict {
+    if !endpoint.ok {
+        return verdict(false, endpoint.reason, endpoint.message.clone());
+    }
+    if ready > 0 {
+        let reason = if facts.plan.halted { reason::REVISION_FAILED } else { reason::AVAILABLE };
+        let message = if workloads.ok { "requests are answered".to_owned() } else { format!("requests are answered; {}", workloads.message) };
+        return verdict(true, reason, message);
+    }
+    let was_ready = facts.service.service.status.as_ref().is_some_and(|status| {
+        let same = status.revision.as_ref().is_some_and(|r| r.current == facts.newest.hash);
+        same && status.conditions.iter().any(|c| c.type_ == READY && c.status == "True")
+    });
+    if facts.service.wanted == 0 {
+        return verdict(was_ready, reason::SCALED_TO_ZERO, "no replica is wanted; set replicas to serve again");
+    }
+    verdict(false, workloads.reason, workloads.message.clone())
+}
+
+fn scaling_verdict(service: &ValidatedService) -> Verdict {
+    match &service.service.spec.scaling {
+        None => verdict(true, reason::FIXED_REPLICAS, "spec.replicas, kubectl scale, HPA or KEDA set the number of replicas"),
+        Some(scaling) => verdict(
+            false,
+            reason::METRICS_UNAVAILABLE,
+            format!("this version does not scale by load: the service keeps {} replicas (minReplicas, at least 1)", scaling.min_replicas.max(1)),
+        ),
+    }
+}
+
+/// Conditions with their transition times carried over where nothing changed.
+fn with_conditions<const N: usize>(
+    service: &InferenceService,
+    verdicts: [(&str, Verdict); N],
+    now: Timestamp,
+) -> InferenceServiceStatus {
+    let mut conditions = service.status.as_ref().map(|s| s.conditions.clone()).unwrap_or_default();
+    for (kind, verdict) in verdicts {
+        let status = if verdict.ok { "True" } else { "False" };
+        let old = conditions.iter().position(|c| c.type_ == kind);
+        let since = old.map(|i| &conditions[i]).filter(|c| c.status == status).map(|c| c.last_transition_time.clone());
+        let condition = Condition {
+            type_: kind.to_owned(),
+            status: status.to_owned(),
+            reason: verdict.reason.to_owned(),
+            message: verdict.message,
+            observed_generation: service.metadata.generation,
+            last_transition_time: since.unwrap_or(Time(now)),
+        };
+        match old {
+            Some(index) => conditions[index] = condition,
+            None => conditions.push(condition),
+        }
+    }
+    InferenceServiceStatus { observed_generation: service.metadata.generation, conditions, ..InferenceServiceStatus::default() }
+}
