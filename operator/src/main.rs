@@ -71,8 +71,9 @@ async fn start(cli: Cli) -> anyhow::Result<()> {
         Command::Run(args) => controller::run(args).await?,
         Command::Gateway(args) => gateway::run(args).await?,
         Command::Grant(args) => gateway::grant::run(&args).await?,
-        Command::Crd => std::io::stdout()
-            .write_all(ashlar_crds::inference_service_crd_yaml().as_bytes())?,
+        Command::Crd => {
+            std::io::stdout().write_all(ashlar_crds::inference_service_crd_yaml().as_bytes())?
+        }
     }
     Ok(())
 }

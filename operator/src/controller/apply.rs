@@ -13,7 +13,9 @@ use super::{build::Child, fetch::LiveChild};
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// An object of that name exists and belongs to someone else.
-    #[error("{kind} {name} exists and does not belong to this InferenceService; delete or rename it, or rename the service")]
+    #[error(
+        "{kind} {name} exists and does not belong to this InferenceService; delete or rename it, or rename the service"
+    )]
     NameTaken {
         /// Its kind.
         kind: String,
@@ -39,13 +41,19 @@ pub enum ApplyError {
 #[must_use]
 pub fn is_current(desired: &Value, live: &Value) -> bool {
     match (desired, live) {
-        (Value::Object(desired), Value::Object(live)) => desired.iter().all(|(key, desired)| match live.get(key) {
-            Some(live) => is_current(desired, live),
-            // The API server drops what is empty.
-            None => is_empty(desired),
-        }),
+        (Value::Object(desired), Value::Object(live)) => {
+            desired.iter().all(|(key, desired)| match live.get(key) {
+                Some(live) => is_current(desired, live),
+                // The API server drops what is empty.
+                None => is_empty(desired),
+            })
+        }
         (Value::Array(desired), Value::Array(live)) => {
-            desired.len() == live.len() && desired.iter().zip(live).all(|(desired, live)| is_current(desired, live))
+            desired.len() == live.len()
+                && desired
+                    .iter()
+                    .zip(live)
+                    .all(|(desired, live)| is_current(desired, live))
         }
         (Value::Number(a), Value::Number(b)) => a.as_f64() == b.as_f64(),
         (desired, live) => desired == live,
@@ -65,28 +73,62 @@ fn is_empty(value: &Value) -> bool {
 ///
 /// # Errors
 /// [`ApplyError::NameTaken`] when the name belongs to someone else, [`ApplyError::Call`] when the API server refuses.
-pub async fn apply(client: &Client, service: &InferenceService, child: &Child, live: &[LiveChild]) -> Result<bool, ApplyError> {
+pub async fn apply(
+    client: &Client,
+    service: &InferenceService,
+    child: &Child,
+    live: &[LiveChild],
+) -> Result<bool, ApplyError> {
     let uid = service.metadata.uid.as_deref().unwrap_or_default();
     let namespace = service.metadata.namespace.as_deref().unwrap_or_default();
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &child.resource);
-    let call = |verb, source| ApplyError::Call { verb, kind: child.resource.kind.clone(), name: child.name.clone(), source };
-    let taken = || ApplyError::NameTaken { kind: child.resource.kind.clone(), name: child.name.clone() };
-    match live.iter().find(|live| live.resource.kind == child.resource.kind && live.name == child.name) {
+    let call = |verb, source| ApplyError::Call {
+        verb,
+        kind: child.resource.kind.clone(),
+        name: child.name.clone(),
+        source,
+    };
+    let taken = || ApplyError::NameTaken {
+        kind: child.resource.kind.clone(),
+        name: child.name.clone(),
+    };
+    match live
+        .iter()
+        .find(|live| live.resource.kind == child.resource.kind && live.name == child.name)
+    {
         Some(live) if live.owner.as_deref() != Some(uid) => return Err(taken()),
-        Some(live) if live.terminating || is_current(&child.value, &live.value) => return Ok(false),
+        Some(live) if live.terminating || is_current(&child.value, &live.value) => {
+            return Ok(false);
+        }
         Some(_) => {}
         None => {
             // Not in our cache: new, or somebody else's.
-            if let Some(existing) = api.get_opt(&child.name).await.map_err(|source| call("read", source))?
-                && !existing.metadata.owner_references.iter().flatten().any(|owner| owner.uid == uid)
+            if let Some(existing) = api
+                .get_opt(&child.name)
+                .await
+                .map_err(|source| call("read", source))?
+                && !existing
+                    .metadata
+                    .owner_references
+                    .iter()
+                    .flatten()
+                    .any(|owner| owner.uid == uid)
             {
                 return Err(taken());
             }
         }
     }
     let params = PatchParams::apply(FIELD_MANAGER).force();
-    api.patch(&child.name, &params, &Patch::Apply(&child.value)).await.map_err(|source| call("apply", source))?;
-    tracing::info!(namespace, service = service.metadata.name, kind = child.resource.kind, name = child.name, "applied");
+    api.patch(&child.name, &params, &Patch::Apply(&child.value))
+        .await
+        .map_err(|source| call("apply", source))?;
+    tracing::info!(
+        namespace,
+        service = service.metadata.name,
+        kind = child.resource.kind,
+        name = child.name,
+        "applied"
+    );
     Ok(true)
 }
 
@@ -94,25 +136,43 @@ pub async fn apply(client: &Client, service: &InferenceService, child: &Child, l
 ///
 /// # Errors
 /// [`ApplyError::Call`] when the API server refuses; an object that is already gone is no error.
-pub async fn delete(client: &Client, service: &InferenceService, resource: &ApiResource, live: &LiveChild) -> Result<(), ApplyError> {
+pub async fn delete(
+    client: &Client,
+    service: &InferenceService,
+    resource: &ApiResource,
+    live: &LiveChild,
+) -> Result<(), ApplyError> {
     let namespace = service.metadata.namespace.as_deref().unwrap_or_default();
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, resource);
     let params = DeleteParams {
         preconditions: Some(Preconditions {
-            uid: live.value.pointer("/metadata/uid").and_then(Value::as_str).map(str::to_owned),
+            uid: live
+                .value
+                .pointer("/metadata/uid")
+                .and_then(Value::as_str)
+                .map(str::to_owned),
             resource_version: None,
         }),
         ..DeleteParams::background()
     };
     match api.delete(&live.name, &params).await {
         Ok(_) => {
-            tracing::info!(namespace, service = service.metadata.name, kind = resource.kind, name = live.name, "deleted");
+            tracing::info!(
+                namespace,
+                service = service.metadata.name,
+                kind = resource.kind,
+                name = live.name,
+                "deleted"
+            );
             Ok(())
         }
         Err(kube::Error::Api(error)) if error.code == 404 || error.code == 409 => Ok(()),
-        Err(source) => {
-            Err(ApplyError::Call { verb: "delete", kind: resource.kind.clone(), name: live.name.clone(), source })
-        }
+        Err(source) => Err(ApplyError::Call {
+            verb: "delete",
+            kind: resource.kind.clone(),
+            name: live.name.clone(),
+            source,
+        }),
     }
 }
 
@@ -124,10 +184,20 @@ mod tests {
 
     #[test]
     fn what_the_server_adds_is_no_difference_and_what_someone_changed_is() {
-        let desired = json!({"spec": {"replicas": 1, "ports": [{"port": 80}], "empty": {}, "none": null}});
-        assert!(is_current(&desired, &json!({"spec": {"replicas": 1, "ports": [{"port": 80, "protocol": "TCP"}], "more": 1}})));
-        assert!(!is_current(&desired, &json!({"spec": {"replicas": 2, "ports": [{"port": 80}]}})));
-        assert!(!is_current(&desired, &json!({"spec": {"replicas": 1, "ports": [{"port": 80}, {"port": 81}]}})));
+        let desired =
+            json!({"spec": {"replicas": 1, "ports": [{"port": 80}], "empty": {}, "none": null}});
+        assert!(is_current(
+            &desired,
+            &json!({"spec": {"replicas": 1, "ports": [{"port": 80, "protocol": "TCP"}], "more": 1}})
+        ));
+        assert!(!is_current(
+            &desired,
+            &json!({"spec": {"replicas": 2, "ports": [{"port": 80}]}})
+        ));
+        assert!(!is_current(
+            &desired,
+            &json!({"spec": {"replicas": 1, "ports": [{"port": 80}, {"port": 81}]}})
+        ));
         assert!(!is_current(&desired, &json!({"spec": {"replicas": 1}})));
     }
 }

@@ -79,7 +79,10 @@ impl Caches {
         client: &Client,
         watched: Option<&str>,
         gateway: (&str, &str),
-    ) -> (Self, impl Stream<Item = Option<reflector::ObjectRef<InferenceService>>> + use<>) {
+    ) -> (
+        Self,
+        impl Stream<Item = Option<reflector::ObjectRef<InferenceService>>> + use<>,
+    ) {
         let (send, mut receive) = mpsc::channel(MAX_TRIGGERS);
         let ours = watcher::Config::default().labels(SERVICE_LABEL);
         let caches = Self {
@@ -94,11 +97,17 @@ impl Caches {
             gateway_slices: cache(
                 client,
                 Some(gateway.0),
-                watcher::Config::default().labels(&format!("{SLICE_SERVICE_LABEL}={},!{SERVICE_LABEL}", gateway.1)),
+                watcher::Config::default().labels(&format!(
+                    "{SLICE_SERVICE_LABEL}={},!{SERVICE_LABEL}",
+                    gateway.1
+                )),
                 send,
             ),
         };
-        (caches, futures::stream::poll_fn(move |context| receive.poll_recv(context)))
+        (
+            caches,
+            futures::stream::poll_fn(move |context| receive.poll_recv(context)),
+        )
     }
 
     /// Waits until every cache has been filled once.
@@ -129,7 +138,12 @@ impl Caches {
         add_live(&mut live, &of(&self.accounts, namespace, name));
         // The cluster's own controller copies our labels to the slices of the headless Service: those are not ours.
         let mut slices = of(&self.slices, namespace, name);
-        slices.retain(|slice| slice.labels().get(super::build::children::SLICE_MANAGER_LABEL).is_some_and(|m| m == ashlar_crds::names::FIELD_MANAGER));
+        slices.retain(|slice| {
+            slice
+                .labels()
+                .get(super::build::children::SLICE_MANAGER_LABEL)
+                .is_some_and(|m| m == ashlar_crds::names::FIELD_MANAGER)
+        });
         add_live(&mut live, &slices);
         add_live(&mut live, &of(&self.policies, namespace, name));
         add_live(&mut live, &of(&self.budgets, namespace, name));
@@ -137,7 +151,12 @@ impl Caches {
             revisions,
             deployments,
             pods: of(&self.pods, namespace, name),
-            gateway_slices: self.gateway_slices.state().iter().map(|slice| (**slice).clone()).collect(),
+            gateway_slices: self
+                .gateway_slices
+                .state()
+                .iter()
+                .map(|slice| (**slice).clone())
+                .collect(),
             live,
         }
     }
@@ -150,7 +169,12 @@ where
 {
     store.state_filter(|object: &K| {
         object.meta().namespace.as_deref() == Some(namespace)
-            && object.meta().labels.as_ref().and_then(|labels| labels.get(SERVICE_LABEL)).is_some_and(|n| n == name)
+            && object
+                .meta()
+                .labels
+                .as_ref()
+                .and_then(|labels| labels.get(SERVICE_LABEL))
+                .is_some_and(|n| n == name)
     })
 }
 
@@ -158,18 +182,38 @@ fn add_live<K>(live: &mut Vec<LiveChild>, objects: &[Arc<K>])
 where
     K: Resource<DynamicType = ()> + serde::Serialize,
 {
-    live.extend(objects.iter().map(|object| LiveChild {
-        resource: kube::api::ApiResource::erase::<K>(&()),
-        name: object.meta().name.clone().unwrap_or_default(),
-        owner: object.meta().owner_references.iter().flatten().find(|o| o.controller == Some(true)).map(|o| o.uid.clone()),
-        terminating: object.meta().deletion_timestamp.is_some(),
-        value: serde_json::to_value(&**object).expect("Kubernetes objects are plain data: this is a bug"),
+    live.extend(objects.iter().map(|object| {
+        LiveChild {
+            resource: kube::api::ApiResource::erase::<K>(&()),
+            name: object.meta().name.clone().unwrap_or_default(),
+            owner: object
+                .meta()
+                .owner_references
+                .iter()
+                .flatten()
+                .find(|o| o.controller == Some(true))
+                .map(|o| o.uid.clone()),
+            terminating: object.meta().deletion_timestamp.is_some(),
+            value: serde_json::to_value(&**object)
+                .expect("Kubernetes objects are plain data: this is a bug"),
+        }
     }));
 }
 
-fn cache<K>(client: &Client, namespace: Option<&str>, config: watcher::Config, triggers: Triggers) -> Store<K>
+fn cache<K>(
+    client: &Client,
+    namespace: Option<&str>,
+    config: watcher::Config,
+    triggers: Triggers,
+) -> Store<K>
 where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + std::fmt::Debug
+        + Send
+        + Sync
+        + 'static,
 {
     let api: Api<K> = match namespace {
         Some(namespace) => Api::namespaced(client.clone(), namespace),
@@ -186,14 +230,22 @@ where
         while let Some(event) = stream.next().await {
             match event {
                 Ok(object) => {
-                    let service = object.meta().labels.as_ref().and_then(|labels| labels.get(SERVICE_LABEL)).cloned();
+                    let service = object
+                        .meta()
+                        .labels
+                        .as_ref()
+                        .and_then(|labels| labels.get(SERVICE_LABEL))
+                        .cloned();
                     let namespace = object.meta().namespace.clone().unwrap_or_default();
-                    let trigger = service.map(|name| reflector::ObjectRef::new(&name).within(&namespace));
+                    let trigger =
+                        service.map(|name| reflector::ObjectRef::new(&name).within(&namespace));
                     if triggers.send(trigger).await.is_err() {
                         return;
                     }
                 }
-                Err(error) => tracing::warn!(kind = %K::kind(&()), %error, "a watch broke and starts again"),
+                Err(error) => {
+                    tracing::warn!(kind = %K::kind(&()), %error, "a watch broke and starts again")
+                }
             }
         }
     });

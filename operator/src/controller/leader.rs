@@ -43,7 +43,12 @@ impl Elector {
     /// A candidate named `identity`.
     #[must_use]
     pub fn new(client: Client, namespace: &str, name: &str, identity: String) -> Self {
-        Self { leases: Api::namespaced(client, namespace), name: name.to_owned(), identity, seen: None }
+        Self {
+            leases: Api::namespaced(client, namespace),
+            name: name.to_owned(),
+            identity,
+            seen: None,
+        }
     }
 
     /// Returns once this candidate leads.
@@ -76,37 +81,62 @@ impl Elector {
 
     /// Gives the Lease up, so that the next leader need not wait for it to expire.
     pub async fn release(&self) {
-        let Ok(Ok(Some(mut lease))) = timeout(CALL, self.leases.get_opt(&self.name)).await else { return };
+        let Ok(Ok(Some(mut lease))) = timeout(CALL, self.leases.get_opt(&self.name)).await else {
+            return;
+        };
         let spec = lease.spec.get_or_insert_default();
         if spec.holder_identity.as_deref() == Some(&self.identity) {
             spec.holder_identity = Some(String::new());
             // Best effort: without it the next leader waits for the Lease to expire.
-            let _ = timeout(CALL, self.leases.replace(&self.name, &PostParams::default(), &lease)).await;
+            let _ = timeout(
+                CALL,
+                self.leases
+                    .replace(&self.name, &PostParams::default(), &lease),
+            )
+            .await;
         }
     }
 
     /// One try to take or renew; false while another holds it.
     async fn attempt(&mut self) -> Result<bool, kube::Error> {
         let late = |_| kube::Error::Service("the API server did not answer in time".into());
-        let found = timeout(CALL, self.leases.get_opt(&self.name)).await.map_err(late)??;
+        let found = timeout(CALL, self.leases.get_opt(&self.name))
+            .await
+            .map_err(late)??;
         let Some(lease) = found else {
-            let created = timeout(CALL, self.leases.create(&PostParams::default(), &self.lease(None))).await.map_err(late)?;
+            let created = timeout(
+                CALL,
+                self.leases
+                    .create(&PostParams::default(), &self.lease(None)),
+            )
+            .await
+            .map_err(late)?;
             return won(created);
         };
         let spec = lease.spec.clone().unwrap_or_default();
         let holder = spec.holder_identity.clone().unwrap_or_default();
-        let (last_holder, last_renewal, since) = self.seen.get_or_insert((holder.clone(), spec.renew_time.clone(), Instant::now()));
+        let (last_holder, last_renewal, since) =
+            self.seen
+                .get_or_insert((holder.clone(), spec.renew_time.clone(), Instant::now()));
         if *last_holder != holder || *last_renewal != spec.renew_time {
-            (*last_holder, *last_renewal, *since) = (holder.clone(), spec.renew_time.clone(), Instant::now());
+            (*last_holder, *last_renewal, *since) =
+                (holder.clone(), spec.renew_time.clone(), Instant::now());
         }
         let expired = since.elapsed() > LEASE;
         if !holder.is_empty() && holder != self.identity && !expired {
             return Ok(false);
         }
         // The resource version makes the write fail if anyone was faster.
-        let replaced = timeout(CALL, self.leases.replace(&self.name, &PostParams::default(), &self.lease(Some(&lease))))
-            .await
-            .map_err(late)?;
+        let replaced = timeout(
+            CALL,
+            self.leases.replace(
+                &self.name,
+                &PostParams::default(),
+                &self.lease(Some(&lease)),
+            ),
+        )
+        .await
+        .map_err(late)?;
         won(replaced)
     }
 
@@ -124,9 +154,17 @@ impl Elector {
             spec: Some(LeaseSpec {
                 holder_identity: Some(self.identity.clone()),
                 lease_duration_seconds: i32::try_from(LEASE.as_secs()).ok(),
-                acquire_time: if ours { spec.acquire_time } else { Some(now.clone()) },
+                acquire_time: if ours {
+                    spec.acquire_time
+                } else {
+                    Some(now.clone())
+                },
                 renew_time: Some(now),
-                lease_transitions: Some(if ours || old.is_none() { transitions } else { transitions.saturating_add(1) }),
+                lease_transitions: Some(if ours || old.is_none() {
+                    transitions
+                } else {
+                    transitions.saturating_add(1)
+                }),
                 ..LeaseSpec::default()
             }),
         }

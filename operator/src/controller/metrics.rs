@@ -7,7 +7,9 @@ use std::{
 };
 
 use axum::{Router, extract::State, http::StatusCode, routing::get};
-use prometheus::{Encoder as _, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+use prometheus::{
+    Encoder as _, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+};
 use std::sync::Arc;
 
 /// Counters of the controller. Names are controller-runtime's where it has them.
@@ -32,14 +34,28 @@ impl Metrics {
         };
         let metrics = Self {
             registry: Registry::new(),
-            reconciles: counter("controller_runtime_reconcile_total", "Reconciles by result.", &["controller", "result"]),
+            reconciles: counter(
+                "controller_runtime_reconcile_total",
+                "Reconciles by result.",
+                &["controller", "result"],
+            ),
             reconcile_seconds: Histogram::with_opts(
-                HistogramOpts::new("controller_runtime_reconcile_time_seconds", "Time of one reconcile.")
-                    .buckets(vec![0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]),
+                HistogramOpts::new(
+                    "controller_runtime_reconcile_time_seconds",
+                    "Time of one reconcile.",
+                )
+                .buckets(vec![
+                    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+                ]),
             )
             .expect("static names: this is a bug"),
-            writes: counter("ashlar_operator_writes_total", "Writes to the API server by kind.", &["kind"]),
-            leader: IntGauge::new("ashlar_operator_leader", "1 while this process leads.").expect("static names: this is a bug"),
+            writes: counter(
+                "ashlar_operator_writes_total",
+                "Writes to the API server by kind.",
+                &["kind"],
+            ),
+            leader: IntGauge::new("ashlar_operator_leader", "1 while this process leads.")
+                .expect("static names: this is a bug"),
             ready: AtomicBool::new(false),
         };
         let all: [Box<dyn prometheus::core::Collector>; 4] = [
@@ -49,15 +65,21 @@ impl Metrics {
             Box::new(metrics.leader.clone()),
         ];
         for collector in all {
-            metrics.registry.register(collector).expect("each name once: this is a bug");
+            metrics
+                .registry
+                .register(collector)
+                .expect("each name once: this is a bug");
         }
         metrics
     }
 
     /// Counts a reconcile that started at `start`; `result` is `success` or `error`.
     pub fn reconciled(&self, start: Instant, result: &str) {
-        self.reconciles.with_label_values(&["inferenceservice", result]).inc();
-        self.reconcile_seconds.observe(start.elapsed().as_secs_f64());
+        self.reconciles
+            .with_label_values(&["inferenceservice", result])
+            .inc();
+        self.reconcile_seconds
+            .observe(start.elapsed().as_secs_f64());
     }
 
     /// Counts a write.
@@ -99,10 +121,16 @@ pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) -> std::io::Resul
 
 async fn exposition(State(metrics): State<Arc<Metrics>>) -> Result<Vec<u8>, StatusCode> {
     let mut text = Vec::new();
-    TextEncoder::new().encode(&metrics.registry.gather(), &mut text).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+    TextEncoder::new()
+        .encode(&metrics.registry.gather(), &mut text)
+        .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     Ok(text)
 }
 
 async fn readiness(State(metrics): State<Arc<Metrics>>) -> StatusCode {
-    if metrics.ready.load(Ordering::Acquire) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+    if metrics.ready.load(Ordering::Acquire) {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    }
 }

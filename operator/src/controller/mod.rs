@@ -49,7 +49,11 @@ const DEBOUNCE: Duration = Duration::from_millis(20);
 #[derive(Debug, Clone, clap::Args)]
 pub struct ControllerArgs {
     /// Namespace of operator and gateway.
-    #[arg(long, env = "ASHLAR_OPERATOR_NAMESPACE", default_value = "ashlar-system")]
+    #[arg(
+        long,
+        env = "ASHLAR_OPERATOR_NAMESPACE",
+        default_value = "ashlar-system"
+    )]
     pub namespace: String,
     /// Only this namespace's services; all without it.
     #[arg(long, env = "ASHLAR_WATCH_NAMESPACE", value_name = "NAMESPACE")]
@@ -61,16 +65,34 @@ pub struct ControllerArgs {
     #[arg(long, env = "ASHLAR_RUNTIME_IMAGE_CUDA", value_name = "IMAGE")]
     pub runtime_image_cuda: Option<String>,
     /// The gateway's Service.
-    #[arg(long, env = "ASHLAR_GATEWAY_SERVICE_NAME", default_value = "ashlar-gateway")]
+    #[arg(
+        long,
+        env = "ASHLAR_GATEWAY_SERVICE_NAME",
+        default_value = "ashlar-gateway"
+    )]
     pub gateway_service: String,
     /// The gateway's ServiceAccount, which reads users' keys.
-    #[arg(long, env = "ASHLAR_GATEWAY_SERVICE_ACCOUNT", default_value = "ashlar-gateway")]
+    #[arg(
+        long,
+        env = "ASHLAR_GATEWAY_SERVICE_ACCOUNT",
+        default_value = "ashlar-gateway"
+    )]
     pub gateway_service_account: String,
     /// The cluster's DNS domain.
-    #[arg(long, env = "ASHLAR_CLUSTER_DOMAIN", default_value = "cluster.local", value_name = "DOMAIN")]
+    #[arg(
+        long,
+        env = "ASHLAR_CLUSTER_DOMAIN",
+        default_value = "cluster.local",
+        value_name = "DOMAIN"
+    )]
     pub cluster_domain: String,
     /// Where /metrics, /healthz and /readyz are served.
-    #[arg(long, env = "ASHLAR_OPERATOR_ADMIN_LISTEN", default_value = "0.0.0.0:8080", value_name = "ADDRESS")]
+    #[arg(
+        long,
+        env = "ASHLAR_OPERATOR_ADMIN_LISTEN",
+        default_value = "0.0.0.0:8080",
+        value_name = "ADDRESS"
+    )]
     pub admin_listen: SocketAddr,
     /// Name of the Lease by which operators agree on a leader.
     #[arg(long, env = "ASHLAR_LEASE_NAME", default_value = "ashlar-operator")]
@@ -84,10 +106,14 @@ pub struct ControllerArgs {
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerError {
     /// No way to the API server.
-    #[error("no cluster to control: run inside one with a ServiceAccount, or point KUBECONFIG at one: {0}")]
+    #[error(
+        "no cluster to control: run inside one with a ServiceAccount, or point KUBECONFIG at one: {0}"
+    )]
     Client(String),
     /// The CRD is missing or too old.
-    #[error("InferenceService {0}; install the CRD of this version: ashlar-operator crd | kubectl apply --server-side -f -")]
+    #[error(
+        "InferenceService {0}; install the CRD of this version: ashlar-operator crd | kubectl apply --server-side -f -"
+    )]
     Crd(String),
     /// The address is taken.
     #[error("cannot listen on {address}: free it, or choose another with --admin-listen")]
@@ -121,22 +147,33 @@ pub(crate) struct Context {
 /// # Errors
 /// [`ControllerError`] when it cannot start, or no longer leads.
 pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
-    let mut config = Config::infer().await.map_err(|error| ControllerError::Client(error.to_string()))?;
+    let mut config = Config::infer()
+        .await
+        .map_err(|error| ControllerError::Client(error.to_string()))?;
     config.connect_timeout = Some(CALL_TIMEOUT);
     config.read_timeout = Some(WATCH_TIMEOUT);
-    let client = Client::try_from(config).map_err(|error| ControllerError::Client(error.to_string()))?;
+    let client =
+        Client::try_from(config).map_err(|error| ControllerError::Client(error.to_string()))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(ControllerError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ControllerError::Signals)?;
     let metrics = Arc::new(Metrics::new());
     metrics::serve(args.admin_listen, Arc::clone(&metrics))
         .await
-        .map_err(|source| ControllerError::Listen { address: args.admin_listen, source })?;
+        .map_err(|source| ControllerError::Listen {
+            address: args.admin_listen,
+            source,
+        })?;
     check_crd(&client).await?;
 
     let watched = args.watch_namespace.as_deref();
-    let (caches, triggers) = Caches::start(&client, watched, (&args.namespace, &args.gateway_service));
-    let mut elector =
-        leader::Elector::new(client.clone(), &args.namespace, &args.lease_name, format!("{}-{:08x}", args.identity, rand::random::<u32>()));
+    let (caches, triggers) =
+        Caches::start(&client, watched, (&args.namespace, &args.gateway_service));
+    let mut elector = leader::Elector::new(
+        client.clone(),
+        &args.namespace,
+        &args.lease_name,
+        format!("{}-{:08x}", args.identity, rand::random::<u32>()),
+    );
     // A standby keeps its caches warm, so that it acts at once when it leads.
     metrics.set_ready();
     tracing::info!("waiting for the Lease");
@@ -163,23 +200,33 @@ async fn control(
     client: Client,
     args: ControllerArgs,
     caches: Caches,
-    triggers: impl futures::Stream<Item = Option<kube::runtime::reflector::ObjectRef<InferenceService>>> + Send + 'static,
+    triggers: impl futures::Stream<Item = Option<kube::runtime::reflector::ObjectRef<InferenceService>>>
+    + Send
+    + 'static,
     metrics: Arc<Metrics>,
 ) {
     let services: Api<InferenceService> = match &args.watch_namespace {
         Some(namespace) => Api::namespaced(client.clone(), namespace),
         None => Api::all(client.clone()),
     };
-    let controller = Controller::new(services, watcher::Config::default())
-        .with_config(kube::runtime::controller::Config::default().debounce(DEBOUNCE).concurrency(CONCURRENCY));
+    let controller = Controller::new(services, watcher::Config::default()).with_config(
+        kube::runtime::controller::Config::default()
+            .debounce(DEBOUNCE)
+            .concurrency(CONCURRENCY),
+    );
     let store = controller.store();
-    let reporter = kube::runtime::events::Reporter { controller: "ashlar-operator".into(), instance: Some(args.identity.clone()) };
+    let reporter = kube::runtime::events::Reporter {
+        controller: "ashlar-operator".into(),
+        instance: Some(args.identity.clone()),
+    };
     let context = Arc::new(Context {
         events: kube::runtime::events::Recorder::new(client.clone(), reporter),
         client,
         caches,
         defaults: Defaults {
-            runtime_image_cuda: args.runtime_image_cuda.unwrap_or_else(|| args.runtime_image.clone()),
+            runtime_image_cuda: args
+                .runtime_image_cuda
+                .unwrap_or_else(|| args.runtime_image.clone()),
             runtime_image: args.runtime_image,
             namespace: args.namespace,
             gateway_service: args.gateway_service,
@@ -192,7 +239,11 @@ async fn control(
     let triggers = triggers.flat_map(move |service| {
         let all = match service {
             Some(service) => vec![service],
-            None => store.state().iter().map(|s| kube::runtime::reflector::ObjectRef::from_obj(&**s)).collect(),
+            None => store
+                .state()
+                .iter()
+                .map(|s| kube::runtime::reflector::ObjectRef::from_obj(&**s))
+                .collect(),
         };
         futures::stream::iter(all)
     });
@@ -213,7 +264,10 @@ async fn check_crd(client: &Client) -> Result<(), ControllerError> {
     let api: Api<Crd> = Api::all(client.clone());
     let ours = ashlar_crds::inference_service_crd();
     let name = ours.metadata.name.clone().unwrap_or_default();
-    let found = api.get_opt(&name).await.map_err(|error| ControllerError::Client(error.to_string()))?;
+    let found = api
+        .get_opt(&name)
+        .await
+        .map_err(|error| ControllerError::Client(error.to_string()))?;
     let found = found.ok_or_else(|| ControllerError::Crd("is not installed".into()))?;
     let schema = |crd: &Crd| serde_json::to_value(&crd.spec.versions).unwrap_or_default();
     let (ours, found) = (schema(&ours), schema(&found));
@@ -225,7 +279,10 @@ async fn check_crd(client: &Client) -> Result<(), ControllerError> {
             .unwrap_or_default()
     };
     let installed = properties(&found);
-    match properties(&ours).into_iter().find(|field| !installed.contains(field)) {
+    match properties(&ours)
+        .into_iter()
+        .find(|field| !installed.contains(field))
+    {
         Some(field) => Err(ControllerError::Crd(format!("has no field spec.{field}"))),
         None => Ok(()),
     }

@@ -1,6 +1,9 @@
 //! What pods say of themselves: ready, starting, or blocked, and by what. Pure.
 
-use ashlar_crds::{conditions::reason, names::{PULL_CONTAINER, RUNTIME_CONTAINER}};
+use ashlar_crds::{
+    conditions::reason,
+    names::{PULL_CONTAINER, RUNTIME_CONTAINER},
+};
 use k8s_openapi::{
     api::core::v1::{ContainerStatus, Pod},
     jiff::Timestamp,
@@ -26,20 +29,28 @@ pub struct Blocker {
 }
 
 fn blocker(severity: u8, reason: &'static str, message: impl Into<String>) -> Blocker {
-    Blocker { severity, reason, message: message.into() }
+    Blocker {
+        severity,
+        reason,
+        message: message.into(),
+    }
 }
 
 /// True when the pod answers and is not going away.
 #[must_use]
 pub fn is_ready(pod: &Pod) -> bool {
-    pod.metadata.deletion_timestamp.is_none() && condition(pod, "Ready").is_some_and(|c| c.0 == "True")
+    pod.metadata.deletion_timestamp.is_none()
+        && condition(pod, "Ready").is_some_and(|c| c.0 == "True")
 }
 
 /// True when the pod has waited so long for a node that a rollout should not count on one.
 #[must_use]
 pub fn is_unschedulable(pod: &Pod, now: Timestamp) -> bool {
-    let waiting = pod.creation_timestamp().is_some_and(|at| now.as_second() - at.0.as_second() >= UNSCHEDULABLE_AFTER_SECONDS);
-    waiting && condition(pod, "PodScheduled").is_some_and(|c| c.0 == "False" && c.1 == "Unschedulable")
+    let waiting = pod
+        .creation_timestamp()
+        .is_some_and(|at| now.as_second() - at.0.as_second() >= UNSCHEDULABLE_AFTER_SECONDS);
+    waiting
+        && condition(pod, "PodScheduled").is_some_and(|c| c.0 == "False" && c.1 == "Unschedulable")
 }
 
 /// The words of a failed start: enough crashes, or no answer within `startup_timeout` seconds of being scheduled.
@@ -50,11 +61,20 @@ pub fn failed_start(pod: &Pod, startup_timeout: i64, now: Timestamp) -> Option<S
     }
     let crashed = statuses(pod).find(|s| s.restart_count >= MAX_CRASHES);
     if let Some(status) = crashed {
-        return Some(format!("container {} crashed {} times: {}", status.name, status.restart_count, last_words(status)));
+        return Some(format!(
+            "container {} crashed {} times: {}",
+            status.name,
+            status.restart_count,
+            last_words(status)
+        ));
     }
     let started = pod.status.as_ref()?.start_time.as_ref()?.0;
-    (now.as_second() - started.as_second() > startup_timeout)
-        .then(|| format!("pod {} was not ready within {startup_timeout} s", pod.name_any()))
+    (now.as_second() - started.as_second() > startup_timeout).then(|| {
+        format!(
+            "pod {} was not ready within {startup_timeout} s",
+            pod.name_any()
+        )
+    })
 }
 
 /// Why this pod is not ready; none when it is.
@@ -64,27 +84,52 @@ pub fn why_not_ready(pod: &Pod) -> Option<Blocker> {
         return None;
     }
     if pod.metadata.deletion_timestamp.is_some() {
-        return Some(blocker(1, reason::DRAINING, "a pod finishes its running requests"));
+        return Some(blocker(
+            1,
+            reason::DRAINING,
+            "a pod finishes its running requests",
+        ));
     }
     if let Some((_, _, message)) = condition(pod, "PodScheduled").filter(|c| c.0 == "False") {
         let gpu = message.contains("Insufficient") && message.contains('/');
-        let reason = if gpu { reason::INSUFFICIENT_GPU } else { reason::UNSCHEDULABLE };
-        return Some(blocker(7, reason, format!("no node takes pod {}: {message}", pod.name_any())));
+        let reason = if gpu {
+            reason::INSUFFICIENT_GPU
+        } else {
+            reason::UNSCHEDULABLE
+        };
+        return Some(blocker(
+            7,
+            reason,
+            format!("no node takes pod {}: {message}", pod.name_any()),
+        ));
     }
-    statuses(pod).filter_map(|status| container_blocker(pod, status)).max().or_else(|| {
-        Some(blocker(1, reason::STARTING, format!("pod {} is being created", pod.name_any())))
-    })
+    statuses(pod)
+        .filter_map(|status| container_blocker(pod, status))
+        .max()
+        .or_else(|| {
+            Some(blocker(
+                1,
+                reason::STARTING,
+                format!("pod {} is being created", pod.name_any()),
+            ))
+        })
 }
 
 fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
     let pull = status.name == PULL_CONTAINER;
     let state = status.state.as_ref();
-    let exit = state.and_then(|s| s.terminated.as_ref()).or(status.last_state.as_ref().and_then(|s| s.terminated.as_ref()));
+    let exit = state.and_then(|s| s.terminated.as_ref()).or(status
+        .last_state
+        .as_ref()
+        .and_then(|s| s.terminated.as_ref()));
     if exit.is_some_and(|t| t.reason.as_deref() == Some("OOMKilled")) && !status.ready {
         return Some(blocker(
             8,
             reason::OUT_OF_MEMORY,
-            format!("container {} was killed for memory; raise spec.resources.limits.memory or lower --max-model-len", status.name),
+            format!(
+                "container {} was killed for memory; raise spec.resources.limits.memory or lower --max-model-len",
+                status.name
+            ),
         ));
     }
     if let Some(waiting) = state.and_then(|s| s.waiting.as_ref()) {
@@ -99,7 +144,11 @@ fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
                 ));
             }
             "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => {
-                return Some(blocker(7, reason::CRASH_LOOP, format!("container {} cannot start: {message}", status.name)));
+                return Some(blocker(
+                    7,
+                    reason::CRASH_LOOP,
+                    format!("container {} cannot start: {message}", status.name),
+                ));
             }
             _ => {}
         }
@@ -115,12 +164,22 @@ fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
         return Some(blocker(
             6,
             reason,
-            format!("container {} of pod {} ended with code {}: {}", status.name, pod.name_any(), exit.exit_code, last_words(status)),
+            format!(
+                "container {} of pod {} ended with code {}: {}",
+                status.name,
+                pod.name_any(),
+                exit.exit_code,
+                last_words(status)
+            ),
         ));
     }
     let running = state.is_some_and(|s| s.running.is_some());
     if pull && running {
-        return Some(blocker(3, reason::MODEL_DOWNLOADING, "the model is being downloaded"));
+        return Some(blocker(
+            3,
+            reason::MODEL_DOWNLOADING,
+            "the model is being downloaded",
+        ));
     }
     (status.name == RUNTIME_CONTAINER && running)
         .then(|| blocker(2, reason::MODEL_LOADING, "the engine is loading the model"))
@@ -134,7 +193,13 @@ fn statuses(pod: &Pod) -> impl Iterator<Item = &ContainerStatus> {
 }
 
 fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<(&'a str, &'a str, &'a str)> {
-    let condition = pod.status.as_ref()?.conditions.as_ref()?.iter().find(|c| c.type_ == kind)?;
+    let condition = pod
+        .status
+        .as_ref()?
+        .conditions
+        .as_ref()?
+        .iter()
+        .find(|c| c.type_ == kind)?;
     Some((
         &condition.status,
         condition.reason.as_deref().unwrap_or_default(),
@@ -145,12 +210,21 @@ fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<(&'a str, &'a str, &'a str)
 /// The end of what a container said before it ended.
 fn last_words(status: &ContainerStatus) -> String {
     let ended = |state: &Option<k8s_openapi::api::core::v1::ContainerState>| {
-        state.as_ref().and_then(|s| s.terminated.as_ref()).and_then(|t| t.message.clone())
+        state
+            .as_ref()
+            .and_then(|s| s.terminated.as_ref())
+            .and_then(|t| t.message.clone())
     };
-    let words = ended(&status.state).or_else(|| ended(&status.last_state)).unwrap_or_default();
+    let words = ended(&status.state)
+        .or_else(|| ended(&status.last_state))
+        .unwrap_or_default();
     let words = words.trim();
     let skip = words.chars().count().saturating_sub(LAST_WORDS);
-    if words.is_empty() { "it said nothing".to_owned() } else { words.chars().skip(skip).collect() }
+    if words.is_empty() {
+        "it said nothing".to_owned()
+    } else {
+        words.chars().skip(skip).collect()
+    }
 }
 
 #[cfg(test)]
@@ -175,31 +249,71 @@ mod tests {
     #[test]
     fn each_blocker_has_its_reason() {
         assert_eq!(
-            reason_of(json!({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes: Insufficient nvidia.com/gpu"}]})),
+            reason_of(
+                json!({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes: Insufficient nvidia.com/gpu"}]})
+            ),
             reason::INSUFFICIENT_GPU
         );
         assert_eq!(
-            reason_of(json!({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "taint"}]})),
+            reason_of(
+                json!({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "taint"}]})
+            ),
             reason::UNSCHEDULABLE
         );
-        let waiting = json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}});
-        assert_eq!(reason_of(container("runtime", waiting, 0)), reason::IMAGE_PULL_FAILED);
-        assert_eq!(reason_of(container("runtime", json!({"running": {}}), 0)), reason::MODEL_LOADING);
-        assert_eq!(reason_of(container("pull", json!({"running": {}}), 0)), reason::MODEL_DOWNLOADING);
+        let waiting =
+            json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}});
+        assert_eq!(
+            reason_of(container("runtime", waiting, 0)),
+            reason::IMAGE_PULL_FAILED
+        );
+        assert_eq!(
+            reason_of(container("runtime", json!({"running": {}}), 0)),
+            reason::MODEL_LOADING
+        );
+        assert_eq!(
+            reason_of(container("pull", json!({"running": {}}), 0)),
+            reason::MODEL_DOWNLOADING
+        );
         let ended = |code: i32, reason: &str| json!({"terminated": {"exitCode": code, "reason": reason, "message": "bad weights"}});
-        assert_eq!(reason_of(container("runtime", ended(1, "Error"), 1)), reason::MODEL_LOAD_FAILED);
-        assert_eq!(reason_of(container("runtime", ended(1, "Error"), 3)), reason::CRASH_LOOP);
-        assert_eq!(reason_of(container("pull", ended(1, "Error"), 1)), reason::MODEL_DOWNLOAD_FAILED);
-        assert_eq!(reason_of(container("runtime", ended(137, "OOMKilled"), 1)), reason::OUT_OF_MEMORY);
-        assert!(why_not_ready(&pod(container("runtime", ended(1, "Error"), 1))).unwrap().message.contains("bad weights"));
+        assert_eq!(
+            reason_of(container("runtime", ended(1, "Error"), 1)),
+            reason::MODEL_LOAD_FAILED
+        );
+        assert_eq!(
+            reason_of(container("runtime", ended(1, "Error"), 3)),
+            reason::CRASH_LOOP
+        );
+        assert_eq!(
+            reason_of(container("pull", ended(1, "Error"), 1)),
+            reason::MODEL_DOWNLOAD_FAILED
+        );
+        assert_eq!(
+            reason_of(container("runtime", ended(137, "OOMKilled"), 1)),
+            reason::OUT_OF_MEMORY
+        );
+        assert!(
+            why_not_ready(&pod(container("runtime", ended(1, "Error"), 1)))
+                .unwrap()
+                .message
+                .contains("bad weights")
+        );
     }
 
     #[test]
     fn a_ready_pod_has_no_blocker_and_a_silent_one_fails_by_time() {
-        assert_eq!(why_not_ready(&pod(json!({"conditions": [{"type": "Ready", "status": "True"}]}))), None);
+        assert_eq!(
+            why_not_ready(&pod(
+                json!({"conditions": [{"type": "Ready", "status": "True"}]})
+            )),
+            None
+        );
         let slow = pod(json!({"startTime": "2026-01-01T00:00:00Z"}));
         let at = |text: &str| text.parse::<Timestamp>().unwrap();
         assert_eq!(failed_start(&slow, 60, at("2026-01-01T00:00:59Z")), None);
-        assert!(failed_start(&slow, 60, at("2026-01-01T00:01:01Z")).unwrap().contains("60 s"));
+        assert!(
+            failed_start(&slow, 60, at("2026-01-01T00:01:01Z"))
+                .unwrap()
+                .contains("60 s")
+        );
     }
 }

@@ -1,8 +1,16 @@
 //! One look at one service: the table of contents of the controller.
 
-use std::{collections::BTreeMap, sync::Arc, time::{Duration, Instant}};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use ashlar_crds::{Auth, InferenceService, InferenceServiceStatus, conditions::{READY, reason}, names::FIELD_MANAGER};
+use ashlar_crds::{
+    Auth, InferenceService, InferenceServiceStatus,
+    conditions::{READY, reason},
+    names::FIELD_MANAGER,
+};
 use k8s_openapi::{
     api::{
         apps::v1::ControllerRevision,
@@ -15,7 +23,10 @@ use k8s_openapi::{
 use kube::{
     Api, Resource as _, ResourceExt as _,
     api::{Patch, PatchParams, PostParams},
-    runtime::{controller::Action, events::{Event, EventType}},
+    runtime::{
+        controller::Action,
+        events::{Event, EventType},
+    },
 };
 
 use super::{
@@ -49,19 +60,31 @@ pub(crate) enum ReconcileError {
     Status(#[source] kube::Error),
 }
 
-pub(crate) async fn reconcile(service: Arc<InferenceService>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+pub(crate) async fn reconcile(
+    service: Arc<InferenceService>,
+    context: Arc<Context>,
+) -> Result<Action, ReconcileError> {
     let start = Instant::now();
     let result = reconcile_one(&service, &context).await;
-    context.metrics.reconciled(start, if result.is_ok() { "success" } else { "error" });
+    context
+        .metrics
+        .reconciled(start, if result.is_ok() { "success" } else { "error" });
     result
 }
 
-pub(crate) fn after_error(service: Arc<InferenceService>, error: &ReconcileError, _: Arc<Context>) -> Action {
+pub(crate) fn after_error(
+    service: Arc<InferenceService>,
+    error: &ReconcileError,
+    _: Arc<Context>,
+) -> Action {
     tracing::warn!(namespace = service.namespace(), service = service.name_any(), %error, "reconcile failed, trying again");
     Action::requeue(Duration::from_secs(2))
 }
 
-async fn reconcile_one(service: &InferenceService, context: &Context) -> Result<Action, ReconcileError> {
+async fn reconcile_one(
+    service: &InferenceService,
+    context: &Context,
+) -> Result<Action, ReconcileError> {
     if service.metadata.deletion_timestamp.is_some() {
         // Owner references do the rest.
         return Ok(Action::await_change());
@@ -80,7 +103,10 @@ async fn reconcile_one(service: &InferenceService, context: &Context) -> Result<
         Err(Blocked::Apply(error)) => {
             let reason = match &error {
                 ApplyError::NameTaken { .. } => reason::NAME_TAKEN,
-                ApplyError::Call { source: kube::Error::Api(api), .. } if api.code == 403 || api.code == 422 => reason::INVALID_SPEC,
+                ApplyError::Call {
+                    source: kube::Error::Api(api),
+                    ..
+                } if api.code == 403 || api.code == 422 => reason::INVALID_SPEC,
                 ApplyError::Call { .. } => return Err(error.into()),
             };
             let status = status::blocked(service, reason, &error.to_string(), now);
@@ -107,18 +133,38 @@ impl From<ApplyError> for Blocked {
     }
 }
 
-async fn steps(service: &InferenceService, context: &Context, now: Timestamp) -> Result<(InferenceServiceStatus, Action), Blocked> {
-    let observed = context.caches.observe(&service.namespace().unwrap_or_default(), &service.name_any());
+async fn steps(
+    service: &InferenceService,
+    context: &Context,
+    now: Timestamp,
+) -> Result<(InferenceServiceStatus, Action), Blocked> {
+    let observed = context.caches.observe(
+        &service.namespace().unwrap_or_default(),
+        &service.name_any(),
+    );
     let validated = validate(service)?;
     let hash = revision::hash(service);
     let current = current_template(&validated, &hash, &observed, context)?;
     let (newest, older) = revision_states(&validated, &hash, &observed, now);
-    let plan = rollout::plan(validated.wanted, validated.service.spec.rollout_strategy.surge, &newest, &older);
+    let plan = rollout::plan(
+        validated.wanted,
+        validated.service.spec.rollout_strategy.surge,
+        &newest,
+        &older,
+    );
 
     let gateway_slices = children::sorted_slices(observed.gateway_slices.clone());
     let mut built = children::children(&validated, &context.defaults, &gateway_slices)?;
     built.extend(current.record.iter().map(Child::new));
-    built.extend(deployments(&validated, &hash, &current.template, &newest, &older, &plan, &observed));
+    built.extend(deployments(
+        &validated,
+        &hash,
+        &current.template,
+        &newest,
+        &older,
+        &plan,
+        &observed,
+    ));
     for child in &built {
         if apply::apply(&context.client, service, child, &observed.live).await? {
             context.metrics.wrote(&child.resource.kind);
@@ -139,8 +185,12 @@ async fn steps(service: &InferenceService, context: &Context, now: Timestamp) ->
         keys,
         now,
     });
-    let settled = newest.ready == validated.wanted && plan.rollout.is_none() && keys == KeyAccess::Allowed;
-    Ok((status, Action::requeue(if settled { RESYNC } else { LOOK_AGAIN })))
+    let settled =
+        newest.ready == validated.wanted && plan.rollout.is_none() && keys == KeyAccess::Allowed;
+    Ok((
+        status,
+        Action::requeue(if settled { RESYNC } else { LOOK_AGAIN }),
+    ))
 }
 
 /// The newest revision's template, from its record, or rendered now with a record to apply.
@@ -155,38 +205,80 @@ fn current_template(
     observed: &Observed,
     context: &Context,
 ) -> Result<CurrentTemplate, InvalidSpec> {
-    let stored = observed.revisions.iter().find(|r| revision::hash_of(&***r) == Some(hash)).and_then(|r| revision::stored_template(r));
+    let stored = observed
+        .revisions
+        .iter()
+        .find(|r| revision::hash_of(&***r) == Some(hash))
+        .and_then(|r| revision::stored_template(r));
     if let Some(template) = stored {
-        return Ok(CurrentTemplate { template, record: None });
+        return Ok(CurrentTemplate {
+            template,
+            record: None,
+        });
     }
     let template = template::pod_template(service, &context.defaults)?;
-    let number = observed.revisions.iter().map(|r| r.revision).max().unwrap_or(0) + 1;
+    let number = observed
+        .revisions
+        .iter()
+        .map(|r| r.revision)
+        .max()
+        .unwrap_or(0)
+        + 1;
     let record = revision::controller_revision(service, hash, number, &template);
-    Ok(CurrentTemplate { template, record: Some(record) })
+    Ok(CurrentTemplate {
+        template,
+        record: Some(record),
+    })
 }
 
 /// What is known of the newest revision, and of all others.
-fn revision_states(service: &ValidatedService, hash: &str, observed: &Observed, now: Timestamp) -> (RevisionState, Vec<RevisionState>) {
+fn revision_states(
+    service: &ValidatedService,
+    hash: &str,
+    observed: &Observed,
+    now: Timestamp,
+) -> (RevisionState, Vec<RevisionState>) {
     let startup = i64::from(service.service.spec.startup_timeout_seconds);
     let state = |hash: &str, number: i64| {
-        let pods: Vec<_> = observed.pods.iter().filter(|pod| revision::hash_of(&***pod) == Some(hash)).collect();
-        let deployment = observed.deployments.iter().find(|d| revision::hash_of(&***d) == Some(hash));
+        let pods: Vec<_> = observed
+            .pods
+            .iter()
+            .filter(|pod| revision::hash_of(&***pod) == Some(hash))
+            .collect();
+        let deployment = observed
+            .deployments
+            .iter()
+            .find(|d| revision::hash_of(&***d) == Some(hash));
         let ready = pods.iter().filter(|pod| pods::is_ready(pod)).count();
         let remembered = deployment.and_then(|d| d.annotations().get(FAILED_ANNOTATION).cloned());
         RevisionState {
             hash: hash.to_owned(),
             number,
-            replicas: deployment.and_then(|d| d.spec.as_ref()).and_then(|s| s.replicas).unwrap_or(0),
+            replicas: deployment
+                .and_then(|d| d.spec.as_ref())
+                .and_then(|s| s.replicas)
+                .unwrap_or(0),
             pods: i32::try_from(pods.len()).unwrap_or(i32::MAX),
             ready: i32::try_from(ready).unwrap_or(i32::MAX),
             unschedulable: pods.iter().any(|pod| pods::is_unschedulable(pod, now)),
-            failed: if ready > 0 { None } else { remembered.or_else(|| pods.iter().find_map(|pod| pods::failed_start(pod, startup, now))) },
+            failed: if ready > 0 {
+                None
+            } else {
+                remembered.or_else(|| {
+                    pods.iter()
+                        .find_map(|pod| pods::failed_start(pod, startup, now))
+                })
+            },
         }
     };
     let older = observed
         .revisions
         .iter()
-        .filter_map(|r| revision::hash_of(&**r).filter(|h| *h != hash).map(|h| state(h, r.revision)))
+        .filter_map(|r| {
+            revision::hash_of(&**r)
+                .filter(|h| *h != hash)
+                .map(|h| state(h, r.revision))
+        })
         .collect();
     (state(hash, i64::MAX), older)
 }
@@ -209,13 +301,32 @@ fn deployments(
     let mut children: Vec<Child> = older
         .iter()
         .filter_map(|old| {
-            let record = observed.revisions.iter().find(|r| revision::hash_of(&***r) == Some(&old.hash))?;
-            let replicas = plan.previous.as_ref().filter(|(hash, _)| *hash == old.hash).map_or(0, |(_, replicas)| *replicas);
+            let record = observed
+                .revisions
+                .iter()
+                .find(|r| revision::hash_of(&***r) == Some(&old.hash))?;
+            let replicas = plan
+                .previous
+                .as_ref()
+                .filter(|(hash, _)| *hash == old.hash)
+                .map_or(0, |(_, replicas)| *replicas);
             let template = revision::stored_template(record)?;
-            Some(Child::new(&children::deployment(service, &old.hash, replicas, template, BTreeMap::new())))
+            Some(Child::new(&children::deployment(
+                service,
+                &old.hash,
+                replicas,
+                template,
+                BTreeMap::new(),
+            )))
         })
         .collect();
-    children.push(Child::new(&children::deployment(service, hash, plan.newest, template.clone(), annotations)));
+    children.push(Child::new(&children::deployment(
+        service,
+        hash,
+        plan.newest,
+        template.clone(),
+        annotations,
+    )));
     children
 }
 
@@ -241,10 +352,15 @@ async fn prune(
         .chain([hash])
         .collect();
     for live in &observed.live {
-        let of_revision = live.value.pointer("/metadata/labels/serving.ashlar.dev~1revision").and_then(|v| v.as_str());
+        let of_revision = live
+            .value
+            .pointer("/metadata/labels/serving.ashlar.dev~1revision")
+            .and_then(|v| v.as_str());
         let wanted = match of_revision {
             Some(revision) => kept.contains(&revision),
-            None => built.iter().any(|child| child.resource.kind == live.resource.kind && child.name == live.name),
+            None => built
+                .iter()
+                .any(|child| child.resource.kind == live.resource.kind && child.name == live.name),
         };
         if !wanted && !live.terminating && live.owner.as_deref() == Some(&uid) {
             apply::delete(&context.client, service, &live.resource, live).await?;
@@ -256,14 +372,23 @@ async fn prune(
 
 fn runtime_image(template: &PodTemplateSpec) -> Option<String> {
     let containers = &template.spec.as_ref()?.containers;
-    containers.iter().find(|c| c.name == ashlar_crds::names::RUNTIME_CONTAINER)?.image.clone()
+    containers
+        .iter()
+        .find(|c| c.name == ashlar_crds::names::RUNTIME_CONTAINER)?
+        .image
+        .clone()
 }
 
 fn ready_endpoints(slices: &[EndpointSlice]) -> usize {
     slices
         .iter()
         .flat_map(|slice| slice.endpoints.iter().flatten())
-        .filter(|endpoint| endpoint.conditions.as_ref().is_none_or(|c| c.ready.unwrap_or(true)))
+        .filter(|endpoint| {
+            endpoint
+                .conditions
+                .as_ref()
+                .is_none_or(|c| c.ready.unwrap_or(true))
+        })
         .map(|endpoint| endpoint.addresses.len())
         .sum()
 }
@@ -271,12 +396,19 @@ fn ready_endpoints(slices: &[EndpointSlice]) -> usize {
 /// Asks the API server whether the gateway may read the service's Secret.
 async fn key_access(service: &ValidatedService, context: &Context) -> KeyAccess {
     let endpoint = &service.service.spec.endpoint;
-    let Some(secret) = endpoint.api_key_secret_ref.as_ref().filter(|_| endpoint.auth == Auth::Keys) else {
+    let Some(secret) = endpoint
+        .api_key_secret_ref
+        .as_ref()
+        .filter(|_| endpoint.auth == Auth::Keys)
+    else {
         return KeyAccess::Allowed;
     };
     let review = SubjectAccessReview {
         spec: SubjectAccessReviewSpec {
-            user: Some(format!("system:serviceaccount:{}:{}", context.defaults.namespace, context.gateway_account)),
+            user: Some(format!(
+                "system:serviceaccount:{}:{}",
+                context.defaults.namespace, context.gateway_account
+            )),
             resource_attributes: Some(ResourceAttributes {
                 namespace: Some(service.namespace.clone()),
                 verb: Some("get".into()),
@@ -291,7 +423,9 @@ async fn key_access(service: &ValidatedService, context: &Context) -> KeyAccess 
     };
     let reviews: Api<SubjectAccessReview> = Api::all(context.client.clone());
     match reviews.create(&PostParams::default(), &review).await {
-        Ok(answer) if answer.status.as_ref().is_some_and(|status| status.allowed) => KeyAccess::Allowed,
+        Ok(answer) if answer.status.as_ref().is_some_and(|status| status.allowed) => {
+            KeyAccess::Allowed
+        }
         Ok(_) => KeyAccess::Denied,
         Err(error) => {
             tracing::warn!(%error, "cannot ask whether the gateway may read the keys");
@@ -301,7 +435,11 @@ async fn key_access(service: &ValidatedService, context: &Context) -> KeyAccess 
 }
 
 /// Writes the status if it differs, and an event if readiness changed.
-async fn write_status(service: &InferenceService, status: InferenceServiceStatus, context: &Context) -> Result<(), ReconcileError> {
+async fn write_status(
+    service: &InferenceService,
+    status: InferenceServiceStatus,
+    context: &Context,
+) -> Result<(), ReconcileError> {
     if service.status.as_ref() == Some(&status) {
         return Ok(());
     }
@@ -313,7 +451,10 @@ async fn write_status(service: &InferenceService, status: InferenceServiceStatus
         "status": status,
     });
     let params = PatchParams::apply(FIELD_MANAGER).force();
-    match api.patch_status(&service.name_any(), &params, &Patch::Apply(&patch)).await {
+    match api
+        .patch_status(&service.name_any(), &params, &Patch::Apply(&patch))
+        .await
+    {
         Ok(_) => context.metrics.wrote("InferenceService"),
         Err(kube::Error::Api(error)) if error.code == 404 => return Ok(()),
         Err(error) => return Err(ReconcileError::Status(error)),
@@ -322,25 +463,50 @@ async fn write_status(service: &InferenceService, status: InferenceServiceStatus
     Ok(())
 }
 
-async fn publish_transition(service: &InferenceService, status: &InferenceServiceStatus, context: &Context) {
+async fn publish_transition(
+    service: &InferenceService,
+    status: &InferenceServiceStatus,
+    context: &Context,
+) {
     let of = |status: Option<&InferenceServiceStatus>| {
         let condition = status?.conditions.iter().find(|c| c.type_ == READY)?;
-        Some((condition.status.clone(), condition.reason.clone(), condition.message.clone()))
+        Some((
+            condition.status.clone(),
+            condition.reason.clone(),
+            condition.message.clone(),
+        ))
     };
     let (before, after) = (of(service.status.as_ref()), of(Some(status)));
-    let Some((ready, reason, message)) = after else { return };
+    let Some((ready, reason, message)) = after else {
+        return;
+    };
     if before.is_some_and(|(old_ready, old_reason, _)| old_ready == ready && old_reason == reason) {
         return;
     }
-    tracing::info!(namespace = service.namespace(), service = service.name_any(), ready, reason, message, "readiness changed");
+    tracing::info!(
+        namespace = service.namespace(),
+        service = service.name_any(),
+        ready,
+        reason,
+        message,
+        "readiness changed"
+    );
     let event = Event {
-        type_: if ready == "True" { EventType::Normal } else { EventType::Warning },
+        type_: if ready == "True" {
+            EventType::Normal
+        } else {
+            EventType::Warning
+        },
         reason,
         note: Some(message.chars().take(1000).collect()),
         action: "Reconcile".into(),
         secondary: None,
     };
-    if let Err(error) = context.events.publish(&event, &service.object_ref(&())).await {
+    if let Err(error) = context
+        .events
+        .publish(&event, &service.object_ref(&()))
+        .await
+    {
         tracing::warn!(%error, "cannot publish an event");
     }
 }

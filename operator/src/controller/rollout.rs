@@ -39,16 +39,28 @@ pub struct RolloutPlan {
 /// Surge: one new pod more, and when it is ready one old pod less. In place: one old pod less, and when it is gone one
 /// new pod more: never a pending pod. A revision that fails to start stops the rollout, and the one before serves again.
 #[must_use]
-pub fn plan(wanted: i32, surge: Surge, newest: &RevisionState, older: &[RevisionState]) -> RolloutPlan {
+pub fn plan(
+    wanted: i32,
+    surge: Surge,
+    newest: &RevisionState,
+    older: &[RevisionState],
+) -> RolloutPlan {
     let previous = older
         .iter()
         .filter(|r| r.replicas > 0 || r.pods > 0 || newest.failed.is_some())
         .max_by_key(|r| (r.ready > 0, r.replicas > 0, r.number));
     let Some(previous) = previous else {
-        return RolloutPlan { newest: wanted, ..RolloutPlan::default() };
+        return RolloutPlan {
+            newest: wanted,
+            ..RolloutPlan::default()
+        };
     };
     if wanted == 0 {
-        return RolloutPlan { newest: 0, previous: Some((previous.hash.clone(), 0)), ..RolloutPlan::default() };
+        return RolloutPlan {
+            newest: 0,
+            previous: Some((previous.hash.clone(), 0)),
+            ..RolloutPlan::default()
+        };
     }
     let in_place = match surge {
         Surge::Never => Some("surge is Never"),
@@ -57,7 +69,11 @@ pub fn plan(wanted: i32, surge: Surge, newest: &RevisionState, older: &[Revision
     };
     if let Some(failure) = &newest.failed {
         // Keep one failing pod to look at where there is room for it; otherwise give its place back.
-        let newest_keeps = if in_place.is_some() { newest.ready } else { newest.ready.max(1).min(newest.replicas) };
+        let newest_keeps = if in_place.is_some() {
+            newest.ready
+        } else {
+            newest.ready.max(1).min(newest.replicas)
+        };
         return RolloutPlan {
             newest: newest_keeps,
             previous: Some((previous.hash.clone(), wanted - newest.ready.min(wanted))),
@@ -67,7 +83,11 @@ pub fn plan(wanted: i32, surge: Surge, newest: &RevisionState, older: &[Revision
     }
     let ready = newest.ready.min(wanted);
     if ready == wanted && previous.pods == 0 {
-        return RolloutPlan { newest: wanted, previous: Some((previous.hash.clone(), 0)), ..RolloutPlan::default() };
+        return RolloutPlan {
+            newest: wanted,
+            previous: Some((previous.hash.clone(), 0)),
+            ..RolloutPlan::default()
+        };
     }
     if let Some(reason) = in_place {
         let old = (wanted - ready - 1).max(0);
@@ -96,12 +116,22 @@ mod tests {
     use super::*;
 
     fn state(hash: &str, number: i64, replicas: i32, ready: i32) -> RevisionState {
-        RevisionState { hash: hash.into(), number, replicas, pods: replicas, ready, ..RevisionState::default() }
+        RevisionState {
+            hash: hash.into(),
+            number,
+            replicas,
+            pods: replicas,
+            ready,
+            ..RevisionState::default()
+        }
     }
 
     #[test]
     fn the_first_revision_gets_all_replicas() {
-        assert_eq!(plan(3, Surge::Auto, &RevisionState::default(), &[]).newest, 3);
+        assert_eq!(
+            plan(3, Surge::Auto, &RevisionState::default(), &[]).newest,
+            3
+        );
     }
 
     #[test]
@@ -113,7 +143,12 @@ mod tests {
     #[test]
     fn surge_never_has_fewer_ready_pods_than_wanted() {
         let old = state("a", 1, 2, 2);
-        let first = plan(2, Surge::Auto, &state("b", 2, 0, 0), std::slice::from_ref(&old));
+        let first = plan(
+            2,
+            Surge::Auto,
+            &state("b", 2, 0, 0),
+            std::slice::from_ref(&old),
+        );
         assert_eq!((first.newest, first.previous), (1, Some(("a".into(), 2))));
         let second = plan(2, Surge::Auto, &state("b", 2, 1, 1), &[old]);
         assert_eq!((second.newest, second.previous), (2, Some(("a".into(), 1))));
@@ -121,16 +156,31 @@ mod tests {
 
     #[test]
     fn in_place_waits_until_the_old_pod_is_gone() {
-        let going = RevisionState { pods: 1, replicas: 0, ..state("a", 1, 0, 0) };
+        let going = RevisionState {
+            pods: 1,
+            replicas: 0,
+            ..state("a", 1, 0, 0)
+        };
         let waiting = plan(1, Surge::Never, &state("b", 2, 0, 0), &[going]);
-        assert_eq!((waiting.newest, waiting.previous), (0, Some(("a".into(), 0))));
-        let gone = plan(1, Surge::Never, &state("b", 2, 0, 0), &[state("a", 1, 0, 0)]);
+        assert_eq!(
+            (waiting.newest, waiting.previous),
+            (0, Some(("a".into(), 0)))
+        );
+        let gone = plan(
+            1,
+            Surge::Never,
+            &state("b", 2, 0, 0),
+            &[state("a", 1, 0, 0)],
+        );
         assert_eq!(gone.newest, 1);
     }
 
     #[test]
     fn a_surge_pod_without_a_node_turns_the_rollout_to_in_place() {
-        let stuck = RevisionState { unschedulable: true, ..state("b", 2, 1, 0) };
+        let stuck = RevisionState {
+            unschedulable: true,
+            ..state("b", 2, 1, 0)
+        };
         let plan = plan(1, Surge::Auto, &stuck, &[state("a", 1, 1, 1)]);
         assert_eq!((plan.newest, plan.previous), (0, Some(("a".into(), 0))));
         assert!(plan.rollout.unwrap().contains("InPlace"));
@@ -138,11 +188,20 @@ mod tests {
 
     #[test]
     fn a_failed_revision_halts_and_the_old_one_serves_again() {
-        let failed = RevisionState { failed: Some("exit 1".into()), ..state("b", 2, 1, 0) };
+        let failed = RevisionState {
+            failed: Some("exit 1".into()),
+            ..state("b", 2, 1, 0)
+        };
         let serving = plan(2, Surge::Auto, &failed, &[state("a", 1, 2, 2)]);
-        assert_eq!((serving.previous, serving.halted), (Some(("a".into(), 2)), true));
+        assert_eq!(
+            (serving.previous, serving.halted),
+            (Some(("a".into(), 2)), true)
+        );
         let gone = plan(1, Surge::Never, &failed, &[state("a", 1, 0, 0)]);
-        assert_eq!((gone.newest, gone.previous, gone.halted), (0, Some(("a".into(), 1)), true));
+        assert_eq!(
+            (gone.newest, gone.previous, gone.halted),
+            (0, Some(("a".into(), 1)), true)
+        );
     }
 
     proptest! {

@@ -58,7 +58,11 @@ struct Verdict {
 }
 
 fn verdict(ok: bool, reason: &'static str, message: impl Into<String>) -> Verdict {
-    Verdict { ok, reason, message: message.into() }
+    Verdict {
+        ok,
+        reason,
+        message: message.into(),
+    }
 }
 
 /// The status of a service that was built and applied.
@@ -66,7 +70,11 @@ fn verdict(ok: bool, reason: &'static str, message: impl Into<String>) -> Verdic
 pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
     let service = facts.service;
     let ready = facts.pods.iter().filter(|pod| pods::is_ready(pod)).count();
-    let worst = facts.pods.iter().filter_map(|pod| pods::why_not_ready(pod)).max();
+    let worst = facts
+        .pods
+        .iter()
+        .filter_map(|pod| pods::why_not_ready(pod))
+        .max();
     let endpoint = endpoint_verdict(facts);
     let workloads = workloads_verdict(facts, worst.as_ref());
     let model = model_verdict(facts, ready, worst.as_ref());
@@ -76,7 +84,15 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
         (Verdict { ok: true, .. }, _) => "Ready",
         (_, Some(reason::MODEL_DOWNLOADING)) => "Downloading",
         (_, Some(reason::MODEL_LOADING)) => "Loading",
-        (_, Some(reason::MODEL_DOWNLOAD_FAILED | reason::MODEL_LOAD_FAILED | reason::CRASH_LOOP | reason::OUT_OF_MEMORY)) => "Failed",
+        (
+            _,
+            Some(
+                reason::MODEL_DOWNLOAD_FAILED
+                | reason::MODEL_LOAD_FAILED
+                | reason::CRASH_LOOP
+                | reason::OUT_OF_MEMORY,
+            ),
+        ) => "Failed",
         _ => "Pending",
     };
     let old = service.service.status.clone().unwrap_or_default();
@@ -95,15 +111,32 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
         selector: Some(format!("{SERVICE_LABEL}={}", service.name)),
         revision: Some(RevisionStatus {
             current: facts.newest.hash.clone(),
-            previous: facts.plan.previous.as_ref().filter(|_| facts.plan.rollout.is_some()).map(|(hash, _)| hash.clone()),
+            previous: facts
+                .plan
+                .previous
+                .as_ref()
+                .filter(|_| facts.plan.rollout.is_some())
+                .map(|(hash, _)| hash.clone()),
             outdated: facts.outdated,
             rollout: facts.plan.rollout.clone(),
         }),
-        model: Some(ModelStatus { phase: phase.to_owned(), ..old.model.unwrap_or_default() }),
-        scaling: Some(ScalingStatus { desired_replicas: service.wanted, last_decision: old.scaling.and_then(|s| s.last_decision) }),
+        model: Some(ModelStatus {
+            phase: phase.to_owned(),
+            ..old.model.unwrap_or_default()
+        }),
+        scaling: Some(ScalingStatus {
+            desired_replicas: service.wanted,
+            last_decision: old.scaling.and_then(|s| s.last_decision),
+        }),
         ..with_conditions(
             &service.service,
-            [(READY, overall), (MODEL_READY, model), (WORKLOADS_READY, workloads), (ENDPOINT_READY, endpoint), (SCALING_READY, scaling)],
+            [
+                (READY, overall),
+                (MODEL_READY, model),
+                (WORKLOADS_READY, workloads),
+                (ENDPOINT_READY, endpoint),
+                (SCALING_READY, scaling),
+            ],
             facts.now,
         )
     }
@@ -111,7 +144,12 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
 
 /// The status of a service that could not be built or applied: what it had, and why it is not ready for the new spec.
 #[must_use]
-pub fn blocked(service: &InferenceService, reason: &'static str, message: &str, now: Timestamp) -> InferenceServiceStatus {
+pub fn blocked(
+    service: &InferenceService,
+    reason: &'static str,
+    message: &str,
+    now: Timestamp,
+) -> InferenceServiceStatus {
     let old = service.status.clone().unwrap_or_default();
     // What serves goes on serving: only a service without ready pods is not Ready for it.
     let serving = old.ready_replicas > 0;
@@ -120,7 +158,10 @@ pub fn blocked(service: &InferenceService, reason: &'static str, message: &str, 
         observed_generation: service.metadata.generation,
         conditions: with_conditions(
             service,
-            [(READY, verdict(serving, reason, message)), (WORKLOADS_READY, verdict(false, reason, message))],
+            [
+                (READY, verdict(serving, reason, message)),
+                (WORKLOADS_READY, verdict(false, reason, message)),
+            ],
             now,
         )
         .conditions,
@@ -129,7 +170,10 @@ pub fn blocked(service: &InferenceService, reason: &'static str, message: &str, 
 }
 
 fn url(service: &ValidatedService, defaults: &Defaults) -> String {
-    format!("http://{}.{}.svc/{}/{}/v1", defaults.gateway_service, defaults.namespace, service.namespace, service.name)
+    format!(
+        "http://{}.{}.svc/{}/{}/v1",
+        defaults.gateway_service, defaults.namespace, service.namespace, service.name
+    )
 }
 
 fn endpoint_verdict(facts: &Facts<'_>) -> Verdict {
@@ -138,7 +182,10 @@ fn endpoint_verdict(facts: &Facts<'_>) -> Verdict {
         return verdict(
             false,
             reason::GATEWAY_UNAVAILABLE,
-            format!("Service {} in namespace {} has no ready endpoint; look at its Deployment", facts.defaults.gateway_service, facts.defaults.namespace),
+            format!(
+                "Service {} in namespace {} has no ready endpoint; look at its Deployment",
+                facts.defaults.gateway_service, facts.defaults.namespace
+            ),
         );
     }
     match (spec.auth, facts.keys) {
@@ -147,16 +194,24 @@ fn endpoint_verdict(facts: &Facts<'_>) -> Verdict {
             reason::KEYS_UNREADABLE,
             format!(
                 "the gateway may not read Secret {}; let it: ashlar-operator grant {}/{} | kubectl apply -f -",
-                spec.api_key_secret_ref.as_ref().map_or("", |s| s.name.as_str()),
+                spec.api_key_secret_ref
+                    .as_ref()
+                    .map_or("", |s| s.name.as_str()),
                 facts.service.namespace,
                 facts.service.name
             ),
         ),
-        (Auth::Keys, KeyAccess::Unknown) => {
-            verdict(false, reason::KEYS_UNREADABLE, "it is not known yet whether the gateway may read the keys")
-        }
+        (Auth::Keys, KeyAccess::Unknown) => verdict(
+            false,
+            reason::KEYS_UNREADABLE,
+            "it is not known yet whether the gateway may read the keys",
+        ),
         (Auth::Keys, KeyAccess::Allowed) => verdict(true, reason::AVAILABLE, "callers show a key"),
-        (Auth::None, _) => verdict(true, reason::AVAILABLE, "open to whoever reaches the gateway"),
+        (Auth::None, _) => verdict(
+            true,
+            reason::AVAILABLE,
+            "open to whoever reaches the gateway",
+        ),
     }
 }
 
@@ -164,63 +219,132 @@ fn workloads_verdict(facts: &Facts<'_>, worst: Option<&Blocker>) -> Verdict {
     let wanted = facts.service.wanted;
     if facts.plan.halted {
         let words = facts.newest.failed.clone().unwrap_or_default();
-        return verdict(false, reason::REVISION_FAILED, format!("revision {} does not start: {words}; apply the old spec to go back", facts.newest.hash));
+        return verdict(
+            false,
+            reason::REVISION_FAILED,
+            format!(
+                "revision {} does not start: {words}; apply the old spec to go back",
+                facts.newest.hash
+            ),
+        );
     }
     if wanted == 0 {
         return verdict(true, reason::SCALED_TO_ZERO, "no replica is wanted");
     }
     if facts.newest.ready >= wanted && facts.plan.rollout.is_none() {
-        return verdict(true, reason::AVAILABLE, format!("{wanted} of {wanted} replicas are ready"));
+        return verdict(
+            true,
+            reason::AVAILABLE,
+            format!("{wanted} of {wanted} replicas are ready"),
+        );
     }
-    let progress = format!("{} of {wanted} replicas of revision {} are ready", facts.newest.ready, facts.newest.hash);
+    let progress = format!(
+        "{} of {wanted} replicas of revision {} are ready",
+        facts.newest.ready, facts.newest.hash
+    );
     match worst {
-        Some(blocker) if blocker.severity >= 3 => verdict(false, blocker.reason, format!("{progress}; {}", blocker.message)),
+        Some(blocker) if blocker.severity >= 3 => verdict(
+            false,
+            blocker.reason,
+            format!("{progress}; {}", blocker.message),
+        ),
         _ if facts.plan.rollout.is_some() => {
-            let reason = if worst.is_some_and(|b| b.reason == reason::DRAINING) { reason::DRAINING } else { reason::ROLLING_OUT };
-            verdict(false, reason, format!("{progress}; {}", facts.plan.rollout.clone().unwrap_or_default()))
+            let reason = if worst.is_some_and(|b| b.reason == reason::DRAINING) {
+                reason::DRAINING
+            } else {
+                reason::ROLLING_OUT
+            };
+            verdict(
+                false,
+                reason,
+                format!(
+                    "{progress}; {}",
+                    facts.plan.rollout.clone().unwrap_or_default()
+                ),
+            )
         }
-        Some(blocker) => verdict(false, blocker.reason, format!("{progress}; {}", blocker.message)),
+        Some(blocker) => verdict(
+            false,
+            blocker.reason,
+            format!("{progress}; {}", blocker.message),
+        ),
         None => verdict(false, reason::STARTING, progress),
     }
 }
 
 fn model_verdict(facts: &Facts<'_>, ready: usize, worst: Option<&Blocker>) -> Verdict {
     if ready > 0 {
-        return verdict(true, reason::AVAILABLE, format!("{} is loaded", facts.service.service.spec.model.uri));
+        return verdict(
+            true,
+            reason::AVAILABLE,
+            format!("{} is loaded", facts.service.service.spec.model.uri),
+        );
     }
     match worst {
         Some(blocker) => verdict(false, blocker.reason, blocker.message.clone()),
-        None if facts.service.wanted == 0 => verdict(true, reason::SCALED_TO_ZERO, "no replica is wanted"),
+        None if facts.service.wanted == 0 => {
+            verdict(true, reason::SCALED_TO_ZERO, "no replica is wanted")
+        }
         None => verdict(false, reason::STARTING, "no pod exists yet"),
     }
 }
 
-fn ready_verdict(facts: &Facts<'_>, ready: usize, endpoint: &Verdict, workloads: &Verdict) -> Verdict {
+fn ready_verdict(
+    facts: &Facts<'_>,
+    ready: usize,
+    endpoint: &Verdict,
+    workloads: &Verdict,
+) -> Verdict {
     if !endpoint.ok {
         return verdict(false, endpoint.reason, endpoint.message.clone());
     }
     if ready > 0 {
-        let reason = if facts.plan.halted { reason::REVISION_FAILED } else { reason::AVAILABLE };
-        let message = if workloads.ok { "requests are answered".to_owned() } else { format!("requests are answered; {}", workloads.message) };
+        let reason = if facts.plan.halted {
+            reason::REVISION_FAILED
+        } else {
+            reason::AVAILABLE
+        };
+        let message = if workloads.ok {
+            "requests are answered".to_owned()
+        } else {
+            format!("requests are answered; {}", workloads.message)
+        };
         return verdict(true, reason, message);
     }
     let was_ready = facts.service.service.status.as_ref().is_some_and(|status| {
-        let same = status.revision.as_ref().is_some_and(|r| r.current == facts.newest.hash);
-        same && status.conditions.iter().any(|c| c.type_ == READY && c.status == "True")
+        let same = status
+            .revision
+            .as_ref()
+            .is_some_and(|r| r.current == facts.newest.hash);
+        same && status
+            .conditions
+            .iter()
+            .any(|c| c.type_ == READY && c.status == "True")
     });
     if facts.service.wanted == 0 {
-        return verdict(was_ready, reason::SCALED_TO_ZERO, "no replica is wanted; set replicas to serve again");
+        return verdict(
+            was_ready,
+            reason::SCALED_TO_ZERO,
+            "no replica is wanted; set replicas to serve again",
+        );
     }
     verdict(false, workloads.reason, workloads.message.clone())
 }
 
 fn scaling_verdict(service: &ValidatedService) -> Verdict {
     match &service.service.spec.scaling {
-        None => verdict(true, reason::FIXED_REPLICAS, "spec.replicas, kubectl scale, HPA or KEDA set the number of replicas"),
+        None => verdict(
+            true,
+            reason::FIXED_REPLICAS,
+            "spec.replicas, kubectl scale, HPA or KEDA set the number of replicas",
+        ),
         Some(scaling) => verdict(
             false,
             reason::METRICS_UNAVAILABLE,
-            format!("this version does not scale by load: the service keeps {} replicas (minReplicas, at least 1)", scaling.min_replicas.max(1)),
+            format!(
+                "this version does not scale by load: the service keeps {} replicas (minReplicas, at least 1)",
+                scaling.min_replicas.max(1)
+            ),
         ),
     }
 }
@@ -231,11 +355,18 @@ fn with_conditions<const N: usize>(
     verdicts: [(&str, Verdict); N],
     now: Timestamp,
 ) -> InferenceServiceStatus {
-    let mut conditions = service.status.as_ref().map(|s| s.conditions.clone()).unwrap_or_default();
+    let mut conditions = service
+        .status
+        .as_ref()
+        .map(|s| s.conditions.clone())
+        .unwrap_or_default();
     for (kind, verdict) in verdicts {
         let status = if verdict.ok { "True" } else { "False" };
         let old = conditions.iter().position(|c| c.type_ == kind);
-        let since = old.map(|i| &conditions[i]).filter(|c| c.status == status).map(|c| c.last_transition_time.clone());
+        let since = old
+            .map(|i| &conditions[i])
+            .filter(|c| c.status == status)
+            .map(|c| c.last_transition_time.clone());
         let condition = Condition {
             type_: kind.to_owned(),
             status: status.to_owned(),
@@ -249,5 +380,9 @@ fn with_conditions<const N: usize>(
             None => conditions.push(condition),
         }
     }
-    InferenceServiceStatus { observed_generation: service.metadata.generation, conditions, ..InferenceServiceStatus::default() }
+    InferenceServiceStatus {
+        observed_generation: service.metadata.generation,
+        conditions,
+        ..InferenceServiceStatus::default()
+    }
 }

@@ -15,7 +15,10 @@ pub struct InvalidSpec {
 
 impl InvalidSpec {
     pub(crate) fn new(path: &str, message: impl Into<String>) -> Self {
-        Self { path: path.to_owned(), message: message.into() }
+        Self {
+            path: path.to_owned(),
+            message: message.into(),
+        }
     }
 }
 
@@ -68,18 +71,31 @@ pub fn validate(service: &InferenceService) -> Result<ValidatedService, InvalidS
     let spec = &service.spec;
     let source = source(&spec.model.uri)?;
     check_template(spec.template.as_ref())?;
-    let gpus = if spec.runtime.device == Device::Cpu { 0 } else { spec.parallelism.tensor };
+    let gpus = if spec.runtime.device == Device::Cpu {
+        0
+    } else {
+        spec.parallelism.tensor
+    };
     if gpus > 0
-        && let Some(limit) = spec.resources.as_ref().and_then(|r| r.limits.get(&spec.parallelism.resource_name))
+        && let Some(limit) = spec
+            .resources
+            .as_ref()
+            .and_then(|r| r.limits.get(&spec.parallelism.resource_name))
         && limit.0 != gpus.to_string()
     {
         return Err(InvalidSpec::new(
             "spec.resources.limits",
-            format!("{} is {}, but spec.parallelism.tensor is {gpus}; remove the limit", spec.parallelism.resource_name, limit.0),
+            format!(
+                "{} is {}, but spec.parallelism.tensor is {gpus}; remove the limit",
+                spec.parallelism.resource_name, limit.0
+            ),
         ));
     }
     // Without an autoscaler at work, a scaled service keeps its floor, and at least one pod, so that it answers.
-    let wanted = spec.scaling.as_ref().map_or(spec.replicas, |scaling| scaling.min_replicas.max(1));
+    let wanted = spec
+        .scaling
+        .as_ref()
+        .map_or(spec.replicas, |scaling| scaling.min_replicas.max(1));
     Ok(ValidatedService {
         name: service.name_any(),
         namespace: service.namespace().unwrap_or_default(),
@@ -93,44 +109,83 @@ pub fn validate(service: &InferenceService) -> Result<ValidatedService, InvalidS
 
 fn source(uri: &str) -> Result<ModelSource, InvalidSpec> {
     let path = "spec.model.uri";
-    let (scheme, rest) = uri.split_once("://").ok_or_else(|| InvalidSpec::new(path, "must be SCHEME://…"))?;
+    let (scheme, rest) = uri
+        .split_once("://")
+        .ok_or_else(|| InvalidSpec::new(path, "must be SCHEME://…"))?;
     if rest.is_empty() {
-        return Err(InvalidSpec::new(path, format!("{scheme}:// needs something after it")));
+        return Err(InvalidSpec::new(
+            path,
+            format!("{scheme}:// needs something after it"),
+        ));
     }
     match scheme {
-        "hf" => Ok(ModelSource::Hub { repository: rest.to_owned() }),
-        "oci" => Ok(ModelSource::Image { reference: rest.to_owned() }),
+        "hf" => Ok(ModelSource::Hub {
+            repository: rest.to_owned(),
+        }),
+        "oci" => Ok(ModelSource::Image {
+            reference: rest.to_owned(),
+        }),
         "pvc" => {
             let (claim, folder) = rest.split_once('/').unwrap_or((rest, ""));
             if folder.split('/').any(|part| part == "..") {
                 return Err(InvalidSpec::new(path, "must not contain '..'"));
             }
-            Ok(ModelSource::Claim { claim: claim.to_owned(), path: folder.trim_matches('/').to_owned() })
+            Ok(ModelSource::Claim {
+                claim: claim.to_owned(),
+                path: folder.trim_matches('/').to_owned(),
+            })
         }
-        _ => Err(InvalidSpec::new(path, format!("scheme {scheme}:// is not known; use hf://, pvc:// or oci://"))),
+        _ => Err(InvalidSpec::new(
+            path,
+            format!("scheme {scheme}:// is not known; use hf://, pvc:// or oci://"),
+        )),
     }
 }
 
 /// `template` may add to the pod, but not to what the operator relies on.
 fn check_template(template: Option<&serde_json::Value>) -> Result<(), InvalidSpec> {
-    let Some(template) = template else { return Ok(()) };
-    let forbidden = |path: &str| Err(InvalidSpec::new(path, "belongs to the operator; remove it from the template"));
-    if let Some(labels) = template.pointer("/metadata/labels").and_then(|l| l.as_object())
-        && let Some(label) = labels.keys().find(|label| label.starts_with("serving.ashlar.dev/"))
+    let Some(template) = template else {
+        return Ok(());
+    };
+    let forbidden = |path: &str| {
+        Err(InvalidSpec::new(
+            path,
+            "belongs to the operator; remove it from the template",
+        ))
+    };
+    if let Some(labels) = template
+        .pointer("/metadata/labels")
+        .and_then(|l| l.as_object())
+        && let Some(label) = labels
+            .keys()
+            .find(|label| label.starts_with("serving.ashlar.dev/"))
     {
         return forbidden(&format!("spec.template.metadata.labels.{label}"));
     }
     if template.pointer("/spec/restartPolicy").is_some() {
         return forbidden("spec.template.spec.restartPolicy");
     }
-    let containers = template.pointer("/spec/containers").and_then(|c| c.as_array());
+    let containers = template
+        .pointer("/spec/containers")
+        .and_then(|c| c.as_array());
     for container in containers.into_iter().flatten() {
-        if container.get("name").and_then(|n| n.as_str()) != Some(ashlar_crds::names::RUNTIME_CONTAINER) {
+        if container.get("name").and_then(|n| n.as_str())
+            != Some(ashlar_crds::names::RUNTIME_CONTAINER)
+        {
             continue;
         }
-        for field in ["command", "args", "ports", "livenessProbe", "readinessProbe", "startupProbe"] {
+        for field in [
+            "command",
+            "args",
+            "ports",
+            "livenessProbe",
+            "readinessProbe",
+            "startupProbe",
+        ] {
             if container.get(field).is_some() {
-                return forbidden(&format!("spec.template.spec.containers[name=runtime].{field}"));
+                return forbidden(&format!(
+                    "spec.template.spec.containers[name=runtime].{field}"
+                ));
             }
         }
     }

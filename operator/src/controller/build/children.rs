@@ -9,16 +9,19 @@ use k8s_openapi::{
         core::v1::{PodTemplateSpec, Service, ServiceAccount, ServicePort, ServiceSpec},
         discovery::v1::EndpointSlice,
         networking::v1::{
-            NetworkPolicy, NetworkPolicyEgressRule, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort,
-            NetworkPolicySpec,
+            NetworkPolicy, NetworkPolicyEgressRule, NetworkPolicyIngressRule, NetworkPolicyPeer,
+            NetworkPolicyPort, NetworkPolicySpec,
         },
         policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec},
     },
     apimachinery::pkg::{apis::meta::v1::LabelSelector, util::intstr::IntOrString},
 };
-use kube::ResourceExt as _;
+use kube::ResourceExt;
 
-use super::{Child, Defaults, metadata, selector, super::validate::{InvalidSpec, ModelSource, ValidatedService}};
+use super::{
+    super::validate::{InvalidSpec, ModelSource, ValidatedService},
+    Child, Defaults, metadata, selector,
+};
 
 /// Label by which an EndpointSlice belongs to a Service.
 pub const SLICE_SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -34,7 +37,10 @@ pub fn children(
     defaults: &Defaults,
     gateway_slices: &[EndpointSlice],
 ) -> Result<Vec<Child>, InvalidSpec> {
-    let mut children = vec![Child::new(&service_account(service)), Child::new(&pods_service(service))];
+    let mut children = vec![
+        Child::new(&service_account(service)),
+        Child::new(&pods_service(service)),
+    ];
     if service.service.spec.endpoint.alias {
         children.push(Child::new(&alias_service(service)));
         children.extend(alias_slices(service, gateway_slices).iter().map(Child::new));
@@ -60,7 +66,10 @@ fn pods_service(service: &ValidatedService) -> Service {
         spec: Some(ServiceSpec {
             cluster_ip: Some("None".into()),
             selector: Some(selector(service)),
-            ports: Some(vec![port(RUNTIME_PORT, IntOrString::String(RUNTIME_PORT_NAME.into()))]),
+            ports: Some(vec![port(
+                RUNTIME_PORT,
+                IntOrString::String(RUNTIME_PORT_NAME.into()),
+            )]),
             ..ServiceSpec::default()
         }),
         status: None,
@@ -107,7 +116,12 @@ fn alias_slices(service: &ValidatedService, gateway: &[EndpointSlice]) -> Vec<En
             for port in ports.iter_mut().flatten() {
                 port.name = Some(RUNTIME_PORT_NAME.into());
             }
-            EndpointSlice { metadata: meta, address_type: slice.address_type.clone(), endpoints, ports }
+            EndpointSlice {
+                metadata: meta,
+                address_type: slice.address_type.clone(),
+                endpoints,
+                ports,
+            }
         })
         .collect()
 }
@@ -117,7 +131,10 @@ fn disruption_budget(service: &ValidatedService) -> PodDisruptionBudget {
         metadata: metadata(service, service.name.clone()),
         spec: Some(PodDisruptionBudgetSpec {
             max_unavailable: Some(IntOrString::Int(1)),
-            selector: Some(LabelSelector { match_labels: Some(selector(service)), ..LabelSelector::default() }),
+            selector: Some(LabelSelector {
+                match_labels: Some(selector(service)),
+                ..LabelSelector::default()
+            }),
             unhealthy_pod_eviction_policy: Some("AlwaysAllow".into()),
             ..PodDisruptionBudgetSpec::default()
         }),
@@ -127,14 +144,20 @@ fn disruption_budget(service: &ValidatedService) -> PodDisruptionBudget {
 
 /// In: gateway and operator on the runtime's port, and whom the user allows. Out: DNS, and the web for models that are
 /// downloaded.
-fn network_policy(service: &ValidatedService, defaults: &Defaults) -> Result<NetworkPolicy, InvalidSpec> {
+fn network_policy(
+    service: &ValidatedService,
+    defaults: &Defaults,
+) -> Result<NetworkPolicy, InvalidSpec> {
     let tcp = |port: i32| NetworkPolicyPort {
         port: Some(IntOrString::Int(port)),
         protocol: Some("TCP".into()),
         end_port: None,
     };
     let peer = |app: &str| NetworkPolicyPeer {
-        namespace_selector: Some(match_labels("kubernetes.io/metadata.name", &defaults.namespace)),
+        namespace_selector: Some(match_labels(
+            "kubernetes.io/metadata.name",
+            &defaults.namespace,
+        )),
         pod_selector: Some(match_labels("app.kubernetes.io/component", app)),
         ip_block: None,
     };
@@ -149,32 +172,59 @@ fn network_policy(service: &ValidatedService, defaults: &Defaults) -> Result<Net
         protocol: Some(protocol.into()),
         end_port: None,
     });
-    let mut egress = vec![NetworkPolicyEgressRule { ports: Some(dns.to_vec()), to: None }];
+    let mut egress = vec![NetworkPolicyEgressRule {
+        ports: Some(dns.to_vec()),
+        to: None,
+    }];
     if matches!(service.source, ModelSource::Hub { .. }) {
         let mut ports = vec![tcp(443)];
-        ports.extend(service.service.spec.model.endpoint.as_deref().and_then(url_port).filter(|p| *p != 443).map(tcp));
-        egress.push(NetworkPolicyEgressRule { ports: Some(ports), to: None });
+        ports.extend(
+            service
+                .service
+                .spec
+                .model
+                .endpoint
+                .as_deref()
+                .and_then(url_port)
+                .filter(|p| *p != 443)
+                .map(tcp),
+        );
+        egress.push(NetworkPolicyEgressRule {
+            ports: Some(ports),
+            to: None,
+        });
     }
     Ok(NetworkPolicy {
         metadata: metadata(service, service.service.pods_service_name()),
         spec: Some(NetworkPolicySpec {
-            pod_selector: Some(LabelSelector { match_labels: Some(selector(service)), ..LabelSelector::default() }),
+            pod_selector: Some(LabelSelector {
+                match_labels: Some(selector(service)),
+                ..LabelSelector::default()
+            }),
             policy_types: Some(vec!["Ingress".into(), "Egress".into()]),
-            ingress: Some(vec![NetworkPolicyIngressRule { from: Some(from), ports: Some(vec![tcp(RUNTIME_PORT)]) }]),
+            ingress: Some(vec![NetworkPolicyIngressRule {
+                from: Some(from),
+                ports: Some(vec![tcp(RUNTIME_PORT)]),
+            }]),
             egress: Some(egress),
         }),
     })
 }
 
 fn match_labels(key: &str, value: &str) -> LabelSelector {
-    LabelSelector { match_labels: Some(BTreeMap::from([(key.to_owned(), value.to_owned())])), ..LabelSelector::default() }
+    LabelSelector {
+        match_labels: Some(BTreeMap::from([(key.to_owned(), value.to_owned())])),
+        ..LabelSelector::default()
+    }
 }
 
 /// The port that a URL names or implies.
 fn url_port(url: &str) -> Option<i32> {
     let (scheme, rest) = url.split_once("://")?;
     let authority = rest.split('/').next()?;
-    let named = authority.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+    let named = authority
+        .rsplit_once(':')
+        .and_then(|(_, port)| port.parse().ok());
     named.or(match scheme {
         "http" => Some(80),
         "https" => Some(443),
@@ -192,20 +242,39 @@ pub fn deployment(
     annotations: BTreeMap<String, String>,
 ) -> Deployment {
     let mut meta = metadata(service, service.service.revision_name(hash));
-    meta.labels.get_or_insert_default().insert(REVISION_LABEL.to_owned(), hash.to_owned());
+    meta.labels
+        .get_or_insert_default()
+        .insert(REVISION_LABEL.to_owned(), hash.to_owned());
     meta.annotations = (!annotations.is_empty()).then_some(annotations);
     let mut pod_selector = selector(service);
     pod_selector.insert(REVISION_LABEL.to_owned(), hash.to_owned());
-    template.metadata.get_or_insert_default().labels.get_or_insert_default().extend(pod_selector.clone());
+    template
+        .metadata
+        .get_or_insert_default()
+        .labels
+        .get_or_insert_default()
+        .extend(pod_selector.clone());
     Deployment {
         metadata: meta,
         spec: Some(DeploymentSpec {
             replicas: Some(replicas),
-            selector: LabelSelector { match_labels: Some(pod_selector), ..LabelSelector::default() },
+            selector: LabelSelector {
+                match_labels: Some(pod_selector),
+                ..LabelSelector::default()
+            },
             // The template never changes, so a Deployment never rolls by itself.
-            strategy: Some(DeploymentStrategy { type_: Some("Recreate".into()), rolling_update: None }),
+            strategy: Some(DeploymentStrategy {
+                type_: Some("Recreate".into()),
+                rolling_update: None,
+            }),
             revision_history_limit: Some(1),
-            progress_deadline_seconds: Some(service.service.spec.startup_timeout_seconds.saturating_add(60)),
+            progress_deadline_seconds: Some(
+                service
+                    .service
+                    .spec
+                    .startup_timeout_seconds
+                    .saturating_add(60),
+            ),
             template,
             ..DeploymentSpec::default()
         }),

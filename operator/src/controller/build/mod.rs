@@ -45,10 +45,15 @@ pub struct Child {
 impl Child {
     pub(super) fn new<K: Resource<DynamicType = ()> + Serialize>(object: &K) -> Self {
         let resource = ApiResource::erase::<K>(&());
-        let mut value = serde_json::to_value(object).expect("Kubernetes objects are plain data: this is a bug");
+        let mut value =
+            serde_json::to_value(object).expect("Kubernetes objects are plain data: this is a bug");
         value["apiVersion"] = resource.api_version.clone().into();
         value["kind"] = resource.kind.clone().into();
-        Self { name: object.meta().name.clone().unwrap_or_default(), resource, value }
+        Self {
+            name: object.meta().name.clone().unwrap_or_default(),
+            resource,
+            value,
+        }
     }
 }
 

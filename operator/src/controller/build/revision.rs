@@ -1,6 +1,9 @@
 //! Revisions: the hash of what a pod is made from, and the ControllerRevision that keeps its template.
 
-use ashlar_crds::{InferenceService, names::{RESTART_ANNOTATION, REVISION_LABEL}};
+use ashlar_crds::{
+    InferenceService,
+    names::{RESTART_ANNOTATION, REVISION_LABEL},
+};
 use k8s_openapi::{
     api::{apps::v1::ControllerRevision, core::v1::PodTemplateSpec},
     apimachinery::pkg::runtime::RawExtension,
@@ -8,7 +11,7 @@ use k8s_openapi::{
 use kube::ResourceExt as _;
 use sha2::{Digest as _, Sha256};
 
-use super::{metadata, super::validate::ValidatedService};
+use super::{super::validate::ValidatedService, metadata};
 
 /// Fields of the spec that do not make a new revision.
 const NOT_OF_THE_POD: [&str; 4] = ["replicas", "scaling", "endpoint", "rolloutStrategy"];
@@ -17,10 +20,14 @@ const NOT_OF_THE_POD: [&str; 4] = ["replicas", "scaling", "endpoint", "rolloutSt
 /// spec alone: an upgrade of the operator changes nothing.
 #[must_use]
 pub fn hash(service: &InferenceService) -> String {
-    let mut spec = serde_json::to_value(&service.spec).expect("a spec is plain data: this is a bug");
+    let mut spec =
+        serde_json::to_value(&service.spec).expect("a spec is plain data: this is a bug");
     if let Some(fields) = spec.as_object_mut() {
         fields.retain(|name, _| !NOT_OF_THE_POD.contains(&name.as_str()));
-        fields.insert("drainTimeoutSeconds".into(), service.spec.rollout_strategy.drain_timeout_seconds.into());
+        fields.insert(
+            "drainTimeoutSeconds".into(),
+            service.spec.rollout_strategy.drain_timeout_seconds.into(),
+        );
         if let Some(restart) = service.annotations().get(RESTART_ANNOTATION) {
             fields.insert("restart".into(), restart.clone().into());
         }
@@ -38,9 +45,15 @@ pub fn controller_revision(
     template: &PodTemplateSpec,
 ) -> ControllerRevision {
     let mut meta = metadata(service, service.service.revision_name(hash));
-    meta.labels.get_or_insert_default().insert(REVISION_LABEL.to_owned(), hash.to_owned());
+    meta.labels
+        .get_or_insert_default()
+        .insert(REVISION_LABEL.to_owned(), hash.to_owned());
     let template = serde_json::to_value(template).expect("a template is plain data: this is a bug");
-    ControllerRevision { metadata: meta, revision: number, data: Some(RawExtension(serde_json::json!({ "template": template }))) }
+    ControllerRevision {
+        metadata: meta,
+        revision: number,
+        data: Some(RawExtension(serde_json::json!({ "template": template }))),
+    }
 }
 
 /// The template that a ControllerRevision keeps; none when someone has damaged it.
@@ -53,5 +66,10 @@ pub fn stored_template(revision: &ControllerRevision) -> Option<PodTemplateSpec>
 /// The hash that an object of a revision carries.
 #[must_use]
 pub fn hash_of<K: kube::Resource>(object: &K) -> Option<&str> {
-    object.meta().labels.as_ref()?.get(REVISION_LABEL).map(String::as_str)
+    object
+        .meta()
+        .labels
+        .as_ref()?
+        .get(REVISION_LABEL)
+        .map(String::as_str)
 }

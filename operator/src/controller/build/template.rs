@@ -4,20 +4,28 @@ use std::collections::BTreeMap;
 
 use ashlar_crds::{
     Device, Engine,
-    names::{PULL_CONTAINER, RESTART_ANNOTATION, RUNTIME_CONTAINER, RUNTIME_PORT, RUNTIME_PORT_NAME},
+    names::{
+        PULL_CONTAINER, RESTART_ANNOTATION, RUNTIME_CONTAINER, RUNTIME_PORT, RUNTIME_PORT_NAME,
+    },
 };
 use k8s_openapi::{
     DeepMerge as _,
     api::core::v1::{
-        Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction,
-        ImageVolumeSource, Lifecycle, LifecycleHandler, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec,
-        PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile, SecretKeySelector, SecurityContext, SleepAction, Volume,
-        VolumeMount,
+        Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
+        EnvVarSource, HTTPGetAction, ImageVolumeSource, Lifecycle, LifecycleHandler,
+        PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
+        ResourceRequirements, SeccompProfile, SecretKeySelector, SecurityContext, SleepAction,
+        Volume, VolumeMount,
     },
-    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+    apimachinery::pkg::{
+        api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString,
+    },
 };
 
-use super::{Defaults, labels, super::validate::{InvalidSpec, ModelSource, ValidatedService}};
+use super::{
+    super::validate::{InvalidSpec, ModelSource, ValidatedService},
+    Defaults, labels,
+};
 
 /// User and group of every container.
 const USER: i64 = 65532;
@@ -32,7 +40,10 @@ const SHARED_MEMORY: &str = "/dev/shm";
 ///
 /// # Errors
 /// [`InvalidSpec`] when `affinity` or `template` is not what a pod takes.
-pub fn pod_template(service: &ValidatedService, defaults: &Defaults) -> Result<PodTemplateSpec, InvalidSpec> {
+pub fn pod_template(
+    service: &ValidatedService,
+    defaults: &Defaults,
+) -> Result<PodTemplateSpec, InvalidSpec> {
     let spec = &service.service.spec;
     let mut pod_labels = labels(service);
     pod_labels.insert("llm-d.ai/inference-serving".into(), "true".into());
@@ -41,26 +52,42 @@ pub fn pod_template(service: &ValidatedService, defaults: &Defaults) -> Result<P
         ("prometheus.io/scrape".to_owned(), "true".to_owned()),
         ("prometheus.io/port".to_owned(), RUNTIME_PORT.to_string()),
         ("prometheus.io/path".to_owned(), "/metrics".to_owned()),
-        ("kubectl.kubernetes.io/default-container".to_owned(), RUNTIME_CONTAINER.to_owned()),
+        (
+            "kubectl.kubernetes.io/default-container".to_owned(),
+            RUNTIME_CONTAINER.to_owned(),
+        ),
     ]);
-    if let Some(restart) = service.service.metadata.annotations.as_ref().and_then(|a| a.get(RESTART_ANNOTATION)) {
+    if let Some(restart) = service
+        .service
+        .metadata
+        .annotations
+        .as_ref()
+        .and_then(|a| a.get(RESTART_ANNOTATION))
+    {
         annotations.insert(RESTART_ANNOTATION.to_owned(), restart.clone());
     }
     let affinity: Option<Affinity> = parse("spec.affinity", spec.affinity.as_ref())?;
     let image = image(service, defaults);
     let mut template = PodTemplateSpec {
-        metadata: Some(ObjectMeta { labels: Some(pod_labels), annotations: Some(annotations), ..ObjectMeta::default() }),
+        metadata: Some(ObjectMeta {
+            labels: Some(pod_labels),
+            annotations: Some(annotations),
+            ..ObjectMeta::default()
+        }),
         spec: Some(PodSpec {
             service_account_name: Some(service.service.service_account_name()),
             automount_service_account_token: Some(false),
             enable_service_links: Some(false),
-            termination_grace_period_seconds: Some(i64::from(spec.rollout_strategy.drain_timeout_seconds) + KILL_MARGIN_SECONDS),
+            termination_grace_period_seconds: Some(
+                i64::from(spec.rollout_strategy.drain_timeout_seconds) + KILL_MARGIN_SECONDS,
+            ),
             security_context: Some(pod_security()),
             node_selector: (!spec.node_selector.is_empty()).then(|| spec.node_selector.clone()),
             tolerations: (!spec.tolerations.is_empty()).then(|| spec.tolerations.clone()),
             affinity,
             priority_class_name: spec.priority_class_name.clone(),
-            image_pull_secrets: (!spec.image_pull_secrets.is_empty()).then(|| spec.image_pull_secrets.clone()),
+            image_pull_secrets: (!spec.image_pull_secrets.is_empty())
+                .then(|| spec.image_pull_secrets.clone()),
             init_containers: pull(service, defaults).map(|container| vec![container]),
             containers: vec![runtime(service, image)],
             volumes: Some(volumes(service)),
@@ -73,20 +100,41 @@ pub fn pod_template(service: &ValidatedService, defaults: &Defaults) -> Result<P
     Ok(template)
 }
 
-fn parse<T: serde::de::DeserializeOwned>(path: &str, value: Option<&serde_json::Value>) -> Result<Option<T>, InvalidSpec> {
+fn parse<T: serde::de::DeserializeOwned>(
+    path: &str,
+    value: Option<&serde_json::Value>,
+) -> Result<Option<T>, InvalidSpec> {
     // A pod spec without containers is no pod spec to the parser, and a patch need not name any.
     let mut value = value.cloned();
-    if let Some(spec) = value.as_mut().and_then(|v| v.get_mut("spec")).and_then(|s| s.as_object_mut()) {
-        spec.entry("containers").or_insert_with(|| serde_json::json!([]));
+    if let Some(spec) = value
+        .as_mut()
+        .and_then(|v| v.get_mut("spec"))
+        .and_then(|s| s.as_object_mut())
+    {
+        spec.entry("containers")
+            .or_insert_with(|| serde_json::json!([]));
     }
-    value.map(serde_json::from_value).transpose().map_err(|error| InvalidSpec::new(path, error.to_string()))
+    value
+        .map(serde_json::from_value)
+        .transpose()
+        .map_err(|error| InvalidSpec::new(path, error.to_string()))
 }
 
 /// The image of the runtime container.
 #[must_use]
 pub fn image(service: &ValidatedService, defaults: &Defaults) -> String {
-    let default = if service.gpus == 0 { &defaults.runtime_image } else { &defaults.runtime_image_cuda };
-    service.service.spec.runtime.image.clone().unwrap_or_else(|| default.clone())
+    let default = if service.gpus == 0 {
+        &defaults.runtime_image
+    } else {
+        &defaults.runtime_image_cuda
+    };
+    service
+        .service
+        .spec
+        .runtime
+        .image
+        .clone()
+        .unwrap_or_else(|| default.clone())
 }
 
 fn pod_security() -> PodSecurityContext {
@@ -95,7 +143,10 @@ fn pod_security() -> PodSecurityContext {
         run_as_user: Some(USER),
         run_as_group: Some(USER),
         fs_group: Some(USER),
-        seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), ..SeccompProfile::default() }),
+        seccomp_profile: Some(SeccompProfile {
+            type_: "RuntimeDefault".into(),
+            ..SeccompProfile::default()
+        }),
         ..PodSecurityContext::default()
     }
 }
@@ -104,7 +155,10 @@ fn container_security() -> SecurityContext {
     SecurityContext {
         allow_privilege_escalation: Some(false),
         read_only_root_filesystem: Some(true),
-        capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
+        capabilities: Some(Capabilities {
+            drop: Some(vec!["ALL".into()]),
+            add: None,
+        }),
         ..SecurityContext::default()
     }
 }
@@ -124,18 +178,37 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
         ..Probe::default()
     };
     let mut mounts = vec![
-        VolumeMount { name: "model".into(), mount_path: MODELS.into(), read_only: Some(true), ..VolumeMount::default() },
-        VolumeMount { name: "tmp".into(), mount_path: "/tmp".into(), ..VolumeMount::default() },
+        VolumeMount {
+            name: "model".into(),
+            mount_path: MODELS.into(),
+            read_only: Some(true),
+            ..VolumeMount::default()
+        },
+        VolumeMount {
+            name: "tmp".into(),
+            mount_path: "/tmp".into(),
+            ..VolumeMount::default()
+        },
     ];
     if service.gpus > 1 {
-        mounts.push(VolumeMount { name: "shm".into(), mount_path: SHARED_MEMORY.into(), ..VolumeMount::default() });
+        mounts.push(VolumeMount {
+            name: "shm".into(),
+            mount_path: SHARED_MEMORY.into(),
+            ..VolumeMount::default()
+        });
     }
     Container {
         name: RUNTIME_CONTAINER.into(),
         image: Some(image),
         image_pull_policy: Some("IfNotPresent".into()),
         args: Some(arguments(service)),
-        env: vllm.then(|| vec![EnvVar { name: "HOME".into(), value: Some("/tmp".into()), ..EnvVar::default() }]),
+        env: vllm.then(|| {
+            vec![EnvVar {
+                name: "HOME".into(),
+                value: Some("/tmp".into()),
+                ..EnvVar::default()
+            }]
+        }),
         ports: Some(vec![ContainerPort {
             name: Some(RUNTIME_PORT_NAME.into()),
             container_port: RUNTIME_PORT,
@@ -148,7 +221,10 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
         readiness_probe: Some(health("/health", 2, 2)),
         liveness_probe: (!vllm).then(|| health("/health/live", 10, 3)),
         lifecycle: vllm.then(|| Lifecycle {
-            pre_stop: Some(LifecycleHandler { sleep: Some(SleepAction { seconds: 5 }), ..LifecycleHandler::default() }),
+            pre_stop: Some(LifecycleHandler {
+                sleep: Some(SleepAction { seconds: 5 }),
+                ..LifecycleHandler::default()
+            }),
             ..Lifecycle::default()
         }),
         termination_message_policy: Some("FallbackToLogsOnError".into()),
@@ -171,10 +247,16 @@ fn arguments(service: &ValidatedService) -> Vec<String> {
         model_path(service),
         "--host=0.0.0.0".to_owned(),
         format!("--port={RUNTIME_PORT}"),
-        format!("--served-model-name={}", service.service.served_model_name()),
+        format!(
+            "--served-model-name={}",
+            service.service.served_model_name()
+        ),
     ];
     if spec.runtime.engine == Engine::Ashlar {
-        args.push(format!("--shutdown-timeout={}", spec.rollout_strategy.drain_timeout_seconds));
+        args.push(format!(
+            "--shutdown-timeout={}",
+            spec.rollout_strategy.drain_timeout_seconds
+        ));
         let device = match (spec.runtime.device, service.gpus) {
             (Device::Cpu, _) | (_, 0) => "cpu",
             (Device::Cuda, _) => "cuda",
@@ -182,7 +264,11 @@ fn arguments(service: &ValidatedService) -> Vec<String> {
         };
         args.push(format!("--device={device}"));
     }
-    if let Some(utilization) = spec.runtime.gpu_memory_utilization.filter(|_| service.gpus > 0) {
+    if let Some(utilization) = spec
+        .runtime
+        .gpu_memory_utilization
+        .filter(|_| service.gpus > 0)
+    {
         args.push(format!("--gpu-memory-utilization={utilization}"));
     }
     if service.gpus > 1 {
@@ -200,7 +286,10 @@ fn resources(service: &ValidatedService) -> ResourceRequirements {
     let given = spec.resources.clone().unwrap_or_default();
     let (mut limits, requests) = (given.limits, given.requests);
     if service.gpus > 0 {
-        limits.insert(spec.parallelism.resource_name.clone(), Quantity(service.gpus.to_string()));
+        limits.insert(
+            spec.parallelism.resource_name.clone(),
+            Quantity(service.gpus.to_string()),
+        );
     }
     ResourceRequirements {
         limits: (!limits.is_empty()).then_some(limits),
@@ -211,37 +300,64 @@ fn resources(service: &ValidatedService) -> ResourceRequirements {
 
 fn volumes(service: &ValidatedService) -> Vec<Volume> {
     let spec = &service.service.spec;
-    let mut model = Volume { name: "model".into(), ..Volume::default() };
+    let mut model = Volume {
+        name: "model".into(),
+        ..Volume::default()
+    };
     match &service.source {
         ModelSource::Image { reference } => {
-            model.image = Some(ImageVolumeSource { reference: Some(reference.clone()), pull_policy: Some("IfNotPresent".into()) });
+            model.image = Some(ImageVolumeSource {
+                reference: Some(reference.clone()),
+                pull_policy: Some("IfNotPresent".into()),
+            });
         }
         ModelSource::Claim { claim, .. } => {
-            model.persistent_volume_claim =
-                Some(PersistentVolumeClaimVolumeSource { claim_name: claim.clone(), read_only: Some(true) });
+            model.persistent_volume_claim = Some(PersistentVolumeClaimVolumeSource {
+                claim_name: claim.clone(),
+                read_only: Some(true),
+            });
         }
         ModelSource::Hub { .. } => match &spec.cache {
             Some(cache) if cache.pvc.is_some() => {
-                let claim = cache.pvc.as_ref().map(|pvc| pvc.claim_name.clone()).unwrap_or_default();
-                model.persistent_volume_claim =
-                    Some(PersistentVolumeClaimVolumeSource { claim_name: claim, read_only: None });
+                let claim = cache
+                    .pvc
+                    .as_ref()
+                    .map(|pvc| pvc.claim_name.clone())
+                    .unwrap_or_default();
+                model.persistent_volume_claim = Some(PersistentVolumeClaimVolumeSource {
+                    claim_name: claim,
+                    read_only: None,
+                });
             }
             Some(cache) if cache.host_path.is_some() => {
-                let path = cache.host_path.as_ref().map(|host| host.path.clone()).unwrap_or_default();
+                let path = cache
+                    .host_path
+                    .as_ref()
+                    .map(|host| host.path.clone())
+                    .unwrap_or_default();
                 model.host_path = Some(k8s_openapi::api::core::v1::HostPathVolumeSource {
                     path: format!("{}/{}", path.trim_end_matches('/'), service.namespace),
                     type_: Some("Directory".into()),
                 });
             }
             cache => {
-                let size_limit = cache.as_ref().and_then(|c| c.empty_dir.as_ref()).and_then(|e| e.size_limit.clone());
-                model.empty_dir = Some(EmptyDirVolumeSource { size_limit, medium: None });
+                let size_limit = cache
+                    .as_ref()
+                    .and_then(|c| c.empty_dir.as_ref())
+                    .and_then(|e| e.size_limit.clone());
+                model.empty_dir = Some(EmptyDirVolumeSource {
+                    size_limit,
+                    medium: None,
+                });
             }
         },
     }
     let scratch = |name: &str, medium: Option<String>| Volume {
         name: name.into(),
-        empty_dir: Some(EmptyDirVolumeSource { medium, size_limit: None }),
+        empty_dir: Some(EmptyDirVolumeSource {
+            medium,
+            size_limit: None,
+        }),
         ..Volume::default()
     };
     let mut volumes = vec![model, scratch("tmp", None)];
@@ -253,22 +369,40 @@ fn volumes(service: &ValidatedService) -> Vec<Volume> {
 
 /// The first step of a pod whose model comes from the hub.
 fn pull(service: &ValidatedService, defaults: &Defaults) -> Option<Container> {
-    let ModelSource::Hub { repository } = &service.source else { return None };
+    let ModelSource::Hub { repository } = &service.source else {
+        return None;
+    };
     let model = &service.service.spec.model;
-    let mut command =
-        vec!["/usr/local/bin/ashlar".to_owned(), "pull".to_owned(), repository.clone(), format!("--dest={MODELS}")];
+    let mut command = vec![
+        "/usr/local/bin/ashlar".to_owned(),
+        "pull".to_owned(),
+        repository.clone(),
+        format!("--dest={MODELS}"),
+    ];
     if let Some(revision) = &model.revision {
         command.push(format!("--revision={revision}"));
     }
-    let mut env = vec![EnvVar { name: "HOME".into(), value: Some("/tmp".into()), ..EnvVar::default() }];
+    let mut env = vec![EnvVar {
+        name: "HOME".into(),
+        value: Some("/tmp".into()),
+        ..EnvVar::default()
+    }];
     if let Some(endpoint) = &model.endpoint {
-        env.push(EnvVar { name: "HF_ENDPOINT".into(), value: Some(endpoint.clone()), ..EnvVar::default() });
+        env.push(EnvVar {
+            name: "HF_ENDPOINT".into(),
+            value: Some(endpoint.clone()),
+            ..EnvVar::default()
+        });
     }
     if let Some(token) = &model.token_secret_ref {
         env.push(EnvVar {
             name: "HF_TOKEN".into(),
             value_from: Some(EnvVarSource {
-                secret_key_ref: Some(SecretKeySelector { name: token.name.clone(), key: token.key.clone(), optional: None }),
+                secret_key_ref: Some(SecretKeySelector {
+                    name: token.name.clone(),
+                    key: token.key.clone(),
+                    optional: None,
+                }),
                 ..EnvVarSource::default()
             }),
             ..EnvVar::default()
@@ -283,8 +417,16 @@ fn pull(service: &ValidatedService, defaults: &Defaults) -> Option<Container> {
         security_context: Some(container_security()),
         termination_message_policy: Some("FallbackToLogsOnError".into()),
         volume_mounts: Some(vec![
-            VolumeMount { name: "model".into(), mount_path: MODELS.into(), ..VolumeMount::default() },
-            VolumeMount { name: "tmp".into(), mount_path: "/tmp".into(), ..VolumeMount::default() },
+            VolumeMount {
+                name: "model".into(),
+                mount_path: MODELS.into(),
+                ..VolumeMount::default()
+            },
+            VolumeMount {
+                name: "tmp".into(),
+                mount_path: "/tmp".into(),
+                ..VolumeMount::default()
+            },
         ]),
         ..Container::default()
     })
