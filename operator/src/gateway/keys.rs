@@ -1,7 +1,7 @@
 //! The cache of users' keys: one [`KeyRing`] per Secret, read by name when first needed and again while it is used.
 //!
-//! Invariants: a new or rotated key works within a second of its first use; a revoked one stops working within
-//! [`KeyPolicy::max_age`] of use; while the API server is away the last ring stands; a flood of wrong keys costs the
+//! Invariants: a new key works at its first use, within [`KeyPolicy::miss_interval`]; a revoked one stops working
+//! within [`KeyPolicy::max_age`]; while the API server is away the last ring stands; a flood of wrong keys costs the
 //! API server at most one read a second per Secret and [`KeyPolicy::misses_per_second`] in all; readers of one Secret share one read.
 
 use std::collections::{BTreeMap, HashMap};
@@ -59,7 +59,7 @@ pub struct KeyPolicy {
     pub refresh: Duration,
     /// Older rings are read again before they let anybody in.
     pub max_age: Duration,
-    /// After a key that is not in the ring, read again at most this often per Secret.
+    /// Because of keys that are not in the ring, read again at most this often per Secret; such a key waits so long.
     pub miss_interval: Duration,
     /// Reads because of such keys, per second, over all Secrets.
     pub misses_per_second: u64,
@@ -162,6 +162,7 @@ impl KeyStore {
         let Access::Keys { secret } = &service.spec.access else {
             return Verdict::Unreadable("the service names no Secret");
         };
+        let arrival = Instant::now();
         let id = &service.spec.id;
         let entry = self.entry(&id.namespace, secret);
         let mut state = entry.state();
@@ -180,8 +181,11 @@ impl KeyStore {
         if let Some(client) = state.ring.as_ref().and_then(|ring| ring.client(key)) {
             return Verdict::Client(client.to_owned());
         }
-        let stale = since(state.attempted) > self.policy.miss_interval;
-        if on_miss == OnMiss::ReadAgain && stale && self.may_miss() {
+        let read_since = state.attempted.is_some_and(|at| at >= arrival);
+        if on_miss == OnMiss::ReadAgain && !read_since && self.may_miss() {
+            // The key may be newer than the ring. A wrong one pays with the wait, and all who wait share one read.
+            let pause = self.policy.miss_interval;
+            tokio::time::sleep(pause.saturating_sub(since(state.attempted))).await;
             self.refresh(&entry, id, secret, state.attempted).await;
             state = entry.state();
         }

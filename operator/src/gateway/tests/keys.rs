@@ -114,7 +114,7 @@ async fn a_ring_is_read_once_and_used_many_times() {
     for _ in 0..10 {
         assert_eq!(bench.check("k").await, client("k"));
     }
-    assert_eq!(bench.check("wrong").await, Verdict::Rejected);
+    assert_eq!(bench.ask("wrong", OnMiss::Reject).await, Verdict::Rejected);
     assert_eq!(bench.source.reads(), 1);
 }
 
@@ -130,6 +130,32 @@ async fn a_new_key_works_at_its_first_use() {
     assert_eq!(bench.ask("new", OnMiss::Reject).await, Verdict::Rejected);
     assert_eq!(bench.check("new").await, client("new"));
     assert_eq!(bench.source.reads(), 2);
+}
+
+#[tokio::test]
+async fn wrong_keys_wait_together_for_one_read() {
+    let policy = KeyPolicy {
+        miss_interval: Duration::from_millis(100),
+        ..frozen()
+    };
+    let bench = bench(policy, &["old"]);
+    assert_eq!(bench.check("old").await, client("old"));
+    bench.source.set("a", &["new"]);
+    let began = Instant::now();
+    let keys = ["new", "guess", "new", "wrong"];
+    let verdicts = futures::future::join_all(keys.iter().map(|key| bench.check(key))).await;
+    let expected = [
+        client("new"),
+        Verdict::Rejected,
+        client("new"),
+        Verdict::Rejected,
+    ];
+    assert_eq!(verdicts, expected);
+    assert_eq!(bench.source.reads(), 2);
+    assert!(
+        began.elapsed() >= Duration::from_millis(50),
+        "the interval was not kept"
+    );
 }
 
 #[tokio::test]
@@ -157,7 +183,7 @@ async fn an_old_ring_is_read_again_in_the_background() {
     bench.source.set("a", &["other"]);
     assert_eq!(bench.check("k").await, client("k"));
     tokio::time::timeout(Duration::from_secs(10), async {
-        while bench.check("other").await != client("other") {
+        while bench.ask("other", OnMiss::Reject).await != client("other") {
             tokio::task::yield_now().await;
         }
     })
