@@ -1,4 +1,5 @@
-//! The flags that describe a model and its engine, shared by `serve`, `generate`, `bench` and `Llm`.
+//! The flags that describe a model and its engine, shared by `serve`, `generate`, `bench` and
+//! [`Llm`](crate::llm::Llm).
 //!
 //! Names and meanings are vLLM's. Each flag has an `ASHLAR_…` variable; the command line wins.
 //! What the flags contradict is refused here, before a byte of the model is read.
@@ -6,6 +7,8 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+
+use crate::model_runner::cpu;
 
 /// Where the model computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -147,14 +150,14 @@ pub struct EngineArgs {
     /// Requests that may wait for a place; one more is answered 429
     #[arg(long, env = "ASHLAR_MAX_NUM_QUEUED_REQS", value_name = "N", value_parser = parse_u32, default_value = "1024")]
     pub max_num_queued_reqs: u32,
-    /// Tokens in one block of the KV cache
+    /// Tokens in one block of the KV cache; 16 on the CPU
     #[arg(long, env = "ASHLAR_BLOCK_SIZE", value_name = "TOKENS", value_parser = parse_u32, default_value = "16")]
     pub block_size: u32,
     /// What the KV cache stores
     #[arg(long, env = "ASHLAR_KV_CACHE_DTYPE", value_enum, default_value_t)]
     pub kv_cache_dtype: KvCacheDtype,
     /// Memory of the KV cache in bytes: 4G = 4·2³⁰, 4g = 4·10⁹ [default on the CPU: what --max-num-seqs needs, at most
-    /// half of the free memory]
+    /// a quarter of the memory]
     #[arg(long, env = "ASHLAR_KV_CACHE_MEMORY_BYTES", value_name = "BYTES", value_parser = parse_size)]
     pub kv_cache_memory_bytes: Option<u64>,
     /// Share of the GPU's memory to use, above 0 and up to 1; not used on the CPU
@@ -285,6 +288,12 @@ impl EngineArgs {
             return Err(ConfigError::NotOnCpu {
                 flag: format!("--dtype {}", value_name(dtype)),
                 hint: "use auto (fast) or float32 (exact)",
+            });
+        }
+        if self.block_size != cpu::BLOCK_SIZE {
+            return Err(ConfigError::NotOnCpu {
+                flag: format!("--block-size {}", self.block_size),
+                hint: "use 16",
             });
         }
         if self.kv_cache_dtype == KvCacheDtype::Fp8 {

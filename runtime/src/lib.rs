@@ -17,11 +17,21 @@
 
 pub mod batch;
 pub mod bench;
+pub mod chat_template;
 pub mod config;
+pub mod detokenizer;
 pub mod engine;
+pub mod generation;
+pub mod http;
 pub mod hub;
 pub mod kv_cache;
+pub mod llm;
+pub mod metrics;
 pub mod model_runner;
 pub mod models;
 pub mod sampler;
+pub mod shutdown;
+pub mod stop_strings;
+pub mod telemetry;
+pub mod tokenizer;
 pub mod weights;

@@ -1,0 +1,177 @@
+//! The sequences of one request: submitted together, read together, aborted together.
+
+use std::{
+    future::poll_fn,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    task::Poll,
+    time::Instant,
+};
+
+use super::{App, access::AccessInfo, error::ApiError, sampling::Sampling};
+use crate::{
+    engine::request::{FinishReason, Request, TokenId},
+    generation::{TextStream, TextUpdate},
+};
+
+/// Most sequences of one request: prompts × n.
+pub(crate) const MAX_CHOICES: usize = 256;
+
+/// One prompt: its tokens, and its text where that was sent.
+pub(crate) struct Prompt {
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) text: Option<String>,
+}
+
+/// Tokens of a request, all choices together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) prompt_tokens: u32,
+    pub(crate) completion_tokens: u32,
+    pub(crate) cached_tokens: u32,
+}
+
+impl Usage {
+    pub(crate) fn to_json(self) -> serde_json::Value {
+        serde_json::json!({
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        })
+    }
+}
+
+/// Running sequences, in the order of their choice indexes. Dropping it aborts them.
+pub(crate) struct Choices {
+    streams: Vec<Option<TextStream>>,
+    /// `[prompts]` tokens taken from the prefix cache by a prompt's first choice.
+    cached: Vec<u32>,
+    n: usize,
+    /// Where the next look begins, so that no choice is served last for ever.
+    next: usize,
+    usage: Usage,
+    info: Arc<AccessInfo>,
+}
+
+impl Choices {
+    /// Submits `n` sequences for each prompt; all or none.
+    pub(crate) fn submit(
+        app: &App,
+        prompts: &[Prompt],
+        sampling: &Sampling,
+        info: &Arc<AccessInfo>,
+        arrival: Instant,
+    ) -> Result<Self, ApiError> {
+        let total = prompts.len() * sampling.n as usize;
+        if total > MAX_CHOICES {
+            return Err(ApiError::invalid(
+                "n",
+                format!("the request asks for {total} outputs: at most {MAX_CHOICES} are allowed"),
+            ));
+        }
+        let mut streams = Vec::with_capacity(total);
+        let mut usage = Usage::default();
+        for prompt in prompts {
+            let mut params = sampling.params.clone();
+            params.max_tokens = sampling.max_tokens(prompt.tokens.len(), app.limits)?;
+            params.min_tokens = params.min_tokens.min(params.max_tokens);
+            let tokens: Arc<[TokenId]> = prompt.tokens.as_slice().into();
+            usage.prompt_tokens += u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+            for choice_index in 0..sampling.n {
+                let request = Request {
+                    prompt: Arc::clone(&tokens),
+                    params: params.clone(),
+                    choice_index,
+                    cache_salt: sampling.cache_salt.clone(),
+                };
+                // On an error the streams so far are dropped: their sequences end at the next step.
+                let stream = app
+                    .model
+                    .engine
+                    .submit_arrived(request, arrival)
+                    .map_err(|error| ApiError::from_submit(&error, app.metrics.retry_after()))?;
+                let tokenizer = Arc::clone(&app.model.tokenizer);
+                streams.push(Some(TextStream::new(
+                    stream,
+                    tokenizer,
+                    &params,
+                    &sampling.text,
+                )));
+            }
+        }
+        app.metrics.observe_n(sampling.n);
+        info.prompt_tokens.store(usage.prompt_tokens, Relaxed);
+        Ok(Self {
+            streams,
+            cached: vec![0; prompts.len()],
+            n: sampling.n as usize,
+            next: 0,
+            usage,
+            info: Arc::clone(info),
+        })
+    }
+
+    /// Number of choices.
+    pub(crate) fn len(&self) -> usize {
+        self.streams.len()
+    }
+
+    /// Tokens so far.
+    pub(crate) fn usage(&self) -> Usage {
+        Usage {
+            cached_tokens: self.cached.iter().sum(),
+            ..self.usage
+        }
+    }
+
+    /// The next news of any choice, with its index; `None` when all have ended. Safe to cancel.
+    pub(crate) async fn next(&mut self) -> Option<(usize, TextUpdate)> {
+        let found = poll_fn(|cx| {
+            let mut running = false;
+            for offset in 0..self.streams.len() {
+                let index = (self.next + offset) % self.streams.len();
+                let Some(stream) = &mut self.streams[index] else {
+                    continue;
+                };
+                match stream.poll_next(cx) {
+                    Poll::Ready(Some(update)) => return Poll::Ready(Some((index, update))),
+                    Poll::Ready(None) => self.streams[index] = None,
+                    Poll::Pending => running = true,
+                }
+            }
+            if running {
+                Poll::Pending
+            } else {
+                Poll::Ready(None)
+            }
+        })
+        .await;
+        if let Some((index, update)) = &found {
+            self.next = index + 1;
+            self.count(*index, update);
+        }
+        found
+    }
+
+    fn count(&mut self, index: usize, update: &TextUpdate) {
+        let tokens = u32::try_from(update.tokens.len()).unwrap_or(u32::MAX);
+        self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(tokens);
+        if index.is_multiple_of(self.n) {
+            self.cached[index / self.n] = update.cached_prompt_tokens;
+        }
+        self.info
+            .completion_tokens
+            .store(self.usage.completion_tokens, Relaxed);
+        self.info
+            .cached_tokens
+            .store(self.cached.iter().sum(), Relaxed);
+        if let Some(finish) = &update.finish {
+            self.streams[index] = None;
+            let is_last = self.streams.iter().all(Option::is_none);
+            if is_last || finish.reason == FinishReason::Error {
+                // Only the first is kept.
+                let _ = self.info.finish.set(finish.reason.as_str());
+            }
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! The HTTP API: OpenAI's routes, the article's, health and metrics. The only place that knows HTTP and JSON.
+//!
+//! ```text
+//! server ──► access (id, log line, metrics) ──► auth ──► openai │ article │ tokenize │ health
+//!                                                           └► sampling (ranges) ──► choices (submit, next) ──► answer, sse
+//! ```
+//!
+//! Invariants:
+//! - every answer that is not 2xx is OpenAI's error envelope, whatever went wrong;
+//! - the engine sees a request only after every check that can fail it has passed;
+//! - nothing here waits on the engine's thread, and no work longer than a millisecond runs on the async threads;
+//! - a client that goes away aborts its sequences: they live in the answer's body.
+
+mod access;
+mod answer;
+mod article;
+mod auth;
+mod choices;
+mod encode;
+pub mod error;
+mod health;
+mod openai;
+pub mod sampling;
+pub mod server;
+mod sse;
+mod tokenize;
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use axum::{
+    Router,
+    extract::DefaultBodyLimit,
+    middleware,
+    routing::{get, post},
+};
+use http::StatusCode;
+use serde::de::DeserializeOwned;
+
+pub use auth::ApiKeys;
+use encode::EncodePool;
+use error::ApiError;
+use sampling::Limits;
+
+use crate::{
+    llm::{LoadedModel, max_length},
+    metrics::Metrics,
+    shutdown::{Lifecycle, Phase},
+};
+
+/// Largest request body, in bytes.
+pub const MAX_BODY_BYTES: usize = 8 << 20;
+
+/// Settings of the API.
+#[derive(Debug, Clone)]
+pub struct ApiConfig {
+    /// Names that requests may use for the model; answers carry the first. At least one.
+    pub served_model_names: Vec<String>,
+    /// Keys that clients must send one of; none = open.
+    pub api_keys: ApiKeys,
+    /// `/health` fails when the engine has work and has made no step for this long.
+    pub stall_limit: Duration,
+    /// Send `usage` at the end of every stream.
+    pub force_include_usage: bool,
+    /// One log line per request.
+    pub access_log: bool,
+}
+
+/// Everything that handlers share.
+pub(crate) struct App {
+    pub(crate) model: LoadedModel,
+    pub(crate) config: ApiConfig,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) lifecycle: Lifecycle,
+    pub(crate) encode: EncodePool,
+    /// Seconds since 1970 when serving began.
+    pub(crate) created: u64,
+    pub(crate) limits: Limits,
+}
+
+impl App {
+    /// The name in answers.
+    pub(crate) fn model_name(&self) -> &str {
+        self.config
+            .served_model_names
+            .first()
+            .map_or("", String::as_str)
+    }
+
+    /// 404 for a model that is not served here.
+    pub(crate) fn check_model(&self, asked: Option<&str>) -> Result<(), ApiError> {
+        match asked {
+            None | Some("") => Ok(()),
+            Some(name) if self.config.served_model_names.iter().any(|n| n == name) => Ok(()),
+            Some(name) => {
+                // The name is the client's: shown in part.
+                let shown: String = name.chars().take(128).collect();
+                let mut error = ApiError::new(
+                    StatusCode::NOT_FOUND,
+                    format!(
+                        "the model {shown:?} does not exist here: use {:?}",
+                        self.model_name()
+                    ),
+                );
+                error.param = Some("model".to_owned());
+                Err(error)
+            }
+        }
+    }
+
+    /// 503 while leaving, and 429 while the queue is full: before any work is done for a request.
+    pub(crate) fn check_open(&self) -> Result<(), ApiError> {
+        if self.lifecycle.phase() >= Phase::Refusing {
+            return Err(ApiError::draining());
+        }
+        let stats = self.model.engine.stats();
+        let limit = self.model.engine.config().max_num_queued_reqs;
+        if stats.waiting >= limit {
+            return Err(ApiError::overloaded(
+                format!(
+                    "{} requests are waiting and the limit is {limit}: retry later",
+                    stats.waiting
+                ),
+                self.metrics.retry_after(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Reads a JSON body; the error names the field.
+pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let mut reader = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let path = error.path().to_string();
+        let mut api = ApiError::new(
+            StatusCode::BAD_REQUEST,
+            format!("the request is not valid: {}", error.inner()),
+        );
+        if path != "." {
+            api.message = format!("{path} is not valid: {}", error.inner());
+            api.param = Some(path);
+        }
+        api
+    })?;
+    reader.end().map_err(|error| {
+        ApiError::new(
+            StatusCode::BAD_REQUEST,
+            format!("the request is not valid: {error}"),
+        )
+    })?;
+    Ok(value)
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_seconds() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs())
+}
+
+/// The API of a running model.
+#[must_use]
+pub fn router(
+    model: LoadedModel,
+    config: ApiConfig,
+    metrics: Arc<Metrics>,
+    lifecycle: Lifecycle,
+) -> Router {
+    let limits = Limits {
+        max_length: max_length(&model.engine),
+        vocab_size: model.engine.limits().vocab_size,
+    };
+    let app = Arc::new(App {
+        encode: EncodePool::new(Arc::clone(&model.tokenizer)),
+        limits,
+        model,
+        config,
+        metrics,
+        lifecycle,
+        created: unix_seconds(),
+    });
+    let guarded = Router::new()
+        .route("/v1/chat/completions", post(openai::chat))
+        .route("/v1/completions", post(openai::completions))
+        .route("/v1/models", get(openai::models))
+        .route("/v1/models/{*model}", get(openai::model))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/generate", post(article::generate))
+        .route("/generate_measured", post(article::generate_measured))
+        .route("/stream", get(article::stream))
+        .route("/version", get(health::version))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&app),
+            auth::check,
+        ));
+    let open = Router::new()
+        .route("/health", get(health::ready))
+        .route("/ping", get(health::ready))
+        .route("/health/live", get(health::live))
+        .route("/metrics", get(health::metrics))
+        .method_not_allowed_fallback(method_not_allowed);
+    open.merge(guarded)
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&app),
+            access::record,
+        ))
+        .with_state(app)
+}
+
+/// What answers while the model is being loaded.
+#[must_use]
+pub fn loading_router() -> Router {
+    Router::new()
+        .route("/health/live", get(|| async { "alive\n" }))
+        .fallback(|| async {
+            let mut error = ApiError::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the model is still being loaded: retry later",
+            );
+            error.retry_after = Some(2);
+            error
+        })
+}
+
+async fn not_found(uri: http::Uri) -> ApiError {
+    let path: String = uri.path().chars().take(256).collect();
+    ApiError::new(StatusCode::NOT_FOUND, format!("there is no {path} here"))
+}
+
+async fn method_not_allowed(method: http::Method, uri: http::Uri) -> ApiError {
+    let path: String = uri.path().chars().take(256).collect();
+    let method: String = method.as_str().chars().take(32).collect();
+    ApiError::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        format!("{path} does not answer to {method}"),
+    )
+}

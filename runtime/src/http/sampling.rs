@@ -1,0 +1,395 @@
+//! The sampling fields that all generating routes share, and their ranges.
+//!
+//! Everything is checked here, before the engine sees it: a number that is not finite, an id outside the vocabulary or a
+//! count without bound is a 400 that names the field.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::error::ApiError;
+use crate::{
+    engine::request::{SamplingParams, TokenId},
+    generation::TextOptions,
+    tokenizer::GenerationDefaults,
+};
+
+/// Most choices of one prompt.
+pub const MAX_N: u32 = 128;
+/// Most stop strings.
+pub const MAX_STOP_STRINGS: usize = 16;
+/// Longest stop string, in bytes.
+pub const MAX_STOP_BYTES: usize = 1024;
+/// Most entries of `logit_bias`, and of `stop_token_ids`.
+pub const MAX_LISTED_IDS: usize = 1024;
+/// Most log-probabilities of a position.
+pub const MAX_LOGPROBS: u32 = 20;
+/// Longest `cache_salt`, in bytes.
+pub const MAX_CACHE_SALT_BYTES: usize = 256;
+/// Temperatures below this are greedy: dividing by them gains nothing but infinities.
+const MIN_TEMPERATURE: f64 = 1e-5;
+
+/// One string or a list of them.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum OneOrMany {
+    /// One.
+    One(String),
+    /// A list.
+    Many(Vec<String>),
+}
+
+/// `stream_options`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+pub struct StreamOptions {
+    /// A last chunk with `usage` and no choices.
+    pub include_usage: Option<bool>,
+    /// `usage` in every chunk.
+    pub continuous_usage_stats: Option<bool>,
+}
+
+/// Fields of every generating request. Unknown ones are ignored; `null` is the same as absent.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[allow(missing_docs)] // The names are OpenAI's and vLLM's.
+pub struct SamplingFields {
+    pub n: Option<u32>,
+    pub best_of: Option<u32>,
+    pub temperature: Option<f64>,
+    pub top_p: Option<f64>,
+    pub top_k: Option<i64>,
+    pub min_p: Option<f64>,
+    pub seed: Option<i64>,
+    pub repetition_penalty: Option<f64>,
+    pub presence_penalty: Option<f64>,
+    pub frequency_penalty: Option<f64>,
+    pub logit_bias: Option<BTreeMap<String, f64>>,
+    pub max_tokens: Option<u32>,
+    pub max_completion_tokens: Option<u32>,
+    pub min_tokens: Option<u32>,
+    pub stop: Option<OneOrMany>,
+    pub stop_token_ids: Option<Vec<TokenId>>,
+    pub include_stop_str_in_output: Option<bool>,
+    pub ignore_eos: Option<bool>,
+    pub skip_special_tokens: Option<bool>,
+    pub cache_salt: Option<String>,
+    pub stream: Option<bool>,
+    pub stream_options: Option<StreamOptions>,
+    // Asked for and not done would be worse than refused.
+    pub response_format: Option<Value>,
+    pub structured_outputs: Option<Value>,
+    pub guided_json: Option<Value>,
+    pub guided_regex: Option<Value>,
+    pub guided_choice: Option<Value>,
+    pub guided_grammar: Option<Value>,
+    pub prompt_logprobs: Option<Value>,
+    pub allowed_token_ids: Option<Value>,
+    pub bad_words: Option<Value>,
+}
+
+/// What a request may ask of this model.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Prompt and output together.
+    pub max_length: u32,
+    /// Ids are below this.
+    pub vocab_size: u32,
+}
+
+/// A request's sampling after all checks that need no prompt.
+#[derive(Debug, Clone)]
+pub struct Sampling {
+    /// Choices of each prompt.
+    pub n: u32,
+    /// `max_tokens` is the request's, or `u32::MAX` when it has none.
+    pub params: SamplingParams,
+    /// Stop strings and the like.
+    pub text: TextOptions,
+    /// Keeps prefix-cache hits inside one tenant.
+    pub cache_salt: Option<String>,
+    /// Stream the answer.
+    pub stream: bool,
+    /// A last chunk with `usage`.
+    pub include_usage: bool,
+    /// `usage` in every chunk.
+    pub continuous_usage: bool,
+}
+
+impl Sampling {
+    /// `max_tokens` for a prompt of this length.
+    ///
+    /// # Errors
+    /// 400 with the numbers when prompt and output exceed the model's length.
+    pub fn max_tokens(&self, prompt_tokens: usize, limits: Limits) -> Result<u32, ApiError> {
+        let length = u64::from(limits.max_length);
+        let prompt = prompt_tokens as u64;
+        if prompt >= length {
+            return Err(ApiError::invalid(
+                "prompt",
+                format!(
+                    "the prompt has {prompt} tokens and the model's length is {length}, prompt and output together: \
+                     shorten the prompt"
+                ),
+            ));
+        }
+        let room = u32::try_from(length - prompt).unwrap_or(u32::MAX);
+        let asked = self.params.max_tokens;
+        if asked == u32::MAX {
+            return Ok(room);
+        }
+        if asked > room {
+            return Err(ApiError::invalid(
+                "max_tokens",
+                format!(
+                    "{prompt} prompt tokens and {asked} output tokens exceed the model's length of {length}: lower \
+                     max_tokens to {room} or shorten the prompt"
+                ),
+            ));
+        }
+        Ok(asked)
+    }
+}
+
+fn ranged(
+    name: &str,
+    value: Option<f64>,
+    default: f64,
+    low: f64,
+    high: f64,
+) -> Result<f64, ApiError> {
+    let value = value.unwrap_or(default);
+    if value.is_finite() && value >= low && value <= high {
+        Ok(value)
+    } else {
+        Err(ApiError::invalid(
+            name,
+            format!("{name} is {value}: it must be from {low} to {high}"),
+        ))
+    }
+}
+
+fn at_most(name: &str, what: &str, value: usize, limit: usize) -> Result<(), ApiError> {
+    if value <= limit {
+        return Ok(());
+    }
+    Err(ApiError::invalid(
+        name,
+        format!("{name} has {value} {what}: at most {limit} are allowed"),
+    ))
+}
+
+impl SamplingFields {
+    /// Checks every range.
+    ///
+    /// # Errors
+    /// 400 naming the field.
+    pub fn validate(
+        self,
+        defaults: &GenerationDefaults,
+        limits: Limits,
+        logprobs: Option<u32>,
+    ) -> Result<Sampling, ApiError> {
+        self.refuse_unsupported()?;
+        let n = self.n.unwrap_or(1);
+        if n == 0 || n > MAX_N {
+            return Err(ApiError::invalid(
+                "n",
+                format!("n is {n}: it must be from 1 to {MAX_N}"),
+            ));
+        }
+        if logprobs.is_some_and(|count| count > MAX_LOGPROBS) {
+            let message =
+                format!("at most {MAX_LOGPROBS} log-probabilities of a position can be had");
+            return Err(ApiError::invalid("logprobs", message));
+        }
+        let text = self.text_options()?;
+        if let Some(salt) = &self.cache_salt {
+            at_most("cache_salt", "bytes", salt.len(), MAX_CACHE_SALT_BYTES)?;
+        }
+        let options = self.stream_options.unwrap_or_default();
+        let stream = self.stream.unwrap_or(false);
+        if self.stream_options.is_some() && !stream {
+            return Err(ApiError::invalid(
+                "stream_options",
+                "stream_options needs stream: true",
+            ));
+        }
+        Ok(Sampling {
+            n,
+            text,
+            stream,
+            include_usage: options.include_usage.unwrap_or(false),
+            continuous_usage: options.continuous_usage_stats.unwrap_or(false),
+            cache_salt: self.cache_salt.clone(),
+            params: self.params(defaults, limits, logprobs)?,
+        })
+    }
+
+    fn refuse_unsupported(&self) -> Result<(), ApiError> {
+        let refuse = |name: &str| {
+            Err(ApiError::invalid(
+                name,
+                format!("{name} is not supported by this server: leave it out"),
+            ))
+        };
+        if let Some(format) = &self.response_format
+            && format["type"] != "text"
+        {
+            return refuse("response_format");
+        }
+        let unsupported = [
+            ("structured_outputs", &self.structured_outputs),
+            ("guided_json", &self.guided_json),
+            ("guided_regex", &self.guided_regex),
+            ("guided_choice", &self.guided_choice),
+            ("guided_grammar", &self.guided_grammar),
+            ("prompt_logprobs", &self.prompt_logprobs),
+            ("allowed_token_ids", &self.allowed_token_ids),
+            ("bad_words", &self.bad_words),
+        ];
+        for (name, value) in unsupported {
+            let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty);
+            if value.as_ref().is_some_and(|value| !is_empty(value)) {
+                return refuse(name);
+            }
+        }
+        if self.best_of.is_some_and(|best| best != self.n.unwrap_or(1)) {
+            return refuse("best_of");
+        }
+        Ok(())
+    }
+
+    fn text_options(&self) -> Result<TextOptions, ApiError> {
+        let stop = match self.stop.clone() {
+            None => Vec::new(),
+            Some(OneOrMany::One(stop)) => vec![stop],
+            Some(OneOrMany::Many(stops)) => stops,
+        };
+        at_most("stop", "strings", stop.len(), MAX_STOP_STRINGS)?;
+        for text in &stop {
+            if text.is_empty() || text.len() > MAX_STOP_BYTES {
+                return Err(ApiError::invalid(
+                    "stop",
+                    format!("a stop string must have from 1 to {MAX_STOP_BYTES} bytes"),
+                ));
+            }
+        }
+        Ok(TextOptions {
+            stop,
+            include_stop_str_in_output: self.include_stop_str_in_output.unwrap_or(false),
+            skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
+        })
+    }
+
+    fn params(
+        &self,
+        defaults: &GenerationDefaults,
+        limits: Limits,
+        logprobs: Option<u32>,
+    ) -> Result<SamplingParams, ApiError> {
+        let temperature = self.temperature.or(defaults.temperature);
+        let temperature = ranged("temperature", temperature, 1.0, 0.0, 100.0)?;
+        let top_p = ranged("top_p", self.top_p.or(defaults.top_p), 1.0, 0.0, 1.0)?;
+        if top_p == 0.0 {
+            return Err(ApiError::invalid(
+                "top_p",
+                "top_p is 0: it must be above 0 and at most 1",
+            ));
+        }
+        let repetition = self.repetition_penalty.or(defaults.repetition_penalty);
+        let max_tokens = self.max_completion_tokens.or(self.max_tokens);
+        if max_tokens == Some(0) {
+            return Err(ApiError::invalid(
+                "max_tokens",
+                "max_tokens is 0: ask for at least one token",
+            ));
+        }
+        let max_tokens = max_tokens.unwrap_or(u32::MAX);
+        let min_tokens = self.min_tokens.unwrap_or(0);
+        if min_tokens > max_tokens.min(limits.max_length) {
+            return Err(ApiError::invalid(
+                "min_tokens",
+                format!(
+                    "min_tokens is {min_tokens}: it must not be above max_tokens or the model's length"
+                ),
+            ));
+        }
+        Ok(SamplingParams {
+            temperature: if temperature < MIN_TEMPERATURE {
+                0.0
+            } else {
+                temperature as f32
+            },
+            top_p: top_p as f32,
+            top_k: top_k(self.top_k.or(defaults.top_k))?,
+            min_p: ranged("min_p", self.min_p.or(defaults.min_p), 0.0, 0.0, 1.0)? as f32,
+            seed: self.seed.map(i64::cast_unsigned),
+            repetition_penalty: ranged("repetition_penalty", repetition, 1.0, 0.01, 100.0)? as f32,
+            presence_penalty: ranged("presence_penalty", self.presence_penalty, 0.0, -2.0, 2.0)?
+                as f32,
+            frequency_penalty: ranged("frequency_penalty", self.frequency_penalty, 0.0, -2.0, 2.0)?
+                as f32,
+            logit_bias: self.bias(limits)?,
+            max_tokens,
+            min_tokens,
+            stop_token_ids: self.stop_ids(limits)?,
+            ignore_eos: self.ignore_eos.unwrap_or(false),
+            logprobs,
+        })
+    }
+
+    fn bias(&self, limits: Limits) -> Result<Vec<(TokenId, f32)>, ApiError> {
+        let Some(bias) = &self.logit_bias else {
+            return Ok(Vec::new());
+        };
+        at_most("logit_bias", "entries", bias.len(), MAX_LISTED_IDS)?;
+        let entry = |(id, value): (&String, &f64)| {
+            let id: TokenId = id.parse().map_err(|_| {
+                ApiError::invalid("logit_bias", format!("{id:?} is not a token id"))
+            })?;
+            check_id("logit_bias", id, limits)?;
+            let value = ranged("logit_bias", Some(*value), 0.0, -100.0, 100.0)?;
+            Ok((id, value as f32))
+        };
+        bias.iter().map(entry).collect()
+    }
+
+    fn stop_ids(&self, limits: Limits) -> Result<Vec<TokenId>, ApiError> {
+        let ids = self.stop_token_ids.clone().unwrap_or_default();
+        at_most("stop_token_ids", "ids", ids.len(), MAX_LISTED_IDS)?;
+        for &id in &ids {
+            check_id("stop_token_ids", id, limits)?;
+        }
+        Ok(ids)
+    }
+}
+
+/// −1 and 0 turn it off.
+fn top_k(value: Option<i64>) -> Result<u32, ApiError> {
+    match value.unwrap_or(0) {
+        -1 => Ok(0),
+        value => u32::try_from(value).map_err(|_| {
+            ApiError::invalid(
+                "top_k",
+                format!("top_k is {value}: it must be at least 1, or 0 or -1 for no limit"),
+            )
+        }),
+    }
+}
+
+/// Refuses an id outside the vocabulary.
+///
+/// # Errors
+/// 400 naming the field.
+pub fn check_id(name: &str, id: TokenId, limits: Limits) -> Result<(), ApiError> {
+    if id < limits.vocab_size {
+        return Ok(());
+    }
+    Err(ApiError::invalid(
+        name,
+        format!(
+            "token id {id} is outside the vocabulary of {}",
+            limits.vocab_size
+        ),
+    ))
+}

@@ -1,0 +1,81 @@
+//! `/tokenize` and `/detokenize`.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{
+    App,
+    error::ApiError,
+    openai::{BodyResult, body_bytes, render_messages},
+    parse,
+};
+use crate::engine::request::TokenId;
+
+#[derive(Debug, Deserialize)]
+struct TokenizeFields {
+    model: Option<String>,
+    prompt: Option<String>,
+    messages: Option<Vec<Value>>,
+    add_special_tokens: Option<bool>,
+    add_generation_prompt: Option<bool>,
+    return_token_strs: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+struct DetokenizeFields {
+    model: Option<String>,
+    tokens: Vec<TokenId>,
+}
+
+/// `POST /tokenize`: of a `prompt`, or of `messages` as the chat template renders them.
+pub(super) async fn tokenize(
+    State(app): State<Arc<App>>,
+    body: BodyResult,
+) -> Result<Json<Value>, ApiError> {
+    let fields: TokenizeFields = parse(&body_bytes(body)?)?;
+    app.check_model(fields.model.as_deref())?;
+    let (text, add_special_tokens) = match (fields.prompt, fields.messages) {
+        (Some(prompt), None) => (prompt, fields.add_special_tokens.unwrap_or(true)),
+        (None, Some(messages)) => {
+            let add_generation_prompt = fields.add_generation_prompt.unwrap_or(true);
+            let text = render_messages(&app, &messages, add_generation_prompt)?;
+            (text, fields.add_special_tokens.unwrap_or(false))
+        }
+        _ => {
+            return Err(ApiError::invalid(
+                "prompt",
+                "send either prompt or messages",
+            ));
+        }
+    };
+    // What is too long to serve may still be counted.
+    let tokens = app
+        .encode
+        .encode(text, add_special_tokens, u32::MAX)
+        .await?;
+    let mut answer = json!({
+        "count": tokens.len(), "max_model_len": app.limits.max_length, "tokens": tokens,
+    });
+    if fields.return_token_strs.unwrap_or(false) {
+        let texts: Vec<_> = tokens
+            .iter()
+            .map(|&id| String::from_utf8_lossy(app.model.tokenizer.token_bytes(id)))
+            .collect();
+        answer["token_strs"] = json!(texts);
+    }
+    Ok(Json(answer))
+}
+
+/// `POST /detokenize`.
+pub(super) async fn detokenize(
+    State(app): State<Arc<App>>,
+    body: BodyResult,
+) -> Result<Json<Value>, ApiError> {
+    let fields: DetokenizeFields = parse(&body_bytes(body)?)?;
+    app.check_model(fields.model.as_deref())?;
+    let text = app.model.tokenizer.decode(&fields.tokens, false)?;
+    Ok(Json(json!({"prompt": text})))
+}
