@@ -1,36 +1,27 @@
-//! The engine thread: takes commands, launches steps, hands out tokens.
+//! The engine thread: takes commands, launches steps, deals out their tokens.
 
 use std::{
     any::Any,
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
 use super::{
-    handle::{Command, NewSequence, Phase, Shared},
+    clients::{Clients, Prompt},
+    handle::{Command, Phase, Shared},
     input::InputBuilder,
-    observer::{EngineObserver, FinishedRequest, StepReport},
+    observer::EngineObserver,
     request::{FinishReason, GeneratedToken, SeqId},
     scheduler::{ScheduledItem, Scheduler, SchedulerOutput},
     sequence::Sequence,
-    stream::{Finish, StreamCell, StreamSender},
+    stream::Finish,
 };
 use crate::model_runner::{ModelRunner, RunnerError, StepId, StepOutput};
 
 /// How long one poll of the runner waits; the loop polls until the step is done.
 const POLL_WAIT: Duration = Duration::from_millis(200);
-
-/// What the engine keeps of a sequence beside the scheduler: where its tokens go, and its times.
-struct Client {
-    stream: StreamSender,
-    arrival: Instant,
-    queued: Instant,
-    scheduled: Option<Instant>,
-    first_token: Option<Instant>,
-    last_token: Option<Instant>,
-}
 
 /// A step that was handed to the runner, or that the runner refused (`runner_step` is `None`) while others run.
 struct InFlight {
@@ -39,37 +30,14 @@ struct InFlight {
     submitted: Instant,
 }
 
-/// What a step did, for the observer; buffers are reused.
-#[derive(Default)]
-struct Tally {
-    prompt_tokens: u32,
-    cached_prompt_tokens: u32,
-    generation_tokens: u32,
-    time_to_first_token: Vec<Duration>,
-    inter_token_latency: Vec<Duration>,
-}
-
-/// News for a client, held back until counters and gauges tell of it too.
-struct Delivery {
-    stream: Arc<StreamCell>,
-    /// Held until the end is delivered.
-    sender: Option<StreamSender>,
-    tokens: Vec<GeneratedToken>,
-    cached_prompt_tokens: u32,
-    finish: Option<Finish>,
-}
-
 /// Everything the engine thread owns.
 pub(super) struct Core {
     runner: Box<dyn ModelRunner>,
     scheduler: Scheduler,
-    clients: HashMap<SeqId, Client>,
+    clients: Clients,
     in_flight: VecDeque<InFlight>,
     input: InputBuilder,
-    tally: Tally,
-    deliveries: Vec<Delivery>,
     shared: Arc<Shared>,
-    observer: Arc<dyn EngineObserver>,
     /// Set while there is work; the pool is checked when it ends.
     busy: bool,
 }
@@ -83,13 +51,10 @@ impl Core {
         Self {
             scheduler: Scheduler::new(&shared.config, &shared.limits),
             runner,
-            clients: HashMap::new(),
+            clients: Clients::new(Arc::clone(&shared), observer),
             in_flight: VecDeque::new(),
             input: InputBuilder::default(),
-            tally: Tally::default(),
-            deliveries: Vec::new(),
             shared,
-            observer,
             busy: false,
         }
     }
@@ -108,27 +73,13 @@ impl Core {
         if let Some(message) = &error {
             tracing::error!(%message, "the engine has stopped");
         }
-        let reason = if error.is_some() {
-            FinishReason::Error
-        } else {
-            FinishReason::Abort
-        };
-        self.deliver();
         // Close first, so that nothing can be enqueued behind our back.
         let commands = self.shared.close(error.clone());
-        let left = commands.into_iter().filter_map(|command| match command {
+        let queued = commands.into_iter().filter_map(|command| match command {
             Command::Add(new) => Some(new.stream),
             Command::Finish { .. } | Command::Abort(_) => None,
         });
-        let running = self.clients.drain().map(|(_, client)| client.stream);
-        for stream in left.chain(running) {
-            let finish = Finish {
-                reason,
-                stop_token: None,
-                error: error.clone(),
-            };
-            stream.cell().push(Vec::new(), 0, Some(finish));
-        }
+        self.clients.close(queued, error.as_deref());
         let stats = &self.shared.stats;
         for gauge in [
             &stats.in_system,
@@ -145,7 +96,6 @@ impl Core {
         let depth = self.runner.depth().max(1);
         while self.take_commands() {
             while self.in_flight.len() < depth && self.launch_step()? {}
-            self.publish_gauges();
             if !self.in_flight.is_empty() {
                 self.finish_step()?;
             } else if let Some(stuck) = self.scheduler.first_waiting() {
@@ -155,7 +105,7 @@ impl Core {
                     "a request cannot be scheduled in an idle engine: this is a bug"
                 );
                 let message = "the request could not be scheduled: this is a bug in the server";
-                self.end(stuck, FinishReason::Error, Some(message.to_owned()));
+                self.end(stuck, Finish::failed(message.to_owned()));
             }
             self.deliver();
         }
@@ -182,14 +132,18 @@ impl Core {
             self.carry_out(command);
         }
         match phase {
-            Phase::Draining { deadline } if Instant::now() >= deadline => {
-                let ids: Vec<SeqId> = self.clients.keys().copied().collect();
-                for seq in ids {
-                    self.end(seq, FinishReason::Abort, None);
+            Phase::Draining { deadline } => {
+                if Instant::now() >= deadline {
+                    for seq in self.clients.ids() {
+                        self.end(seq, Finish::because(FinishReason::Abort));
+                    }
                 }
-                !self.is_idle()
+                if self.is_idle() {
+                    self.deliver();
+                    return false;
+                }
+                true
             }
-            Phase::Draining { .. } => !self.is_idle(),
             Phase::Open | Phase::Closed { .. } => true,
         }
     }
@@ -211,31 +165,20 @@ impl Core {
 
     fn carry_out(&mut self, command: Command) {
         match command {
-            Command::Add(new) => self.add(*new),
+            Command::Add(new) => {
+                self.busy = true;
+                let sequence = self.clients.add(*new);
+                self.scheduler.add(sequence);
+            }
             Command::Finish { seq, num_tokens } => {
                 if let Some(sequence) = self.remove(seq) {
                     let kept = sequence.num_generated().min(num_tokens);
-                    self.report_end(&sequence, FinishReason::Stop, kept, None);
+                    let finish = Finish::because(FinishReason::Stop);
+                    self.clients.end(&sequence, Vec::new(), kept, finish);
                 }
             }
-            Command::Abort(seq) => self.end(seq, FinishReason::Abort, None),
+            Command::Abort(seq) => self.end(seq, Finish::because(FinishReason::Abort)),
         }
-    }
-
-    fn add(&mut self, new: NewSequence) {
-        self.busy = true;
-        self.clients.insert(
-            new.sequence.id,
-            Client {
-                stream: new.stream,
-                arrival: new.arrival,
-                queued: new.queued,
-                scheduled: None,
-                first_token: None,
-                last_token: None,
-            },
-        );
-        self.scheduler.add(new.sequence);
     }
 
     /// Plans a step and hands it to the runner. False when there is nothing to compute now.
@@ -246,34 +189,30 @@ impl Core {
             if admitted.first {
                 self.shared.stats.queued.fetch_sub(1, Relaxed);
             }
-            if let Some(client) = self.clients.get_mut(&admitted.seq) {
-                client.scheduled = Some(now);
-            }
+            self.clients.scheduled(admitted.seq, now);
         }
         if plan.items.is_empty() {
             return Ok(false);
         }
+        self.publish_gauges();
         self.input.prepare(&plan, &self.scheduler);
         let submitted = self.runner.submit(&self.input.model).and_then(|step| {
             self.runner.sample(step, &self.input.sample)?;
             Ok(step)
         });
-        match submitted {
-            Ok(step) => self.in_flight.push_back(InFlight {
-                plan,
-                runner_step: Some(step),
-                submitted: now,
-            }),
+        let runner_step = match submitted {
+            Ok(step) => Some(step),
             Err(error) => {
                 self.fail_step(&plan, &error)?;
                 // Its turn comes after the steps before it: only then may its blocks be used again.
-                self.in_flight.push_back(InFlight {
-                    plan,
-                    runner_step: None,
-                    submitted: now,
-                });
+                None
             }
-        }
+        };
+        self.in_flight.push_back(InFlight {
+            plan,
+            runner_step,
+            submitted: now,
+        });
         Ok(true)
     }
 
@@ -282,16 +221,11 @@ impl Core {
         let Some(step) = self.in_flight.pop_front() else {
             return Ok(());
         };
-        let result = match step.runner_step {
-            Some(id) => self.wait_for(id),
-            None => {
-                self.scheduler.complete(step.plan.step);
-                return Ok(());
+        if let Some(id) = step.runner_step {
+            match self.wait_for(id) {
+                Ok(output) => self.deal_out(&step, output),
+                Err(error) => self.fail_step(&step.plan, &error)?,
             }
-        };
-        match result {
-            Ok(output) => self.deal_out(&step, output),
-            Err(error) => self.fail_step(&step.plan, &error)?,
         }
         self.scheduler.complete(step.plan.step);
         self.shared.stats.mark_progress();
@@ -321,34 +255,7 @@ impl Core {
             );
             self.deal_out_row(item, row.tokens, now);
         }
-        let stats = &self.shared.stats;
-        let tally = &mut self.tally;
-        stats.steps.fetch_add(1, Relaxed);
-        stats
-            .prompt_tokens
-            .fetch_add(tally.prompt_tokens.into(), Relaxed);
-        stats
-            .prompt_tokens_cached
-            .fetch_add(tally.cached_prompt_tokens.into(), Relaxed);
-        stats
-            .generation_tokens
-            .fetch_add(tally.generation_tokens.into(), Relaxed);
-        self.observer.on_step(&StepReport {
-            num_tokens: step.plan.num_tokens,
-            num_seqs: u32::try_from(step.plan.items.len()).unwrap_or(u32::MAX),
-            prompt_tokens: tally.prompt_tokens,
-            cached_prompt_tokens: tally.cached_prompt_tokens,
-            generation_tokens: tally.generation_tokens,
-            duration: now - step.submitted,
-            time_to_first_token: &tally.time_to_first_token,
-            inter_token_latency: &tally.inter_token_latency,
-            num_preemptions: u32::try_from(step.plan.preempted.len()).unwrap_or(u32::MAX),
-        });
-        tally.prompt_tokens = 0;
-        tally.cached_prompt_tokens = 0;
-        tally.generation_tokens = 0;
-        tally.time_to_first_token.clear();
-        tally.inter_token_latency.clear();
+        self.clients.report_step(&step.plan, now - step.submitted);
     }
 
     fn deal_out_row(&mut self, item: &ScheduledItem, mut drawn: Vec<GeneratedToken>, now: Instant) {
@@ -358,47 +265,31 @@ impl Core {
         };
         if drawn.is_empty() {
             let message = "the model gave logits that are not finite for this request";
-            self.end(item.seq, FinishReason::Error, Some(message.to_owned()));
+            self.end(item.seq, Finish::failed(message.to_owned()));
             return;
         }
-        let (num_prompt, cached) = (seq.num_prompt(), seq.num_cached.unwrap_or(0));
+        let prompt = Prompt {
+            num_tokens: seq.num_prompt(),
+            num_cached: seq.num_cached.unwrap_or(0),
+        };
         let ids: Vec<_> = drawn.iter().map(|token| token.id).collect();
-        let before = seq.num_generated();
-        let ended = self.scheduler.update(item, &ids);
-        let Some((accepted, sequence)) = ended else {
+        let Some((accepted, ended)) = self.scheduler.update(item, &ids) else {
             return;
         };
         drawn.truncate(accepted.num_tokens as usize);
-        let client = self
-            .clients
-            .get_mut(&item.seq)
-            .expect("every sequence has a client: this is a bug");
-        if client.first_token.is_none() {
-            client.first_token = Some(now);
-            self.tally.prompt_tokens += num_prompt;
-            self.tally.cached_prompt_tokens += cached;
-            self.tally
-                .time_to_first_token
-                .push(now.saturating_duration_since(client.arrival));
-        } else if let Some(last) = client.last_token {
-            self.tally.inter_token_latency.push(now - last);
-        }
-        client.last_token = Some(now);
-        self.tally.generation_tokens += accepted.num_tokens;
-        let finish = accepted.finish.map(|(reason, stop_token)| Finish {
-            reason,
-            stop_token,
-            error: None,
-        });
-        self.deliveries.push(Delivery {
-            stream: Arc::clone(client.stream.cell()),
-            sender: None,
-            tokens: drawn,
-            cached_prompt_tokens: cached,
-            finish,
-        });
-        if let (Some((reason, _)), Some(sequence)) = (accepted.finish, sequence) {
-            self.report_end(&sequence, reason, before + accepted.num_tokens, None);
+        self.clients
+            .count(item.seq, prompt, accepted.num_tokens, now);
+        match (accepted.finish, ended) {
+            (Some((reason, stop_token)), Some(sequence)) => {
+                let finish = Finish {
+                    reason,
+                    stop_token,
+                    error: None,
+                };
+                let kept = sequence.num_generated();
+                self.clients.end(&sequence, drawn, kept, finish);
+            }
+            _ => self.clients.send(item.seq, drawn, prompt.num_cached),
         }
     }
 
@@ -412,118 +303,65 @@ impl Core {
             return Err(error.clone());
         }
         self.shared.stats.failed_steps.fetch_add(1, Relaxed);
-        tracing::warn!(%error, requests = plan.items.len(), "a step failed; its requests end, the engine goes on");
+        tracing::warn!(
+            %error,
+            requests = plan.items.len(),
+            "a step failed; its requests end, the engine goes on"
+        );
         let later = self
             .in_flight
             .iter()
             .map(|step| &step.plan)
             .filter(|later| later.step > plan.step);
-        let gone = self.scheduler.withdraw(plan, later);
-        for sequence in gone {
+        for sequence in self.scheduler.withdraw(plan, later) {
             let kept = sequence.num_generated();
-            self.leave(&sequence);
-            self.report_end(
-                &sequence,
-                FinishReason::Error,
-                kept,
-                Some(error.to_string()),
-            );
+            let finish = Finish::failed(error.to_string());
+            self.clients.end(&sequence, Vec::new(), kept, finish);
         }
         Ok(())
     }
 
     /// Ends a sequence for a reason outside its tokens; no effect when it has ended.
-    fn end(&mut self, seq: SeqId, reason: FinishReason, error: Option<String>) {
+    fn end(&mut self, seq: SeqId, finish: Finish) {
         if let Some(sequence) = self.remove(seq) {
             let kept = sequence.num_generated();
-            self.report_end(&sequence, reason, kept, error);
+            self.clients.end(&sequence, Vec::new(), kept, finish);
         }
     }
 
     fn remove(&mut self, seq: SeqId) -> Option<Sequence> {
         let sequence = self.scheduler.remove(seq)?;
-        self.leave(&sequence);
+        if sequence.num_cached.is_none() {
+            // It never had a place: it leaves the queue here.
+            self.shared.stats.queued.fetch_sub(1, Relaxed);
+        }
         Some(sequence)
     }
 
-    /// Keeps the count of requests that never had a place.
-    fn leave(&self, sequence: &Sequence) {
-        if sequence.num_cached.is_none() {
-            self.shared.stats.queued.fetch_sub(1, Relaxed);
-        }
-    }
-
-    fn report_end(
-        &mut self,
-        sequence: &Sequence,
-        reason: FinishReason,
-        kept: u32,
-        error: Option<String>,
-    ) {
-        let Some(client) = self.clients.remove(&sequence.id) else {
-            return;
-        };
-        self.shared.stats.in_system.fetch_sub(1, Relaxed);
-        self.deliveries.push(Delivery {
-            stream: Arc::clone(client.stream.cell()),
-            sender: Some(client.stream),
-            tokens: Vec::new(),
-            cached_prompt_tokens: sequence.num_cached.unwrap_or(0),
-            // No effect on a stream that its last token has ended.
-            finish: Some(Finish {
-                reason,
-                stop_token: None,
-                error,
-            }),
-        });
-        self.observer.on_finished(&FinishedRequest {
-            seq: sequence.id,
-            reason,
-            num_prompt_tokens: sequence.num_prompt(),
-            num_cached_tokens: sequence.num_cached.unwrap_or(0),
-            num_generation_tokens: kept,
-            max_tokens: sequence.params.max_tokens,
-            num_preemptions: sequence.num_preemptions,
-            arrival: client.arrival,
-            queued: client.queued,
-            scheduled: client.scheduled,
-            first_token: client.first_token,
-            last_token: client.last_token,
-            finished: Instant::now(),
-        });
-    }
-
-    /// Brings gauges up to date, then wakes the clients: who has seen a token also sees it counted.
+    /// Brings gauges up to date, then hands out the news.
     fn deliver(&mut self) {
         self.publish_gauges();
-        for delivery in self.deliveries.drain(..) {
-            delivery.stream.push(
-                delivery.tokens,
-                delivery.cached_prompt_tokens,
-                delivery.finish,
-            );
-            drop(delivery.sender);
-        }
+        self.clients.deliver();
     }
 
     fn publish_gauges(&self) {
         let stats = &self.shared.stats;
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        stats
-            .running
-            .store(count(self.scheduler.num_running()), Relaxed);
-        stats
-            .waiting
-            .store(count(self.scheduler.num_waiting()), Relaxed);
-        stats
-            .blocks_free
-            .store(self.scheduler.blocks().num_free(), Relaxed);
         let counters = self.scheduler.counters();
-        stats
-            .prefix_cache_queries
-            .store(counters.prefix_queries, Relaxed);
-        stats.prefix_cache_hits.store(counters.prefix_hits, Relaxed);
-        stats.preemptions.store(counters.preemptions, Relaxed);
+        for (gauge, value) in [
+            (&stats.running, count(self.scheduler.num_running())),
+            (&stats.waiting, count(self.scheduler.num_waiting())),
+            (&stats.blocks_free, self.scheduler.blocks().num_free()),
+        ] {
+            gauge.store(value, Relaxed);
+        }
+        for (counter, value) in [
+            (&stats.prefix_cache_queries, counters.prefix_queries),
+            (&stats.prefix_cache_hits, counters.prefix_hits),
+            (&stats.preemptions, counters.preemptions),
+        ] {
+            counter.store(value, Relaxed);
+        }
     }
 }
 

@@ -13,6 +13,7 @@
 //! - a failed step fails its own requests only; a fatal error or a panic ends every stream with an error;
 //! - dropping a [`SequenceStream`] frees its blocks at the next step.
 
+mod clients;
 mod config;
 mod core;
 mod handle;

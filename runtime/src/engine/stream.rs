@@ -24,6 +24,28 @@ pub struct Finish {
     pub error: Option<String>,
 }
 
+impl Finish {
+    /// An end without a stop token or an error.
+    #[must_use]
+    pub fn because(reason: FinishReason) -> Self {
+        Self {
+            reason,
+            stop_token: None,
+            error: None,
+        }
+    }
+
+    /// The request failed.
+    #[must_use]
+    pub fn failed(error: String) -> Self {
+        Self {
+            reason: FinishReason::Error,
+            stop_token: None,
+            error: Some(error),
+        }
+    }
+}
+
 /// What has happened since the last update.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StreamUpdate {
@@ -120,11 +142,7 @@ impl StreamSender {
 
 impl Drop for StreamSender {
     fn drop(&mut self) {
-        let finish = Finish {
-            reason: FinishReason::Error,
-            stop_token: None,
-            error: Some("the engine lost the request".to_owned()),
-        };
+        let finish = Finish::failed("the engine lost the request".to_owned());
         self.0.push(Vec::new(), 0, Some(finish));
     }
 }

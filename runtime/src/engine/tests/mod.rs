@@ -47,13 +47,8 @@ fn collect(mut stream: SequenceStream) -> (Vec<TokenId>, Finish) {
 }
 
 fn finish(reason: FinishReason) -> Finish {
-    Finish {
-        reason,
-        stop_token: None,
-        error: None,
-    }
+    Finish::because(reason)
 }
-
 /// Ends the engine and checks that nothing is left in it.
 fn stop(handle: &EngineHandle) {
     handle.shutdown();

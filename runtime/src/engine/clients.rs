@@ -1,0 +1,224 @@
+//! The engine's side of its clients: where each sequence's tokens go, its times, and what observers are told.
+//!
+//! News is held back until counters and gauges tell of it too: who has seen a token also sees it counted.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+use super::{
+    handle::{NewSequence, Shared},
+    observer::{EngineObserver, FinishedRequest, StepReport},
+    request::{FinishReason, GeneratedToken, SeqId},
+    scheduler::SchedulerOutput,
+    sequence::Sequence,
+    stream::{Finish, StreamCell, StreamSender},
+};
+
+struct Client {
+    stream: StreamSender,
+    arrival: Instant,
+    queued: Instant,
+    scheduled: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+/// News for one client.
+struct Delivery {
+    cell: Arc<StreamCell>,
+    tokens: Vec<GeneratedToken>,
+    cached_prompt_tokens: u32,
+    /// The end, with the sender that it sets free.
+    end: Option<(Finish, StreamSender)>,
+}
+
+/// What the step at hand did, for the observer; buffers are reused.
+#[derive(Default)]
+struct Tally {
+    prompt_tokens: u32,
+    cached_prompt_tokens: u32,
+    generation_tokens: u32,
+    time_to_first_token: Vec<Duration>,
+    inter_token_latency: Vec<Duration>,
+}
+
+/// The clients of all sequences that have not ended.
+pub(super) struct Clients {
+    clients: HashMap<SeqId, Client>,
+    deliveries: Vec<Delivery>,
+    tally: Tally,
+    shared: Arc<Shared>,
+    observer: Arc<dyn EngineObserver>,
+}
+
+impl Clients {
+    pub(super) fn new(shared: Arc<Shared>, observer: Arc<dyn EngineObserver>) -> Self {
+        Self {
+            clients: HashMap::new(),
+            deliveries: Vec::new(),
+            tally: Tally::default(),
+            shared,
+            observer,
+        }
+    }
+
+    /// Takes in a new sequence's client and gives back the sequence.
+    pub(super) fn add(&mut self, new: NewSequence) -> Sequence {
+        let client = Client {
+            stream: new.stream,
+            arrival: new.arrival,
+            queued: new.queued,
+            scheduled: None,
+            first_token: None,
+            last_token: None,
+        };
+        self.clients.insert(new.sequence.id, client);
+        new.sequence
+    }
+
+    pub(super) fn ids(&self) -> Vec<SeqId> {
+        self.clients.keys().copied().collect()
+    }
+
+    /// A sequence was given a place.
+    pub(super) fn scheduled(&mut self, seq: SeqId, now: Instant) {
+        if let Some(client) = self.clients.get_mut(&seq) {
+            client.scheduled = Some(now);
+        }
+    }
+
+    /// Counts and times a sequence's new tokens.
+    pub(super) fn count(&mut self, seq: SeqId, prompt: Prompt, num_tokens: u32, now: Instant) {
+        let Some(client) = self.clients.get_mut(&seq) else {
+            return;
+        };
+        let tally = &mut self.tally;
+        tally.generation_tokens += num_tokens;
+        if client.first_token.is_none() {
+            client.first_token = Some(now);
+            tally.prompt_tokens += prompt.num_tokens;
+            tally.cached_prompt_tokens += prompt.num_cached;
+            let waited = now.saturating_duration_since(client.arrival);
+            tally.time_to_first_token.push(waited);
+        } else if let Some(last) = client.last_token {
+            tally.inter_token_latency.push(now - last);
+        }
+        client.last_token = Some(now);
+    }
+
+    /// Tokens on their way to a sequence that goes on.
+    pub(super) fn send(&mut self, seq: SeqId, tokens: Vec<GeneratedToken>, cached: u32) {
+        if let Some(client) = self.clients.get(&seq) {
+            self.deliveries.push(Delivery {
+                cell: Arc::clone(client.stream.cell()),
+                tokens,
+                cached_prompt_tokens: cached,
+                end: None,
+            });
+        }
+    }
+
+    /// A sequence ended: its last tokens, if any, and why. `kept` of its tokens count.
+    pub(super) fn end(
+        &mut self,
+        sequence: &Sequence,
+        tokens: Vec<GeneratedToken>,
+        kept: u32,
+        finish: Finish,
+    ) {
+        let Some(client) = self.clients.remove(&sequence.id) else {
+            return;
+        };
+        self.observer.on_finished(&FinishedRequest {
+            seq: sequence.id,
+            reason: finish.reason,
+            num_prompt_tokens: sequence.num_prompt(),
+            num_cached_tokens: sequence.num_cached.unwrap_or(0),
+            num_generation_tokens: kept,
+            max_tokens: sequence.params.max_tokens,
+            num_preemptions: sequence.num_preemptions,
+            arrival: client.arrival,
+            queued: client.queued,
+            scheduled: client.scheduled,
+            first_token: client.first_token,
+            last_token: client.last_token,
+            finished: Instant::now(),
+        });
+        self.deliveries.push(Delivery {
+            cell: Arc::clone(client.stream.cell()),
+            tokens,
+            cached_prompt_tokens: sequence.num_cached.unwrap_or(0),
+            end: Some((finish, client.stream)),
+        });
+    }
+
+    /// A step succeeded: adds it to the counters and tells the observer.
+    pub(super) fn report_step(&mut self, plan: &SchedulerOutput, duration: Duration) {
+        let stats = &self.shared.stats;
+        let tally = &mut self.tally;
+        stats.steps.fetch_add(1, Relaxed);
+        for (counter, count) in [
+            (&stats.prompt_tokens, tally.prompt_tokens),
+            (&stats.prompt_tokens_cached, tally.cached_prompt_tokens),
+            (&stats.generation_tokens, tally.generation_tokens),
+        ] {
+            counter.fetch_add(count.into(), Relaxed);
+        }
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        self.observer.on_step(&StepReport {
+            num_tokens: plan.num_tokens,
+            num_seqs: count(plan.items.len()),
+            prompt_tokens: tally.prompt_tokens,
+            cached_prompt_tokens: tally.cached_prompt_tokens,
+            generation_tokens: tally.generation_tokens,
+            duration,
+            time_to_first_token: &tally.time_to_first_token,
+            inter_token_latency: &tally.inter_token_latency,
+            num_preemptions: count(plan.preempted.len()),
+        });
+        tally.prompt_tokens = 0;
+        tally.cached_prompt_tokens = 0;
+        tally.generation_tokens = 0;
+        tally.time_to_first_token.clear();
+        tally.inter_token_latency.clear();
+    }
+
+    /// Hands out what was held back and wakes the clients.
+    pub(super) fn deliver(&mut self) {
+        for delivery in self.deliveries.drain(..) {
+            let (finish, sender) = delivery.end.unzip();
+            if sender.is_some() {
+                self.shared.stats.in_system.fetch_sub(1, Relaxed);
+            }
+            let cached = delivery.cached_prompt_tokens;
+            delivery.cell.push(delivery.tokens, cached, finish);
+        }
+    }
+
+    /// The engine ends: so does every stream, also those of `queued` sequences that never came in.
+    pub(super) fn close(
+        &mut self,
+        queued: impl Iterator<Item = StreamSender>,
+        error: Option<&str>,
+    ) {
+        self.deliver();
+        let running = self.clients.drain().map(|(_, client)| client.stream);
+        for stream in queued.chain(running) {
+            let finish = match error {
+                Some(error) => Finish::failed(error.to_owned()),
+                None => Finish::because(FinishReason::Abort),
+            };
+            stream.cell().push(Vec::new(), 0, Some(finish));
+        }
+    }
+}
+
+/// A prompt as the metrics count it.
+#[derive(Clone, Copy)]
+pub(super) struct Prompt {
+    pub(super) num_tokens: u32,
+    pub(super) num_cached: u32,
+}
