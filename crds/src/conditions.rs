@@ -63,6 +63,8 @@ pub mod reason {
     pub const CACHE_FORBIDDEN: &str = "CacheForbidden";
     /// Admission refused the pod for another cause; the message is admission's own.
     pub const POD_FORBIDDEN: &str = "PodForbidden";
+    /// The API server does not let the operator write what the service needs; the message is its own.
+    pub const FORBIDDEN: &str = "Forbidden";
     /// `replicas`, HPA, KEDA or kubectl sets the number of replicas.
     pub const FIXED_REPLICAS: &str = "FixedReplicas";
 }

@@ -7,7 +7,7 @@ use kube::{
 };
 use serde_json::Value;
 
-use super::{build::Child, fetch::LiveChild};
+use super::{build::Child, fetch::LiveChild, timed};
 
 /// Why the cluster could not be brought to what was built.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +43,7 @@ pub fn is_current(desired: &Value, live: &Value) -> bool {
     match (desired, live) {
         (Value::Object(desired), Value::Object(live)) => {
             desired.iter().all(|(key, desired)| match live.get(key) {
+                Some(live) if QUANTITIES.contains(&key.as_str()) => same_quantities(desired, live),
                 Some(live) => is_current(desired, live),
                 // The API server drops what is empty.
                 None => is_empty(desired),
@@ -58,6 +59,49 @@ pub fn is_current(desired: &Value, live: &Value) -> bool {
         (Value::Number(a), Value::Number(b)) => a.as_f64() == b.as_f64(),
         (desired, live) => desired == live,
     }
+}
+
+/// Fields whose values the API server writes in its own form: `0.5` becomes `500m`.
+const QUANTITIES: [&str; 3] = ["limits", "requests", "sizeLimit"];
+
+fn same_quantities(desired: &Value, live: &Value) -> bool {
+    match (desired, live) {
+        (Value::Object(desired), Value::Object(live)) => {
+            desired.iter().all(|(key, desired)| match live.get(key) {
+                Some(live) => same_quantities(desired, live),
+                None => false,
+            })
+        }
+        (Value::String(desired), Value::String(live)) => {
+            desired == live
+                || matches!((quantity(desired), quantity(live)), (Some(a), Some(b)) if a == b)
+        }
+        (desired, live) => desired == live,
+    }
+}
+
+/// A quantity in thousandths of its unit.
+fn quantity(text: &str) -> Option<f64> {
+    const SUFFIXES: [(&str, f64); 13] = [
+        ("Ki", 1024.0),
+        ("Mi", 1_048_576.0),
+        ("Gi", 1_073_741_824.0),
+        ("Ti", 1_099_511_627_776.0),
+        ("Pi", 1_125_899_906_842_624.0),
+        ("Ei", 1_152_921_504_606_846_976.0),
+        ("m", 1e-3),
+        ("k", 1e3),
+        ("M", 1e6),
+        ("G", 1e9),
+        ("T", 1e12),
+        ("P", 1e15),
+        ("E", 1e18),
+    ];
+    let (number, factor) = SUFFIXES
+        .iter()
+        .find_map(|(suffix, factor)| Some((text.strip_suffix(suffix)?, *factor)))
+        .unwrap_or((text, 1.0));
+    Some((number.parse::<f64>().ok()? * factor * 1e3).round())
 }
 
 fn is_empty(value: &Value) -> bool {
@@ -103,8 +147,7 @@ pub async fn apply(
         Some(_) => {}
         None => {
             // Not in our cache: new, or somebody else's.
-            if let Some(existing) = api
-                .get_opt(&child.name)
+            if let Some(existing) = timed(api.get_opt(&child.name))
                 .await
                 .map_err(|source| call("read", source))?
                 && !existing
@@ -119,7 +162,7 @@ pub async fn apply(
         }
     }
     let params = PatchParams::apply(FIELD_MANAGER).force();
-    api.patch(&child.name, &params, &Patch::Apply(&child.value))
+    timed(api.patch(&child.name, &params, &Patch::Apply(&child.value)))
         .await
         .map_err(|source| call("apply", source))?;
     tracing::info!(
@@ -155,7 +198,7 @@ pub async fn delete(
         }),
         ..DeleteParams::background()
     };
-    match api.delete(&live.name, &params).await {
+    match timed(api.delete(&live.name, &params)).await {
         Ok(_) => {
             tracing::info!(
                 namespace,
@@ -199,5 +242,21 @@ mod tests {
             &json!({"spec": {"replicas": 1, "ports": [{"port": 80}, {"port": 81}]}})
         ));
         assert!(!is_current(&desired, &json!({"spec": {"replicas": 1}})));
+    }
+
+    #[test]
+    fn quantities_are_compared_by_what_they_mean() {
+        let of = |cpu: &str, memory: &str| json!({"limits": {"cpu": cpu, "memory": memory}});
+        assert!(is_current(&of("0.5", "1024Mi"), &of("500m", "1Gi")));
+        assert!(!is_current(&of("0.5", "1Gi"), &of("500m", "1G")));
+        assert!(!is_current(
+            &of("1", "1Gi"),
+            &json!({"limits": {"cpu": "1"}})
+        ));
+        // Elsewhere a string is itself.
+        assert!(!is_current(
+            &json!({"label": "1.0"}),
+            &json!({"label": "1"})
+        ));
     }
 }

@@ -1,6 +1,12 @@
 //! The only reads of a reconcile, all from caches that watches keep: a reconcile asks the API server nothing.
 
-use std::{hash::Hash, sync::Arc};
+use std::{
+    hash::Hash,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use ashlar_crds::{InferenceService, names::SERVICE_LABEL};
 use futures::{Stream, StreamExt as _};
@@ -42,6 +48,18 @@ pub struct Observed {
     pub live: Vec<LiveChild>,
 }
 
+impl Observed {
+    /// Forgets revisions and Deployments of an earlier service of the same name; `live` keeps them, as names in use.
+    pub fn keep_owned_by(&mut self, uid: &str) {
+        let owned = |meta: &kube::api::ObjectMeta| {
+            let mut owners = meta.owner_references.iter().flatten();
+            owners.any(|owner| owner.uid == uid)
+        };
+        self.revisions.retain(|r| owned(&r.metadata));
+        self.deployments.retain(|d| owned(&d.metadata));
+    }
+}
+
 /// A child as it is in the cluster.
 #[derive(Debug, Clone)]
 pub struct LiveChild {
@@ -57,7 +75,8 @@ pub struct LiveChild {
     pub value: Value,
 }
 
-/// Caches of everything that carries the service label.
+/// Caches of everything that carries the service label. Clones share them.
+#[derive(Clone)]
 pub struct Caches {
     revisions: Store<ControllerRevision>,
     deployments: Store<Deployment>,
@@ -68,10 +87,18 @@ pub struct Caches {
     policies: Store<NetworkPolicy>,
     budgets: Store<PodDisruptionBudget>,
     gateway_slices: Store<EndpointSlice>,
+    heard: Arc<AtomicBool>,
 }
 
-/// Where triggers go: the service whose child changed, or none for all services.
-type Triggers = mpsc::Sender<Option<reflector::ObjectRef<InferenceService>>>;
+/// The service whose child changed, or none for all services.
+pub type Trigger = Option<reflector::ObjectRef<InferenceService>>;
+
+/// Where triggers go. Until somebody listens they are dropped: whoever starts to listen looks at every service first.
+#[derive(Clone)]
+struct Triggers {
+    send: mpsc::Sender<Trigger>,
+    heard: Arc<AtomicBool>,
+}
 
 impl Caches {
     /// Starts the watches. The stream yields the service of each changed child, or `None` when all services must look.
@@ -79,11 +106,13 @@ impl Caches {
         client: &Client,
         watched: Option<&str>,
         gateway: (&str, &str),
-    ) -> (
-        Self,
-        impl Stream<Item = Option<reflector::ObjectRef<InferenceService>>> + use<>,
-    ) {
+    ) -> (Self, impl Stream<Item = Trigger> + use<>) {
         let (send, mut receive) = mpsc::channel(MAX_TRIGGERS);
+        let heard = Arc::new(AtomicBool::new(false));
+        let send = Triggers {
+            send,
+            heard: Arc::clone(&heard),
+        };
         let ours = watcher::Config::default().labels(SERVICE_LABEL);
         let caches = Self {
             revisions: cache(client, watched, ours.clone(), send.clone()),
@@ -103,11 +132,17 @@ impl Caches {
                 )),
                 send,
             ),
+            heard,
         };
         (
             caches,
             futures::stream::poll_fn(move |context| receive.poll_recv(context)),
         )
+    }
+
+    /// From now on the stream of triggers is read, and a full one makes the watches wait.
+    pub fn listen(&self) {
+        self.heard.store(true, Ordering::Release);
     }
 
     /// Waits until every cache has been filled once.
@@ -229,6 +264,7 @@ where
         let mut stream = std::pin::pin!(stream);
         while let Some(event) = stream.next().await {
             match event {
+                Ok(_) if !triggers.heard.load(Ordering::Acquire) => {}
                 Ok(object) => {
                     let service = object
                         .meta()
@@ -239,7 +275,7 @@ where
                     let namespace = object.meta().namespace.clone().unwrap_or_default();
                     let trigger =
                         service.map(|name| reflector::ObjectRef::new(&name).within(&namespace));
-                    if triggers.send(trigger).await.is_err() {
+                    if triggers.send.send(trigger).await.is_err() {
                         return;
                     }
                 }

@@ -68,13 +68,13 @@ impl Elector {
         let mut renewed = Instant::now();
         loop {
             sleep(RETRY).await;
-            match self.attempt().await {
-                Ok(true) => renewed = Instant::now(),
-                Ok(false) => return LeadershipLost,
-                Err(error) => tracing::warn!(%error, "cannot renew the Lease"),
-            }
-            if renewed.elapsed() > RENEW_DEADLINE {
-                return LeadershipLost;
+            // From before the write: others may see it no earlier than this.
+            let start = Instant::now();
+            let left = RENEW_DEADLINE.saturating_sub(renewed.elapsed());
+            match timeout(left, self.attempt()).await {
+                Ok(Ok(true)) => renewed = start,
+                Ok(Ok(false)) | Err(_) => return LeadershipLost,
+                Ok(Err(error)) => tracing::warn!(%error, "cannot renew the Lease"),
             }
         }
     }
@@ -97,7 +97,8 @@ impl Elector {
         }
     }
 
-    /// One try to take or renew; false while another holds it.
+    /// One try to take or renew; false while another holds it. Who loses a race for the write gets an error, and sees
+    /// at the next try who won.
     async fn attempt(&mut self) -> Result<bool, kube::Error> {
         let late = |_| kube::Error::Service("the API server did not answer in time".into());
         let found = timeout(CALL, self.leases.get_opt(&self.name))
@@ -111,7 +112,7 @@ impl Elector {
             )
             .await
             .map_err(late)?;
-            return won(created);
+            return created.map(|_| true);
         };
         let spec = lease.spec.clone().unwrap_or_default();
         let holder = spec.holder_identity.clone().unwrap_or_default();
@@ -137,7 +138,7 @@ impl Elector {
         )
         .await
         .map_err(late)?;
-        won(replaced)
+        replaced.map(|_| true)
     }
 
     fn lease(&self, old: Option<&Lease>) -> Lease {
@@ -168,13 +169,5 @@ impl Elector {
                 ..LeaseSpec::default()
             }),
         }
-    }
-}
-
-fn won(written: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
-    match written {
-        Ok(_) => Ok(true),
-        Err(kube::Error::Api(error)) if error.code == 409 => Ok(false),
-        Err(error) => Err(error),
     }
 }

@@ -140,6 +140,20 @@ pub(crate) struct Context {
     pub(crate) gateway_account: String,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) events: kube::runtime::events::Recorder,
+    pub(crate) written: status::Written,
+}
+
+/// An answer of the API server, or an error after [`CALL_TIMEOUT`].
+pub(crate) async fn timed<T>(
+    call: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, kube::Error> {
+    let late = || {
+        let seconds = CALL_TIMEOUT.as_secs();
+        kube::Error::Service(format!("the API server did not answer within {seconds} s").into())
+    };
+    tokio::time::timeout(CALL_TIMEOUT, call)
+        .await
+        .unwrap_or_else(|_| Err(late()))
 }
 
 /// Runs until SIGTERM, or until the leadership is lost.
@@ -175,7 +189,11 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
         format!("{}-{:08x}", args.identity, rand::random::<u32>()),
     );
     // A standby keeps its caches warm, so that it acts at once when it leads.
-    metrics.set_ready();
+    let (filled, warm) = (Arc::clone(&metrics), caches.clone());
+    tokio::spawn(async move {
+        warm.ready().await;
+        filled.set_ready();
+    });
     tracing::info!("waiting for the Lease");
     tokio::select! {
         () = elector.acquire() => {}
@@ -184,8 +202,11 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     }
     tracing::info!("leading");
     metrics.set_leader(true);
-    caches.ready().await;
-    let work = control(client, args, caches, triggers, metrics);
+    let work = async {
+        caches.ready().await;
+        caches.listen();
+        control(client, args, caches.clone(), triggers, metrics).await;
+    };
     let ended = tokio::select! {
         lost = elector.hold() => return Err(lost.into()),
         () = work => Ok(()),
@@ -200,9 +221,7 @@ async fn control(
     client: Client,
     args: ControllerArgs,
     caches: Caches,
-    triggers: impl futures::Stream<Item = Option<kube::runtime::reflector::ObjectRef<InferenceService>>>
-    + Send
-    + 'static,
+    triggers: impl futures::Stream<Item = fetch::Trigger> + Send + 'static,
     metrics: Arc<Metrics>,
 ) {
     let services: Api<InferenceService> = match &args.watch_namespace {
@@ -234,6 +253,7 @@ async fn control(
         },
         gateway_account: args.gateway_service_account,
         metrics,
+        written: status::Written::default(),
     });
     // A change of the gateway's endpoints concerns every service's alias.
     let triggers = triggers.flat_map(move |service| {
@@ -264,8 +284,7 @@ async fn check_crd(client: &Client) -> Result<(), ControllerError> {
     let api: Api<Crd> = Api::all(client.clone());
     let ours = ashlar_crds::inference_service_crd();
     let name = ours.metadata.name.clone().unwrap_or_default();
-    let found = api
-        .get_opt(&name)
+    let found = timed(api.get_opt(&name))
         .await
         .map_err(|error| ControllerError::Client(error.to_string()))?;
     let found = found.ok_or_else(|| ControllerError::Crd("is not installed".into()))?;

@@ -43,6 +43,19 @@ pub fn is_ready(pod: &Pod) -> bool {
         && condition(pod, "Ready").is_some_and(|c| c.0 == "True")
 }
 
+/// True when the pod is over, whether it ended by itself, was evicted or is on its way out.
+#[must_use]
+pub fn is_over(pod: &Pod) -> bool {
+    pod.metadata.deletion_timestamp.is_some() || has_ended(pod)
+}
+
+/// True when the pod's containers run no more and never will, as after an eviction: it holds no place on a node.
+#[must_use]
+pub fn has_ended(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+    matches!(phase, Some("Failed" | "Succeeded"))
+}
+
 /// True when the pod has waited so long for a node that a rollout should not count on one.
 #[must_use]
 pub fn is_unschedulable(pod: &Pod, now: Timestamp) -> bool {
@@ -80,7 +93,7 @@ pub fn failed_start(pod: &Pod, startup_timeout: i64, now: Timestamp) -> Option<S
 /// Why this pod is not ready; none when it is.
 #[must_use]
 pub fn why_not_ready(pod: &Pod) -> Option<Blocker> {
-    if is_ready(pod) {
+    if is_ready(pod) || has_ended(pod) {
         return None;
     }
     if pod.metadata.deletion_timestamp.is_some() {
@@ -91,7 +104,12 @@ pub fn why_not_ready(pod: &Pod) -> Option<Blocker> {
         ));
     }
     if let Some((_, _, message)) = condition(pod, "PodScheduled").filter(|c| c.0 == "False") {
-        let gpu = message.contains("Insufficient") && message.contains('/');
+        // Only extended resources, such as nvidia.com/gpu, have a slash in their name.
+        let gpu = message
+            .split("Insufficient ")
+            .skip(1)
+            .filter_map(|rest| rest.split_whitespace().next())
+            .any(|resource| resource.contains('/'));
         let reason = if gpu {
             reason::INSUFFICIENT_GPU
         } else {
@@ -113,6 +131,17 @@ pub fn why_not_ready(pod: &Pod) -> Option<Blocker> {
                 format!("pod {} is being created", pod.name_any()),
             ))
         })
+}
+
+/// Admission or quota lets no pod be created: its own words say why.
+#[must_use]
+pub fn refused(words: &str) -> Blocker {
+    let reason = if words.contains("hostPath") {
+        reason::CACHE_FORBIDDEN
+    } else {
+        reason::POD_FORBIDDEN
+    };
+    blocker(8, reason, format!("no pod can be created: {words}"))
 }
 
 fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
@@ -254,12 +283,14 @@ mod tests {
             ),
             reason::INSUFFICIENT_GPU
         );
-        assert_eq!(
-            reason_of(
-                json!({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "taint"}]})
-            ),
-            reason::UNSCHEDULABLE
-        );
+        for message in ["taint", "0/1 nodes are available: 1 Insufficient cpu."] {
+            assert_eq!(
+                reason_of(
+                    json!({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}]})
+                ),
+                reason::UNSCHEDULABLE
+            );
+        }
         let waiting =
             json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}});
         assert_eq!(

@@ -37,6 +37,7 @@ use super::{
     pods,
     rollout::{self, RevisionState, RolloutPlan},
     status::{self, Facts, KeyAccess},
+    timed,
     validate::{InvalidSpec, ValidatedService, validate},
 };
 
@@ -48,6 +49,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 const RESYNC: Duration = Duration::from_secs(600);
 /// Annotation that remembers why a revision failed, after its pods are gone.
 const FAILED_ANNOTATION: &str = "serving.ashlar.dev/failed";
+/// Annotation of a revision that has had all its replicas ready once: what happens later is no failed start.
+const PROVEN_ANNOTATION: &str = "serving.ashlar.dev/proven";
 
 /// Why a reconcile did not finish.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +68,7 @@ pub(crate) async fn reconcile(
     context: Arc<Context>,
 ) -> Result<Action, ReconcileError> {
     let start = Instant::now();
+    let service = context.written.newest(&service);
     let result = reconcile_one(&service, &context).await;
     context
         .metrics
@@ -106,7 +110,11 @@ async fn reconcile_one(
                 ApplyError::Call {
                     source: kube::Error::Api(api),
                     ..
-                } if api.code == 403 || api.code == 422 => reason::INVALID_SPEC,
+                } if api.code == 400 || api.code == 422 => reason::INVALID_SPEC,
+                ApplyError::Call {
+                    source: kube::Error::Api(api),
+                    ..
+                } if api.code == 403 => reason::FORBIDDEN,
                 ApplyError::Call { .. } => return Err(error.into()),
             };
             let status = status::blocked(service, reason, &error.to_string(), now);
@@ -138,10 +146,11 @@ async fn steps(
     context: &Context,
     now: Timestamp,
 ) -> Result<(InferenceServiceStatus, Action), Blocked> {
-    let observed = context.caches.observe(
+    let mut observed = context.caches.observe(
         &service.namespace().unwrap_or_default(),
         &service.name_any(),
     );
+    observed.keep_owned_by(&service.uid().unwrap_or_default());
     let validated = validate(service)?;
     let hash = revision::hash(service);
     let current = current_template(&validated, &hash, &observed, context)?;
@@ -180,6 +189,7 @@ async fn steps(
         pods: &observed.pods,
         newest: &newest,
         plan: &plan,
+        refused: refused(&observed, &hash),
         outdated: runtime_image(&current.template).is_some_and(|image| image != default_image),
         gateway_endpoints: ready_endpoints(&gateway_slices),
         keys,
@@ -243,7 +253,7 @@ fn revision_states(
         let pods: Vec<_> = observed
             .pods
             .iter()
-            .filter(|pod| revision::hash_of(&***pod) == Some(hash))
+            .filter(|pod| revision::hash_of(&***pod) == Some(hash) && !pods::has_ended(pod))
             .collect();
         let deployment = observed
             .deployments
@@ -251,6 +261,7 @@ fn revision_states(
             .find(|d| revision::hash_of(&***d) == Some(hash));
         let ready = pods.iter().filter(|pod| pods::is_ready(pod)).count();
         let remembered = deployment.and_then(|d| d.annotations().get(FAILED_ANNOTATION).cloned());
+        let proven = deployment.is_some_and(|d| d.annotations().contains_key(PROVEN_ANNOTATION));
         RevisionState {
             hash: hash.to_owned(),
             number,
@@ -261,7 +272,8 @@ fn revision_states(
             pods: i32::try_from(pods.len()).unwrap_or(i32::MAX),
             ready: i32::try_from(ready).unwrap_or(i32::MAX),
             unschedulable: pods.iter().any(|pod| pods::is_unschedulable(pod, now)),
-            failed: if ready > 0 {
+            proven,
+            failed: if ready > 0 || proven {
                 None
             } else {
                 remembered.or_else(|| {
@@ -297,6 +309,9 @@ fn deployments(
     if let Some(failure) = newest.failed.as_ref().filter(|_| plan.halted) {
         annotations.insert(FAILED_ANNOTATION.to_owned(), failure.clone());
     }
+    if newest.proven || (newest.ready > 0 && newest.ready >= service.wanted) {
+        annotations.insert(PROVEN_ANNOTATION.to_owned(), "true".to_owned());
+    }
     // Old revisions go down before the newest goes up, so that an in-place rollout never asks for both.
     let mut children: Vec<Child> = older
         .iter()
@@ -311,12 +326,16 @@ fn deployments(
                 .filter(|(hash, _)| *hash == old.hash)
                 .map_or(0, |(_, replicas)| *replicas);
             let template = revision::stored_template(record)?;
+            let mut annotations = BTreeMap::new();
+            if old.proven {
+                annotations.insert(PROVEN_ANNOTATION.to_owned(), "true".to_owned());
+            }
             Some(Child::new(&children::deployment(
                 service,
                 &old.hash,
                 replicas,
                 template,
-                BTreeMap::new(),
+                annotations,
             )))
         })
         .collect();
@@ -393,6 +412,19 @@ fn ready_endpoints(slices: &[EndpointSlice]) -> usize {
         .sum()
 }
 
+/// The words with which the cluster refuses to create the newest revision's pods.
+fn refused<'a>(observed: &'a Observed, hash: &str) -> Option<&'a str> {
+    let deployment = observed
+        .deployments
+        .iter()
+        .find(|d| revision::hash_of(&***d) == Some(hash))?;
+    let conditions = deployment.status.as_ref()?.conditions.as_ref()?;
+    let failure = conditions
+        .iter()
+        .find(|c| c.type_ == "ReplicaFailure" && c.status == "True")?;
+    failure.message.as_deref()
+}
+
 /// Asks the API server whether the gateway may read the service's Secret.
 async fn key_access(service: &ValidatedService, context: &Context) -> KeyAccess {
     let endpoint = &service.service.spec.endpoint;
@@ -422,7 +454,7 @@ async fn key_access(service: &ValidatedService, context: &Context) -> KeyAccess 
         ..SubjectAccessReview::default()
     };
     let reviews: Api<SubjectAccessReview> = Api::all(context.client.clone());
-    match reviews.create(&PostParams::default(), &review).await {
+    match timed(reviews.create(&PostParams::default(), &review)).await {
         Ok(answer) if answer.status.as_ref().is_some_and(|status| status.allowed) => {
             KeyAccess::Allowed
         }
@@ -451,11 +483,12 @@ async fn write_status(
         "status": status,
     });
     let params = PatchParams::apply(FIELD_MANAGER).force();
-    match api
-        .patch_status(&service.name_any(), &params, &Patch::Apply(&patch))
-        .await
-    {
-        Ok(_) => context.metrics.wrote("InferenceService"),
+    let name = service.name_any();
+    match timed(api.patch_status(&name, &params, &Patch::Apply(&patch))).await {
+        Ok(stored) => {
+            context.metrics.wrote("InferenceService");
+            context.written.remember(&stored);
+        }
         Err(kube::Error::Api(error)) if error.code == 404 => return Ok(()),
         Err(error) => return Err(ReconcileError::Status(error)),
     }
@@ -502,11 +535,9 @@ async fn publish_transition(
         action: "Reconcile".into(),
         secondary: None,
     };
-    if let Err(error) = context
-        .events
-        .publish(&event, &service.object_ref(&()))
-        .await
-    {
+    let about = service.object_ref(&());
+    let published = context.events.publish(&event, &about);
+    if let Err(error) = timed(published).await {
         tracing::warn!(%error, "cannot publish an event");
     }
 }

@@ -15,6 +15,8 @@ pub struct RevisionState {
     pub pods: i32,
     /// Pods that are ready and not terminating.
     pub ready: i32,
+    /// All its replicas were ready once.
+    pub proven: bool,
     /// A pod has waited ten seconds for a node.
     pub unschedulable: bool,
     /// Its pods do not start: the words of the failure.

@@ -5,6 +5,11 @@ use ashlar_crds::{
     conditions::{ENDPOINT_READY, MODEL_READY, READY, SCALING_READY, WORKLOADS_READY, reason},
     names::SERVICE_LABEL,
 };
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
 use k8s_openapi::{
     api::core::v1::Pod,
     apimachinery::pkg::apis::meta::v1::{Condition, Time},
@@ -36,11 +41,13 @@ pub struct Facts<'a> {
     /// Where things are.
     pub defaults: &'a Defaults,
     /// Pods of all revisions.
-    pub pods: &'a [std::sync::Arc<Pod>],
+    pub pods: &'a [Arc<Pod>],
     /// The newest revision.
     pub newest: &'a RevisionState,
     /// What was asked of the Deployments.
     pub plan: &'a RolloutPlan,
+    /// Why the cluster creates no pods for the newest revision, in admission's own words.
+    pub refused: Option<&'a str>,
     /// A newer default image exists than the one that runs.
     pub outdated: bool,
     /// Ready endpoints of the gateway.
@@ -49,6 +56,60 @@ pub struct Facts<'a> {
     pub keys: KeyAccess,
     /// Now.
     pub now: Timestamp,
+}
+
+/// Statuses written but not yet seen again by the watch, so that a reconcile in between starts from the newest.
+#[derive(Default)]
+pub struct Written(Mutex<HashMap<(String, String), (u64, InferenceServiceStatus)>>);
+
+impl Written {
+    /// The service with the newest status that is known.
+    #[must_use]
+    pub fn newest(&self, service: &Arc<InferenceService>) -> Arc<InferenceService> {
+        let mut written = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = key(service);
+        match written.get(&key) {
+            Some((version, status)) if version_of(service) < *version => {
+                let mut newest = (**service).clone();
+                newest.status = Some(status.clone());
+                Arc::new(newest)
+            }
+            Some(_) => {
+                written.remove(&key);
+                Arc::clone(service)
+            }
+            None => Arc::clone(service),
+        }
+    }
+
+    /// Remembers what the API server has just stored.
+    pub fn remember(&self, stored: &InferenceService) {
+        let Some(status) = stored.status.clone() else {
+            return;
+        };
+        let mut written = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Only services that were deleted before the watch showed the write stay behind.
+        if written.len() >= MAX_WRITTEN {
+            written.clear();
+        }
+        written.insert(key(stored), (version_of(stored), status));
+    }
+}
+
+/// Most statuses remembered at one time.
+const MAX_WRITTEN: usize = 16_384;
+
+fn key(service: &InferenceService) -> (String, String) {
+    let meta = &service.metadata;
+    (
+        meta.uid.clone().unwrap_or_default(),
+        meta.name.clone().unwrap_or_default(),
+    )
+}
+
+fn version_of(service: &InferenceService) -> u64 {
+    let version = service.metadata.resource_version.as_deref();
+    version.and_then(|v| v.parse().ok()).unwrap_or(0)
 }
 
 struct Verdict {
@@ -70,10 +131,12 @@ fn verdict(ok: bool, reason: &'static str, message: impl Into<String>) -> Verdic
 pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
     let service = facts.service;
     let ready = facts.pods.iter().filter(|pod| pods::is_ready(pod)).count();
+    let refused = facts.refused.map(pods::refused);
     let worst = facts
         .pods
         .iter()
         .filter_map(|pod| pods::why_not_ready(pod))
+        .chain(refused)
         .max();
     let endpoint = endpoint_verdict(facts);
     let workloads = workloads_verdict(facts, worst.as_ref());
@@ -105,7 +168,7 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
             .endpoint
             .alias
             .then(|| format!("http://{}/v1", service.service.alias_host())),
-        replicas: count(facts.pods.len()),
+        replicas: count(facts.pods.iter().filter(|pod| !pods::is_over(pod)).count()),
         ready_replicas: count(ready),
         updated_replicas: facts.newest.pods,
         selector: Some(format!("{SERVICE_LABEL}={}", service.name)),

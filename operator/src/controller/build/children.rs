@@ -28,6 +28,9 @@ pub const SLICE_SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// Label by which an EndpointSlice names who keeps it.
 pub const SLICE_MANAGER_LABEL: &str = "endpointslice.kubernetes.io/managed-by";
 
+/// Port of the gateway's Service that clients call.
+const GATEWAY_PORT_NAME: &str = "http";
+
 /// Everything except revisions and Deployments.
 ///
 /// # Errors
@@ -107,20 +110,21 @@ fn alias_slices(service: &ValidatedService, gateway: &[EndpointSlice]) -> Vec<En
             let labels = meta.labels.get_or_insert_default();
             labels.insert(SLICE_SERVICE_LABEL.into(), service.name.clone());
             labels.insert(SLICE_MANAGER_LABEL.into(), FIELD_MANAGER.into());
-            let mut endpoints = slice.endpoints.clone();
-            for endpoint in endpoints.iter_mut().flatten() {
+            let mut endpoints = slice.endpoints.clone().unwrap_or_default();
+            for endpoint in &mut endpoints {
                 // The pods are of another namespace: a reference to them would mislead.
                 endpoint.target_ref = None;
             }
-            let mut ports = slice.ports.clone();
-            for port in ports.iter_mut().flatten() {
+            let mut ports = slice.ports.clone().unwrap_or_default();
+            ports.retain(|port| port.name.as_deref() == Some(GATEWAY_PORT_NAME));
+            for port in &mut ports {
                 port.name = Some(RUNTIME_PORT_NAME.into());
             }
             EndpointSlice {
                 metadata: meta,
                 address_type: slice.address_type.clone(),
-                endpoints,
-                ports,
+                endpoints: Some(endpoints),
+                ports: Some(ports),
             }
         })
         .collect()

@@ -12,6 +12,7 @@ use kube::{
 };
 use serde::Serialize;
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 
 use super::validate::ValidatedService;
@@ -31,6 +32,9 @@ pub struct Defaults {
     pub cluster_domain: String,
 }
 
+/// Annotation of every child: a digest of what was applied.
+const APPLIED_ANNOTATION: &str = "serving.ashlar.dev/applied";
+
 /// One object to apply.
 #[derive(Debug, Clone)]
 pub struct Child {
@@ -49,6 +53,9 @@ impl Child {
             serde_json::to_value(object).expect("Kubernetes objects are plain data: this is a bug");
         value["apiVersion"] = resource.api_version.clone().into();
         value["kind"] = resource.kind.clone().into();
+        // What is no longer said must go too: a difference in the digest alone makes an apply.
+        let digest = hex::encode(&Sha256::digest(value.to_string())[..8]);
+        value["metadata"]["annotations"][APPLIED_ANNOTATION] = digest.into();
         Self {
             name: object.meta().name.clone().unwrap_or_default(),
             resource,

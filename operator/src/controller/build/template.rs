@@ -22,6 +22,8 @@ use k8s_openapi::{
     },
 };
 
+use sha2::{Digest as _, Sha256};
+
 use super::{
     super::validate::{InvalidSpec, ModelSource, ValidatedService},
     Defaults, labels,
@@ -218,7 +220,7 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
         resources: Some(resources(service)),
         security_context: Some(container_security()),
         startup_probe: Some(health("/health", 1, spec.startup_timeout_seconds)),
-        readiness_probe: Some(health("/health", 2, 2)),
+        readiness_probe: Some(health("/health", 1, 3)),
         liveness_probe: (!vllm).then(|| health("/health/live", 10, 3)),
         lifecycle: vllm.then(|| Lifecycle {
             pre_stop: Some(LifecycleHandler {
@@ -237,8 +239,25 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
 fn model_path(service: &ValidatedService) -> String {
     match &service.source {
         ModelSource::Claim { path, .. } if !path.is_empty() => format!("{MODELS}/{path}"),
-        _ => MODELS.to_owned(),
+        ModelSource::Hub { repository } => {
+            let cache = service.service.spec.cache.as_ref();
+            let shared = cache.is_some_and(|c| c.pvc.is_some() || c.host_path.is_some());
+            if shared {
+                format!("{MODELS}/{}", cache_folder(service, repository))
+            } else {
+                MODELS.to_owned()
+            }
+        }
+        ModelSource::Claim { .. } | ModelSource::Image { .. } => MODELS.to_owned(),
     }
+}
+
+/// Folder of a model in a cache that many models share: by repository, revision and source.
+fn cache_folder(service: &ValidatedService, repository: &str) -> String {
+    let model = &service.service.spec.model;
+    let identity = serde_json::json!([repository, model.revision, model.endpoint]);
+    let digest = Sha256::digest(identity.to_string());
+    format!("sha256/{}", hex::encode(&digest[..16]))
 }
 
 fn arguments(service: &ValidatedService) -> Vec<String> {
@@ -377,7 +396,8 @@ fn pull(service: &ValidatedService, defaults: &Defaults) -> Option<Container> {
         "/usr/local/bin/ashlar".to_owned(),
         "pull".to_owned(),
         repository.clone(),
-        format!("--dest={MODELS}"),
+        format!("--dest={}", model_path(service)),
+        "--result-file=/dev/termination-log".to_owned(),
     ];
     if let Some(revision) = &model.revision {
         command.push(format!("--revision={revision}"));
