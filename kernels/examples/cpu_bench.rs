@@ -164,7 +164,7 @@ fn time_attention(isa: Isa, pool: &ThreadPool, rows: usize) -> f64 {
     let kv: Vec<f32> = (0..slots.len() * 384)
         .map(|i| ((i * 13 % 29) as f32 - 14.0) / 14.0)
         .collect();
-    cache.write(&slots, &kv, 384, 0, 192);
+    cache.write(pool, &slots, &kv, 384, 0, 192);
     let tables: Vec<Vec<u32>> = (0..count)
         .map(|s| (0..blocks).map(|b| (1 + s * blocks + b) as u32).collect())
         .collect();

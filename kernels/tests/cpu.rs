@@ -5,7 +5,7 @@ use ashlar_kernels::{
     cpu::{
         AttentionArgs, AttentionSeq, BlockFormat, Isa, KvDtype, KvLayout, LayerCache, MatmulInput,
         PackedMatrix, QuantizedRows, ThreadPool, attention::paged_attention_with, elementwise,
-        matmul::matmul_with,
+        linear, matmul::matmul_with,
     },
     reference,
 };
@@ -271,7 +271,7 @@ fn check_attention(case: &Case) {
     // What was never written must never matter.
     let poison: Vec<f32> = vec![f32::NAN; layout.num_blocks * 16 * 2 * kv_width];
     let all: Vec<i64> = (0..(layout.num_blocks * 16) as i64).collect();
-    cache.write(&all, &poison, 2 * kv_width, 0, kv_width);
+    cache.write(&pool, &all, &poison, 2 * kv_width, 0, kv_width);
     let mut free: Vec<u32> = (1..layout.num_blocks as u32).collect();
     let mut state = 12345u64;
     let mut tables = Vec::new();
@@ -292,7 +292,7 @@ fn check_attention(case: &Case) {
         let slots: Vec<i64> = (0..*context)
             .map(|p| i64::from(tables[index][p / 16]) * 16 + (p % 16) as i64)
             .collect();
-        cache.write(&slots, &kv, 2 * kv_width, 0, kv_width);
+        cache.write(&pool, &slots, &kv, 2 * kv_width, 0, kv_width);
         contents.push(kv);
     }
     let mut seqs = Vec::new();
@@ -385,9 +385,14 @@ fn check_attention(case: &Case) {
 #[test]
 fn attention_agrees_with_the_reference_through_scattered_blocks() {
     for dtype in [KvDtype::F32, KvDtype::F16] {
-        for (heads, kv_heads, head_dim) in
-            [(1, 1, 16), (9, 3, 64), (8, 2, 80), (4, 4, 96), (8, 1, 128)]
-        {
+        for (heads, kv_heads, head_dim) in [
+            (1, 1, 16),
+            (9, 3, 64),
+            (8, 2, 80),
+            (4, 4, 96),
+            (8, 1, 128),
+            (2, 1, 256),
+        ] {
             check_attention(&Case {
                 layout: KvLayout {
                     num_blocks: 40,
@@ -459,4 +464,159 @@ fn a_short_block_table_is_refused() {
         &args,
         &mut [0.0; 16],
     );
+}
+
+#[test]
+fn parts_in_one_loop_equal_parts_one_by_one() {
+    let pool = ThreadPool::new(3);
+    let (k, m) = (96, 300);
+    let parts = [
+        PackedMatrix::from_rows(
+            BlockFormat::Q4_1,
+            40,
+            k,
+            &blocks(BlockFormat::Q4_1, 1, 40, k),
+        ),
+        PackedMatrix::from_rows(
+            BlockFormat::Q8_0,
+            17,
+            k,
+            &blocks(BlockFormat::Q8_0, 2, 17, k),
+        ),
+        PackedMatrix::from_f32(5, k, &values(3, 5 * k)),
+    ]
+    .map(Result::unwrap);
+    let (x, bias) = (values(4, m * k), values(5, 62));
+    let mut y = vec![f32::NAN; m * 62];
+    let mut scratch = QuantizedRows::default();
+    linear(&pool, &parts, Some(&bias), &x, &mut scratch, &mut y);
+    let mut offset = 0;
+    for part in &parts {
+        let n = part.rows();
+        let alone = product(Isa::detect(), &pool, part, &x, m);
+        for row in 0..m {
+            for column in 0..n {
+                let want = alone[row * n + column] + bias[offset + column];
+                assert_eq!(y[row * 62 + offset + column].to_bits(), want.to_bits());
+            }
+        }
+        offset += n;
+    }
+}
+
+#[test]
+fn extreme_quants_do_not_saturate() {
+    let pool = ThreadPool::new(1);
+    let k = 64;
+    for (format, byte) in [
+        (BlockFormat::Q8_0, 0x80u8),
+        (BlockFormat::Q8_0, 0x7f),
+        (BlockFormat::Q4_1, 0xff),
+        (BlockFormat::Q4_0, 0x00),
+    ] {
+        let mut data = vec![byte; format.row_bytes(k).unwrap() * 16];
+        for block in data.chunks_exact_mut(format.block_bytes()) {
+            block[..2].copy_from_slice(&half::f16::from_f32(1.0).to_le_bytes());
+            if format == BlockFormat::Q4_1 {
+                block[2..4].copy_from_slice(&half::f16::from_f32(-2.0).to_le_bytes());
+            }
+        }
+        let w = PackedMatrix::from_rows(format, 16, k, &data).unwrap();
+        let mut plain = vec![0.0; k];
+        w.dequantize_row(0, &mut plain);
+        for sign in [1.0f32, -1.0] {
+            let want = f64::from(plain[0]) * k as f64 * f64::from(sign);
+            for isa in Isa::available() {
+                for y in product(isa, &pool, &w, &vec![sign; 8 * k], 8) {
+                    let error = (f64::from(y) - want).abs();
+                    assert!(
+                        error < 1e-3 * want.abs(),
+                        "{format:?} {byte:x} {isa:?}: {y}, not {want}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_that_is_not_finite_spoils_no_other() {
+    let pool = ThreadPool::new(2);
+    let (n, k, m) = (20, 64, 9);
+    for format in [BlockFormat::Q4_1, BlockFormat::Q8_0] {
+        let w = PackedMatrix::from_rows(format, n, k, &blocks(format, 6, n, k)).unwrap();
+        let clean = values(8, m * k);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = clean.clone();
+            x[4 * k + 33] = bad;
+            for isa in Isa::available() {
+                let (got, want) = (
+                    product(isa, &pool, &w, &x, m),
+                    product(isa, &pool, &w, &clean, m),
+                );
+                for row in 0..m {
+                    let (got, want) = (&got[row * n..][..n], &want[row * n..][..n]);
+                    if row == 4 {
+                        assert!(got.iter().all(|y| y.is_nan()), "{isa:?} {bad}");
+                    } else {
+                        assert_eq!(got, want);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn tiny_and_huge_activations_stay_finite() {
+    let pool = ThreadPool::new(1);
+    let w = PackedMatrix::from_rows(
+        BlockFormat::Q8_0,
+        16,
+        32,
+        &blocks(BlockFormat::Q8_0, 6, 16, 32),
+    )
+    .unwrap();
+    for magnitude in [0.0, f32::MIN_POSITIVE / 4.0, 1e-37, 1e-30, 1e30] {
+        let x: Vec<f32> = values(1, 32).iter().map(|v| v * magnitude).collect();
+        for isa in Isa::available() {
+            let y = product(isa, &pool, &w, &x, 1);
+            assert!(y.iter().all(|y| y.is_finite()), "{isa:?} {magnitude}");
+        }
+    }
+}
+
+#[test]
+fn a_slot_out_of_range_is_refused_before_anything_is_written() {
+    let layout = KvLayout {
+        num_blocks: 1,
+        kv_heads: 1,
+        head_dim: 16,
+        dtype: KvDtype::F16,
+    };
+    let pool = ThreadPool::new(1);
+    let mut cache = LayerCache::new(layout).unwrap();
+    let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        cache.write(&pool, &[0, 16], &[1.0; 64], 32, 0, 16);
+    }));
+    assert!(refused.is_err());
+    // Padding writes nothing.
+    cache.write(&pool, &[-1], &[1.0; 32], 32, 0, 16);
+    let seqs = [AttentionSeq {
+        query_start: 0,
+        query_len: 1,
+        context_len: 1,
+        block_table: &[0],
+    }];
+    let args = AttentionArgs {
+        q: &[1.0; 16],
+        q_stride: 16,
+        heads: 1,
+        scale: 1.0,
+        window: None,
+        seqs: &seqs,
+    };
+    let mut out = [9.0; 16];
+    paged_attention_with(Isa::detect(), &pool, &cache, &args, &mut out);
+    assert_eq!(out, [0.0; 16]);
 }

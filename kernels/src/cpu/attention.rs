@@ -4,9 +4,12 @@
 //! `[block_size][dim]`. A row's scores, softmax and sum run over absolute positions in order, so its result does not
 //! depend on how its prompt was cut, on the batch, or on the threads.
 
-use std::cell::RefCell;
+#![allow(
+    clippy::needless_range_loop,
+    reason = "one index runs over several register arrays"
+)]
 
-use half::f16;
+use std::cell::RefCell;
 
 use super::{
     Isa, ThreadPool,
@@ -100,12 +103,14 @@ impl LayerCache {
     }
 
     /// Writes row `i`'s k and v (`[kv_heads · head_dim]` each) to slot `slots[i]` = block · 16 + offset; a negative
-    /// slot is padding. Rows are `stride` apart in `kv`, k at `k_offset`, v at `v_offset`.
+    /// slot is padding. Rows are `stride` apart in `kv`, k at `k_offset`, v at `v_offset`. Heads are spread over the
+    /// threads.
     ///
     /// # Panics
-    /// When a slot or a row is out of range.
+    /// When a slot or a row is out of range; nothing has been written then.
     pub fn write(
         &mut self,
+        pool: &ThreadPool,
         slots: &[i64],
         kv: &[f32],
         stride: usize,
@@ -114,72 +119,115 @@ impl LayerCache {
     ) {
         let layout = self.layout;
         let width = layout.kv_heads * layout.head_dim;
-        for (row, slot) in slots.iter().enumerate() {
-            let Ok(slot) = usize::try_from(*slot) else {
-                continue;
-            };
-            let (block, token) = (slot / BLOCK_SIZE, slot % BLOCK_SIZE);
+        let limit = layout.num_blocks * BLOCK_SIZE;
+        for slot in slots {
+            let in_range = usize::try_from(*slot).is_ok_and(|slot| slot < limit);
             assert!(
-                block < layout.num_blocks,
+                *slot < 0 || in_range,
                 "slot {slot} of {} blocks",
                 layout.num_blocks
             );
-            let (k, v) = (
-                &kv[row * stride + k_offset..][..width],
-                &kv[row * stride + v_offset..][..width],
-            );
-            let start = block * layout.block_values();
-            match &mut self.data {
-                Storage::F32(data) => write_token(
-                    &mut data[start..][..layout.block_values()],
-                    layout,
-                    token,
-                    k,
-                    v,
-                    |x| x,
-                ),
-                Storage::F16(data) => {
-                    write_token(
-                        &mut data[start..][..layout.block_values()],
-                        layout,
-                        token,
-                        k,
-                        v,
-                        |x| f16::from_f32(x).to_bits(),
-                    );
+        }
+        if let Some(last) = slots.len().checked_sub(1) {
+            let end = last * stride + k_offset.max(v_offset) + width;
+            assert!(end <= kv.len(), "{} rows of k and v", slots.len());
+        }
+        let isa = Isa::detect();
+        let data = match &mut self.data {
+            Storage::F32(data) => SharedStorage::F32(SharedMut::new(data)),
+            Storage::F16(data) => SharedStorage::F16(SharedMut::new(data)),
+        };
+        // A task is the K or the V of one head: few enough values stay on this thread.
+        let tasks = 2 * layout.kv_heads;
+        let write = |task: usize, _| {
+            let (head, is_value) = (task / 2, task % 2 == 1);
+            let offset = if is_value { v_offset } else { k_offset } + head * layout.head_dim;
+            for (row, slot) in slots.iter().enumerate() {
+                let Ok(slot) = usize::try_from(*slot) else {
+                    continue;
+                };
+                let x = &kv[row * stride + offset..][..layout.head_dim];
+                let half = if is_value { layout.kv_heads } else { 0 };
+                let base = slot / BLOCK_SIZE * layout.block_values()
+                    + (half + head) * layout.head_values();
+                let token = slot % BLOCK_SIZE;
+                match data {
+                    SharedStorage::F32(data) => {
+                        // SAFETY: slots were checked above, so the head's K or V of this block lies in the cache;
+                        // this task alone touches that head's K or V, and `self` is borrowed for the call.
+                        let to = unsafe { data.slice(base, layout.head_values()) };
+                        place(x, to, token, is_value, 0, layout.head_dim);
+                    }
+                    SharedStorage::F16(data) => {
+                        // SAFETY: as above.
+                        let to = unsafe { data.slice(base, layout.head_values()) };
+                        let mut halves = [0u16; HALVES];
+                        for (part, x) in x.chunks(HALVES).enumerate() {
+                            let halves = &mut halves[..x.len()];
+                            // `isa` was detected; the slices have one length, a multiple of 16.
+                            dispatch!(isa, to_f16::<>(x: &[f32], halves: &mut [u16]));
+                            place(halves, to, token, is_value, part * HALVES, layout.head_dim);
+                        }
+                    }
                 }
             }
+        };
+        if slots.len() * width < SMALL_WRITE {
+            (0..tasks).for_each(|task| write(task, 0));
+        } else {
+            pool.run(tasks, &write);
         }
     }
 }
 
-/// Zeroes that take no memory until they are written: the system hands out zero pages. None when it refuses.
+/// Values of K below which a write stays on the calling thread.
+const SMALL_WRITE: usize = 4096;
+
+/// Values converted at once.
+const HALVES: usize = 128;
+
+/// [`Storage`] while heads are written side by side.
+#[derive(Clone, Copy)]
+enum SharedStorage {
+    F32(SharedMut<f32>),
+    F16(SharedMut<u16>),
+}
+
+/// Puts values `first..first + x.len()` of a head of `dim` among its block's: in a column (K) or a row (V).
+fn place<T: Copy>(
+    x: &[T],
+    block: &mut [T],
+    token: usize,
+    is_value: bool,
+    first: usize,
+    dim: usize,
+) {
+    if is_value {
+        block[token * dim + first..][..x.len()].copy_from_slice(x);
+    } else {
+        let (columns, _) = block[first * BLOCK_SIZE..].as_chunks_mut::<BLOCK_SIZE>();
+        columns
+            .iter_mut()
+            .zip(x)
+            .for_each(|(column, x)| column[token] = *x);
+    }
+}
+
+/// # Safety
+/// The processor has `S`; both slices have one length, a multiple of 16.
+#[inline(always)]
+unsafe fn to_f16<S: Simd>(x: &[f32], halves: &mut [u16]) {
+    for at in (0..x.len()).step_by(16) {
+        // SAFETY: 16 values from `at` by the caller's promise.
+        unsafe { S::store_f16(halves.as_mut_ptr().add(at), S::load(x.as_ptr().add(at))) };
+    }
+}
+
 fn zeroed<T: Clone + Default>(len: usize) -> Option<Vec<T>> {
     let mut probe = Vec::<T>::new();
     probe.try_reserve_exact(len).ok()?;
     drop(probe);
     Some(vec![T::default(); len])
-}
-
-fn write_token<T>(
-    block: &mut [T],
-    layout: KvLayout,
-    token: usize,
-    k: &[f32],
-    v: &[f32],
-    convert: impl Fn(f32) -> T,
-) {
-    let (dim, head_values) = (layout.head_dim, layout.head_values());
-    let (keys, values) = block.split_at_mut(layout.kv_heads * head_values);
-    for head in 0..layout.kv_heads {
-        for (d, x) in k[head * dim..][..dim].iter().enumerate() {
-            keys[head * head_values + d * BLOCK_SIZE + token] = convert(*x);
-        }
-        let to = &mut values[head * head_values + token * dim..][..dim];
-        to.iter_mut()
-            .zip(&v[head * dim..][..dim])
-            .for_each(|(to, x)| *to = convert(*x));
-    }
 }
 
 /// Adjacent query rows of one sequence.

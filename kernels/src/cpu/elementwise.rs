@@ -170,11 +170,22 @@ pub fn rope(head: &mut [f32], cos: &[f32], sin: &[f32]) {
         "rope of a head of {}",
         head.len()
     );
-    let (low, high) = head.split_at_mut(half);
-    for i in 0..half {
-        let (a, b) = (low[i], high[i]);
-        low[i] = a * cos[i] - b * sin[i];
-        high[i] = b * cos[i] + a * sin[i];
+    let isa = Isa::detect();
+    // SAFETY: `isa` was detected.
+    dispatch!(isa, rope_in::<>(head: &mut [f32], cos: &[f32], sin: &[f32]));
+}
+
+/// A plain loop that the compiler turns into `S`'s instructions; products and sums round one by one on all of them.
+///
+/// # Safety
+/// The processor has `S`.
+#[inline(always)]
+unsafe fn rope_in<S: Simd>(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (low, high) = head.split_at_mut(cos.len());
+    for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        let (a, b) = (*low, *high);
+        *low = a * cos - b * sin;
+        *high = b * cos + a * sin;
     }
 }
 

@@ -115,7 +115,7 @@ impl Shared {
                 return Some(state / EPOCH_ONE);
             }
             rounds += 1;
-            if rounds % 64 != 0 || idle_since.elapsed() < SPIN {
+            if !rounds.is_multiple_of(64) || idle_since.elapsed() < SPIN {
                 hint::spin_loop();
                 continue;
             }
@@ -202,7 +202,7 @@ impl ThreadPool {
         unsafe { *shared.job.get() = Some(job_static) };
         shared
             .state
-            .store(epoch * EPOCH_ONE | OPEN, Ordering::SeqCst);
+            .store((epoch * EPOCH_ONE) | OPEN, Ordering::SeqCst);
         for (worker, asleep) in self.workers.iter().zip(&shared.asleep) {
             if asleep.load(Ordering::SeqCst) {
                 worker.thread().unpark();
@@ -214,8 +214,8 @@ impl ThreadPool {
         while shared.state.load(Ordering::Acquire) & ACTIVE_MASK != 0 {
             rounds += 1;
             // A worker that lost its core holds the loop up: give it ours.
-            if rounds % 2048 == 0 {
-                thread::yield_now()
+            if rounds.is_multiple_of(2048) {
+                thread::yield_now();
             } else {
                 hint::spin_loop()
             }

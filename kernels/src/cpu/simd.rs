@@ -77,28 +77,28 @@ macro_rules! dispatch {
             // SAFETY: the caller's promise, passed on.
             unsafe { $generic::<$crate::cpu::simd::Avx2, $($const),*>($($arg),*) }
         }
-        // SAFETY: an `Isa` other than `Scalar` comes from `detect` or `available`, which asked the processor; the
-        // rest is the caller's promise.
         match $isa {
             #[cfg(target_arch = "x86_64")]
+            // SAFETY: callers dispatch on an `Isa` that was detected or asserted to be available; the rest is the
+            // promise written where the macro is used.
             $crate::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
             #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
             $crate::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
+            // SAFETY: plain Rust runs everywhere; the rest as above.
             _ => unsafe { $generic::<$crate::cpu::simd::Scalar, $($const),*>($($arg),*) },
         }
     }};
 }
 pub(crate) use dispatch;
 
-/// Sixteen f32 lanes `F`, sixteen i32 lanes `I`, 64 bytes `B`.
+/// Sixteen f32 lanes `F`.
 ///
 /// # Safety
 /// Every method needs the instruction set of its implementor; loads and stores need as many valid elements at the
 /// pointer as they name. No alignment is needed.
 pub(crate) trait Simd: Copy {
     type F: Copy;
-    type I: Copy;
-    type B: Copy;
 
     unsafe fn splat(x: f32) -> Self::F;
     /// 16 f32.
@@ -125,18 +125,6 @@ pub(crate) trait Simd: Copy {
     unsafe fn round(a: Self::F) -> Self::F;
     /// `2^n` for integral `-126 ≤ n ≤ 127`.
     unsafe fn exp2_int(n: Self::F) -> Self::F;
-
-    unsafe fn zero_i() -> Self::I;
-    unsafe fn splat_i(x: i32) -> Self::I;
-    unsafe fn to_f32(x: Self::I) -> Self::F;
-    /// 64 bytes.
-    unsafe fn load_bytes(p: *const u8) -> Self::B;
-    unsafe fn low_nibbles(b: Self::B) -> Self::B;
-    unsafe fn high_nibbles(b: Self::B) -> Self::B;
-    /// `acc[l] + Σᵢ w[4l+i]·a[i]`, `w` unsigned ≤ 15, `a` the four signed bytes of the word.
-    unsafe fn dot_u4(acc: Self::I, w: Self::B, a: i32) -> Self::I;
-    /// The same for any unsigned byte in `w`.
-    unsafe fn dot_u8(acc: Self::I, w: Self::B, a: i32) -> Self::I;
 
     /// Lanes 8 apart, then 4, 2, 1.
     #[inline(always)]
@@ -188,6 +176,25 @@ pub(crate) trait Simd: Copy {
     }
 }
 
+/// Sixteen i32 lanes `I` and 64 bytes `B`, on instruction sets that multiply bytes four by four (AVX2 does not: its
+/// products are in `matmul::avx2`).
+///
+/// # Safety
+/// As [`Simd`].
+pub(crate) trait Int8: Simd {
+    type I: Copy;
+    type B: Copy;
+
+    unsafe fn splat_i(x: i32) -> Self::I;
+    unsafe fn to_f32(x: Self::I) -> Self::F;
+    /// 64 bytes.
+    unsafe fn load_bytes(p: *const u8) -> Self::B;
+    unsafe fn low_nibbles(b: Self::B) -> Self::B;
+    unsafe fn high_nibbles(b: Self::B) -> Self::B;
+    /// `acc[l] + Σᵢ w[4l+i]·a[i]`, `w` unsigned bytes, `a` the four signed bytes of the word.
+    unsafe fn dot(acc: Self::I, w: Self::B, a: i32) -> Self::I;
+}
+
 /// Plain Rust.
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
@@ -203,8 +210,6 @@ fn map(f: impl Fn(usize) -> f32) -> [f32; 16] {
 )]
 impl Simd for Scalar {
     type F = [f32; 16];
-    type I = [i32; 16];
-    type B = [u8; 64];
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
@@ -268,10 +273,16 @@ impl Simd for Scalar {
     unsafe fn exp2_int(n: Self::F) -> Self::F {
         map(|i| f32::from_bits(((n[i] as i32 + 127) as u32) << 23))
     }
-    #[inline(always)]
-    unsafe fn zero_i() -> Self::I {
-        [0; 16]
-    }
+}
+
+#[allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "loads pass on the trait's promise"
+)]
+impl Int8 for Scalar {
+    type I = [i32; 16];
+    type B = [u8; 64];
+
     #[inline(always)]
     unsafe fn splat_i(x: i32) -> Self::I {
         [x; 16]
@@ -293,11 +304,7 @@ impl Simd for Scalar {
         b.map(|b| b >> 4)
     }
     #[inline(always)]
-    unsafe fn dot_u4(acc: Self::I, w: Self::B, a: i32) -> Self::I {
-        unsafe { Self::dot_u8(acc, w, a) }
-    }
-    #[inline(always)]
-    unsafe fn dot_u8(mut acc: Self::I, w: Self::B, a: i32) -> Self::I {
+    unsafe fn dot(mut acc: Self::I, w: Self::B, a: i32) -> Self::I {
         let a = a.to_le_bytes().map(|b| i32::from(b.cast_signed()));
         for (lane, acc) in acc.iter_mut().enumerate() {
             for i in 0..4 {
@@ -319,7 +326,7 @@ pub(crate) use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::Simd;
+    use super::{Int8, Simd};
 
     /// AVX-512 F, BW, VL, VNNI.
     #[derive(Clone, Copy)]
@@ -327,8 +334,6 @@ mod x86 {
 
     impl Simd for Avx512 {
         type F = __m512;
-        type I = __m512i;
-        type B = __m512i;
 
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self::F {
@@ -356,7 +361,7 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn store_f16(p: *mut u16, x: Self::F) {
-            unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<0x08>(x)) }
+            unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<0>(x)) }
         }
         #[inline(always)]
         unsafe fn prefetch(p: *const u8) {
@@ -403,10 +408,12 @@ mod x86 {
                 )))
             }
         }
-        #[inline(always)]
-        unsafe fn zero_i() -> Self::I {
-            unsafe { _mm512_setzero_si512() }
-        }
+    }
+
+    impl Int8 for Avx512 {
+        type I = __m512i;
+        type B = __m512i;
+
         #[inline(always)]
         unsafe fn splat_i(x: i32) -> Self::I {
             unsafe { _mm512_set1_epi32(x) }
@@ -428,11 +435,7 @@ mod x86 {
             unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(b), _mm512_set1_epi8(15)) }
         }
         #[inline(always)]
-        unsafe fn dot_u4(acc: Self::I, w: Self::B, a: i32) -> Self::I {
-            unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)) }
-        }
-        #[inline(always)]
-        unsafe fn dot_u8(acc: Self::I, w: Self::B, a: i32) -> Self::I {
+        unsafe fn dot(acc: Self::I, w: Self::B, a: i32) -> Self::I {
             unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)) }
         }
     }
@@ -447,8 +450,6 @@ mod x86 {
 
     impl Simd for Avx2 {
         type F = [__m256; 2];
-        type I = [__m256i; 2];
-        type B = [__m256i; 2];
 
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self::F {
@@ -486,8 +487,8 @@ mod x86 {
         #[inline(always)]
         unsafe fn store_f16(p: *mut u16, x: Self::F) {
             unsafe {
-                _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<0x08>(x[0]));
-                _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<0x08>(x[1]));
+                _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<0>(x[0]));
+                _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<0>(x[1]));
             }
         }
         #[inline(always)]
@@ -535,61 +536,6 @@ mod x86 {
                 )))
             };
             [half(n[0]), half(n[1])]
-        }
-        #[inline(always)]
-        unsafe fn zero_i() -> Self::I {
-            unsafe { [_mm256_setzero_si256(); 2] }
-        }
-        #[inline(always)]
-        unsafe fn splat_i(x: i32) -> Self::I {
-            unsafe { [_mm256_set1_epi32(x); 2] }
-        }
-        #[inline(always)]
-        unsafe fn to_f32(x: Self::I) -> Self::F {
-            unsafe { both!(_mm256_cvtepi32_ps, x) }
-        }
-        #[inline(always)]
-        unsafe fn load_bytes(p: *const u8) -> Self::B {
-            unsafe {
-                [
-                    _mm256_loadu_si256(p.cast()),
-                    _mm256_loadu_si256(p.add(32).cast()),
-                ]
-            }
-        }
-        #[inline(always)]
-        unsafe fn low_nibbles(b: Self::B) -> Self::B {
-            let mask = unsafe { [_mm256_set1_epi8(15); 2] };
-            unsafe { both!(_mm256_and_si256, b, mask) }
-        }
-        #[inline(always)]
-        unsafe fn high_nibbles(b: Self::B) -> Self::B {
-            let shifted = unsafe { [_mm256_srli_epi16::<4>(b[0]), _mm256_srli_epi16::<4>(b[1])] };
-            unsafe { Self::low_nibbles(shifted) }
-        }
-        #[inline(always)]
-        unsafe fn dot_u4(acc: Self::I, w: Self::B, a: i32) -> Self::I {
-            // 2·15·127 fits the 16-bit halves, so nothing saturates.
-            let half = |acc, w| unsafe {
-                let pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(a));
-                _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-            };
-            [half(acc[0], w[0]), half(acc[1], w[1])]
-        }
-        #[inline(always)]
-        unsafe fn dot_u8(acc: Self::I, w: Self::B, a: i32) -> Self::I {
-            // 2·255·127 would saturate 16 bits: even and odd bytes apart, each product on its own.
-            let half = |acc, w| unsafe {
-                let even_mask = _mm256_set1_epi16(0x00ff);
-                let a = _mm256_set1_epi32(a);
-                let even = _mm256_madd_epi16(
-                    _mm256_and_si256(w, even_mask),
-                    _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(a)),
-                );
-                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), _mm256_srai_epi16::<8>(a));
-                _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
-            };
-            [half(acc[0], w[0]), half(acc[1], w[1])]
         }
     }
 }

@@ -5,8 +5,8 @@
 use std::sync::Mutex;
 
 use ashlar_kernels::cpu::{
-    self as kernels, AttentionArgs, BlockFormat, KernelError, KvLayout, LayerCache, MatmulInput,
-    PackedMatrix, QuantizedRows, ThreadPool,
+    self as kernels, AttentionArgs, BlockFormat, KernelError, KvLayout, LayerCache, PackedMatrix,
+    QuantizedRows, ThreadPool,
     attention::{BLOCK_SIZE, paged_attention},
     elementwise,
 };
@@ -300,26 +300,14 @@ impl Backend for CpuBackend {
         _adapters: AdapterRows,
         out: &mut CpuBuf,
     ) {
-        if weight.parts.iter().any(PackedMatrix::is_quantized) {
-            self.quantized.quantize(&self.pool, x.values(), x.width);
-        }
-        let (stride, y) = (out.width, out.with_rows(x.rows));
-        let mut offset = 0;
-        for part in &weight.parts {
-            let quantized = part.is_quantized().then_some(&self.quantized);
-            let input = MatmulInput {
-                x: x.values(),
-                quantized,
-                rows: x.rows,
-            };
-            kernels::matmul(&self.pool, part, input, y, stride, offset);
-            offset += part.rows();
-        }
-        if let Some(bias) = &weight.bias {
-            for row in y.chunks_exact_mut(stride) {
-                row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
-            }
-        }
+        kernels::linear(
+            &self.pool,
+            &weight.parts,
+            weight.bias.as_deref(),
+            x.values(),
+            &mut self.quantized,
+            out.with_rows(x.rows),
+        );
     }
 
     fn rope_write_kv(&mut self, qkv: &mut CpuBuf, args: &RopeArgs<'_, Vec<f32>>) {
@@ -334,6 +322,7 @@ impl Backend for CpuBackend {
             }
         });
         self.caches[args.layer].write(
+            &self.pool,
             args.slot_mapping,
             qkv.values(),
             width,

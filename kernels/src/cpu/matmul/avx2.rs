@@ -4,6 +4,11 @@
 //! whole block is summed in 16 bits. Eight-bit weights go as |w| · sign(a, w): 2 · 128 · 127 = 32,512 fits, and each
 //! pair is widened at once. All sums are exact, so the result has the bits of the other instruction sets.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "one index runs over several register arrays"
+)]
+
 use std::arch::x86_64::*;
 
 use super::tiles::{Int8Tile, Sums};

@@ -1,12 +1,17 @@
 //! Some rows against one panel: the inner loops of a product.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "one index runs over several register arrays"
+)]
+
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::{Avx2, Avx512};
 use crate::cpu::{
     QuantizedRows,
     packed::PANEL,
     quantize::BLOCK,
-    simd::{Scalar, Simd},
+    simd::{Int8, Scalar, Simd},
 };
 
 /// Most rows of a tile.
@@ -35,66 +40,65 @@ pub(super) enum Activations<'a> {
     Float(&'a [f32]),
 }
 
-/// Tiles of quantised weights; an instruction set whose dot products or registers differ brings its own.
+/// Tiles of quantised weights, as each instruction set's dot products and registers want them.
 pub(super) trait Int8Tiles: Simd {
     /// # Safety
     /// The processor has `Self`; `q` is `256·blocks` bytes, `scales` `32·blocks`, `x` `T ≤ 8` rows of `32·blocks`.
-    #[inline(always)]
     unsafe fn q4<const T: usize>(
         q: &[u8],
         scales: &[u16],
         x: &Int8Tile<'_>,
         blocks: usize,
         sums: &mut Sums,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe { q4_tile::<Self, T>(q, scales, x, blocks, sums) }
-    }
+    );
 
     /// # Safety
     /// The processor has `Self`; `q` is `512·blocks` bytes, `scales` `16·blocks`, `x` `T ≤ 8` rows of `32·blocks`.
-    #[inline(always)]
     unsafe fn q8<const T: usize>(
         q: &[u8],
         scales: &[u16],
         x: &Int8Tile<'_>,
         blocks: usize,
         sums: &mut Sums,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe { q8_tile::<Self, T>(q, scales, x, blocks, sums) }
-    }
+    );
 }
 
-impl Int8Tiles for Scalar {}
-#[cfg(target_arch = "x86_64")]
-impl Int8Tiles for Avx512 {}
-#[cfg(target_arch = "x86_64")]
-impl Int8Tiles for Avx2 {
-    #[inline(always)]
-    unsafe fn q4<const T: usize>(
-        q: &[u8],
-        scales: &[u16],
-        x: &Int8Tile<'_>,
-        blocks: usize,
-        sums: &mut Sums,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe { super::avx2::q4_tile::<T>(q, scales, x, blocks, sums) }
-    }
+/// Implements [`Int8Tiles`] for a type by two functions.
+macro_rules! int8_tiles {
+    ($isa:ty, $q4:expr, $q8:expr) => {
+        impl Int8Tiles for $isa {
+            #[inline(always)]
+            unsafe fn q4<const T: usize>(
+                q: &[u8],
+                scales: &[u16],
+                x: &Int8Tile<'_>,
+                blocks: usize,
+                sums: &mut Sums,
+            ) {
+                // SAFETY: the caller's promise, passed on.
+                unsafe { $q4(q, scales, x, blocks, sums) }
+            }
 
-    #[inline(always)]
-    unsafe fn q8<const T: usize>(
-        q: &[u8],
-        scales: &[u16],
-        x: &Int8Tile<'_>,
-        blocks: usize,
-        sums: &mut Sums,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe { super::avx2::q8_tile::<T>(q, scales, x, blocks, sums) }
-    }
+            #[inline(always)]
+            unsafe fn q8<const T: usize>(
+                q: &[u8],
+                scales: &[u16],
+                x: &Int8Tile<'_>,
+                blocks: usize,
+                sums: &mut Sums,
+            ) {
+                // SAFETY: the caller's promise, passed on.
+                unsafe { $q8(q, scales, x, blocks, sums) }
+            }
+        }
+    };
 }
+
+int8_tiles!(Scalar, q4_tile::<Self, T>, q8_tile::<Self, T>);
+#[cfg(target_arch = "x86_64")]
+int8_tiles!(Avx512, q4_tile::<Self, T>, q8_tile::<Self, T>);
+#[cfg(target_arch = "x86_64")]
+int8_tiles!(Avx2, super::avx2::q4_tile::<T>, super::avx2::q8_tile::<T>);
 
 /// `T` rows from `row` against one panel.
 ///
@@ -192,7 +196,7 @@ impl<'a> Int8Tile<'a> {
 /// # Safety
 /// The processor has `S`; `q` is `256·blocks` bytes, `scales` `32·blocks`, `x` `T` rows of `32·blocks`.
 #[inline(always)]
-unsafe fn q4_tile<S: Simd, const T: usize>(
+unsafe fn q4_tile<S: Int8, const T: usize>(
     q: &[u8],
     scales: &[u16],
     x: &Int8Tile<'_>,
@@ -203,15 +207,15 @@ unsafe fn q4_tile<S: Simd, const T: usize>(
     unsafe {
         let mut acc = [S::splat(0.0); T];
         for block in 0..blocks {
-            let mut dots = [S::zero_i(); T];
+            let mut dots = [S::splat_i(0); T];
             for j in 0..4 {
                 let at = q.as_ptr().add(block * 256 + j * 64);
                 S::prefetch(at.wrapping_add(PREFETCH));
                 let bytes = S::load_bytes(at);
                 let (low, high) = (S::low_nibbles(bytes), S::high_nibbles(bytes));
                 for t in 0..T {
-                    dots[t] = S::dot_u4(dots[t], low, x.word(t, block * BLOCK + 4 * j));
-                    dots[t] = S::dot_u4(dots[t], high, x.word(t, block * BLOCK + 16 + 4 * j));
+                    dots[t] = S::dot(dots[t], low, x.word(t, block * BLOCK + 4 * j));
+                    dots[t] = S::dot(dots[t], high, x.word(t, block * BLOCK + 16 + 4 * j));
                 }
             }
             let d = S::load_f16(scales.as_ptr().add(block * 32));
@@ -232,7 +236,7 @@ unsafe fn q4_tile<S: Simd, const T: usize>(
 /// # Safety
 /// The processor has `S`; `q` is `512·blocks` bytes, `scales` `16·blocks`, `x` `T` rows of `32·blocks`.
 #[inline(always)]
-unsafe fn q8_tile<S: Simd, const T: usize>(
+unsafe fn q8_tile<S: Int8, const T: usize>(
     q: &[u8],
     scales: &[u16],
     x: &Int8Tile<'_>,
@@ -243,7 +247,7 @@ unsafe fn q8_tile<S: Simd, const T: usize>(
     unsafe {
         let mut acc = [S::splat(0.0); T];
         for block in 0..blocks {
-            let mut dots = [S::zero_i(); T];
+            let mut dots = [S::splat_i(0); T];
             for t in 0..T {
                 // Stored bytes are q + 128: take 128·Σa off again.
                 dots[t] = S::splat_i(*x.offset.get_unchecked(t * blocks + block));
@@ -253,7 +257,7 @@ unsafe fn q8_tile<S: Simd, const T: usize>(
                 S::prefetch(at.wrapping_add(PREFETCH));
                 let bytes = S::load_bytes(at);
                 for t in 0..T {
-                    dots[t] = S::dot_u8(dots[t], bytes, x.word(t, block * BLOCK + 4 * j));
+                    dots[t] = S::dot(dots[t], bytes, x.word(t, block * BLOCK + 4 * j));
                 }
             }
             let d = S::load_f16(scales.as_ptr().add(block * 16));
