@@ -101,7 +101,8 @@ if [ "$what" = all ]; then
 fi
 
 # Built before anything runs in the cluster's network, which has no way out to a registry.
-stage "build" cargo test --release --workspace --features ashlar-e2e/cluster --no-run --quiet || true
+if [ "$what" = all ]; then built=(--workspace --features ashlar-e2e/cluster); else built=(-p ashlar-e2e --features cluster); fi
+stage "build" cargo test --release "${built[@]}" --no-run --quiet || true
 
 foreign=no kubeconfig=${TMPDIR:-/tmp}/ashlar-$cluster/admin.kubeconfig
 if [ "$what" = e2e ] && [ -n "${KUBECONFIG:-}" ]; then

@@ -2,44 +2,40 @@
 """What the demo shows of an answer and of metrics.
 
     show.py stream                 server-sent events on stdin: prints the pieces of text as they come
-    show.py moved BEFORE AFTER     two metrics pages: prints every series that changed, histograms by sum and count
+    show.py moved BEFORE AFTER     two metrics pages: prints every series that changed, histograms by count and mean
 """
 import json
 import sys
-import time
 
 
 def stream() -> None:
-    started = time.monotonic()
-    first = None
+    """Prints the text of the events, then the client's own timing, which follows them as one line of JSON."""
     pieces = 0
+    done = False
     for line in sys.stdin:
         line = line.strip()
+        if done and line.startswith("{"):
+            timing = json.loads(line)
+            print(f"\n    ({pieces} pieces; first byte after {timing['first']:.2f} s, last after {timing['last']:.2f} s)")
+            return
         if not line.startswith("data:"):
             if line:
                 sys.exit(f"not an event: {line}")
             continue
         data = line.removeprefix("data:").strip()
         if data == "[DONE]":
-            break
+            done = True
+            continue
         chunk = json.loads(data)
         if "error" in chunk:
             sys.exit(f"the stream carries an error: {chunk['error']}")
         for choice in chunk.get("choices", []):
             text = choice.get("delta", {}).get("content") or ""
             if text:
-                first = first or time.monotonic()
                 pieces += 1
                 sys.stdout.write(text)
                 sys.stdout.flush()
-    else:
-        sys.exit("the stream ended without [DONE]")
-    print()
-    if first:
-        now = time.monotonic()
-        print(f"({pieces} pieces in {now - first:.2f} s after the first)", file=sys.stderr)
-    elif started:
-        sys.exit("the answer is empty")
+    sys.exit("the stream ended without [DONE]")
 
 
 def samples(path: str) -> dict[str, float]:
@@ -55,11 +51,17 @@ def samples(path: str) -> dict[str, float]:
 
 
 def moved(before: str, after: str) -> None:
-    old = samples(before)
-    boring = ("process_",)
-    for series, value in sorted(samples(after).items()):
+    old, new = samples(before), samples(after)
+    for series, value in sorted(new.items()):
+        name, brace, labels = series.partition("{")
         change = value - old.get(series, 0.0)
-        if change and not series.startswith(boring):
+        if not change or name.startswith("process_"):
+            continue
+        counted = name.removesuffix("_sum") + "_count" + brace + labels
+        if name.endswith("_sum") and counted in new:
+            times = new[counted] - old.get(counted, 0.0)
+            print(f"  {name.removesuffix('_sum')}{brace}{labels}  {times:g} times, {change / times:g} each")
+        elif not (name.endswith("_count") and name.removesuffix("_count") + "_sum" + brace + labels in new):
             print(f"  {series}  {old.get(series, 0.0):g} -> {value:g}")
 
 
