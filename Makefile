@@ -28,7 +28,7 @@ check: ## formatting and lints, in a minute or two
 	cargo clippy --release --workspace --all-targets --features ashlar-e2e/cluster -- -D warnings
 
 unit: ## unit, property and snapshot tests: no cluster, no root
-	cargo test --release --workspace
+	ASHLAR_TEST_MODEL=$$(e2e/cluster/model.sh) cargo test --release --workspace
 
 e2e: ## only the end-to-end tests, on a cluster of their own or on that of KUBECONFIG
 	CLUSTER=$(CLUSTER) e2e/test.sh e2e

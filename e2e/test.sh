@@ -100,6 +100,9 @@ if [ "$what" = all ]; then
     stage "generated files" generated_files_are_fresh || true
 fi
 
+ASHLAR_TEST_MODEL=$("$CLUSTER_DIR/model.sh")
+export ASHLAR_TEST_MODEL
+
 # Built before anything runs in the cluster's network, which has no way out to a registry.
 if [ "$what" = all ]; then built=(--workspace --features ashlar-e2e/cluster); else built=(-p ashlar-e2e --features cluster); fi
 stage "build" cargo test --release "${built[@]}" --no-run --quiet || true
