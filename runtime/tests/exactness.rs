@@ -18,7 +18,9 @@ use serde::Deserialize;
 /// A step whose two largest logits are closer than this may go either way.
 const TIE: f64 = 0.01;
 const MAX_EXACT_DISTANCE: f64 = 1e-5;
+/// Eight bits an activation leave an error that varies by position: the mean is bounded, and the worst one.
 const MAX_FAST_DISTANCE: f64 = 1e-3;
+const MAX_FAST_DISTANCE_ANYWHERE: f64 = 2e-2;
 const MAX_PERPLEXITY_CHANGE: f64 = 0.005;
 
 #[derive(Deserialize)]
@@ -102,10 +104,10 @@ impl Truth {
     }
 }
 
-/// Largest `1 − cosine` over all prompt positions of all cases.
-fn worst_prefill_distance(driver: &mut Driver, cases: &[Case], truth: &Truth) -> f64 {
+/// Mean and largest `1 − cosine` over all prompt positions of all cases.
+fn prefill_distance(driver: &mut Driver, cases: &[Case], truth: &Truth) -> (f64, f64) {
     let vocab = truth.head.len() / truth.width;
-    let (mut position, mut worst) = (0, 0f64);
+    let (mut position, mut total, mut worst) = (0, 0f64, 0f64);
     for case in cases {
         let result = driver.step(&[Item {
             slot: 0,
@@ -119,12 +121,13 @@ fn worst_prefill_distance(driver: &mut Driver, cases: &[Case], truth: &Truth) ->
                 distance.is_finite(),
                 "position {position} of the references is not finite"
             );
+            total += distance;
             worst = worst.max(distance);
             position += 1;
         }
     }
     assert_eq!(position * truth.width, truth.hidden.len());
-    worst
+    (total / position as f64, worst)
 }
 
 /// Greedy tokens of every case, all cases decoding in one batch.
@@ -195,7 +198,7 @@ fn mean_nll(driver: &mut Driver, tokens: &[TokenId]) -> f64 {
 fn exact_mode_equals_the_reference() {
     let (cases, truth) = (cases(), Truth::load());
     let mut driver = Driver::new(runner(Dtype::Float32));
-    let worst = worst_prefill_distance(&mut driver, &cases, &truth);
+    let (_, worst) = prefill_distance(&mut driver, &cases, &truth);
     println!(
         "exact mode: largest 1 − cosine over {} positions: {worst:.2e}",
         truth.hidden.len() / truth.width
@@ -254,7 +257,14 @@ fn default_mode_stays_close_to_exact_mode() {
         "perplexity changes by {change:+.4}"
     );
 
-    let worst = worst_prefill_distance(&mut driver, &cases, &truth);
-    println!("default mode: largest 1 − cosine: {worst:.2e}");
-    assert!(worst <= MAX_FAST_DISTANCE, "1 − cosine reaches {worst:e}");
+    let (mean, worst) = prefill_distance(&mut driver, &cases, &truth);
+    println!("default mode: 1 − cosine: mean {mean:.2e}, largest {worst:.2e}");
+    assert!(
+        mean <= MAX_FAST_DISTANCE,
+        "1 − cosine is {mean:e} in the mean"
+    );
+    assert!(
+        worst <= MAX_FAST_DISTANCE_ANYWHERE,
+        "1 − cosine reaches {worst:e}"
+    );
 }

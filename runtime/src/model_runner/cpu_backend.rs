@@ -9,6 +9,7 @@ use ashlar_kernels::cpu::{
     QuantizedRows, ThreadPool,
     attention::{BLOCK_SIZE, paged_attention},
     elementwise,
+    quantize::BLOCK,
 };
 
 use super::cpu::KvDtype;
@@ -90,6 +91,9 @@ pub(super) struct CpuBackend {
     sin: Vec<f32>,
     caches: Vec<LayerCache>,
     quantized: QuantizedRows,
+    /// Rows of [`Self::linear_in_two`], `[2 · rows, columns]`, and their products.
+    split: Vec<f32>,
+    products: Vec<f32>,
 }
 
 /// The kernels' name of a K and V type.
@@ -133,6 +137,8 @@ impl CpuBackend {
                 .map(|_| LayerCache::new(layout))
                 .collect::<Option<_>>()?,
             quantized: QuantizedRows::default(),
+            split: Vec::new(),
+            products: Vec::new(),
         })
     }
 
@@ -189,6 +195,42 @@ impl CpuBackend {
         }
     }
 
+    /// [`Backend::linear`] with 16-bit activations: each row goes as what 8 bits hold of it and as what they leave over,
+    /// two rows of one product, whose results are added.
+    fn linear_in_two(&mut self, x: &CpuBuf, weight: &Linear<PackedMatrix>, y: &mut [f32]) {
+        let (columns, width) = (x.width, weight.out_features);
+        let mut split = std::mem::take(&mut self.split);
+        split.resize(2 * x.rows * columns, 0.0);
+        self.for_rows(&mut split, 2 * columns, |first, pairs| {
+            let rows = x.values()[first * columns..].chunks_exact(columns);
+            for (pair, row) in pairs.chunks_exact_mut(2 * columns).zip(rows) {
+                let (high, low) = pair.split_at_mut(columns);
+                split_row(row, high, low);
+            }
+        });
+        let mut products = std::mem::take(&mut self.products);
+        products.resize(2 * x.rows * width, 0.0);
+        kernels::linear(
+            &self.pool,
+            &weight.parts,
+            None,
+            &split,
+            &mut self.quantized,
+            &mut products,
+        );
+        self.for_rows(y, width, |first, rows| {
+            let pairs = products[2 * first * width..].chunks_exact(2 * width);
+            for (y, pair) in rows.chunks_exact_mut(width).zip(pairs) {
+                for (i, y) in y.iter_mut().enumerate() {
+                    *y = pair[i]
+                        + pair[width + i]
+                        + weight.bias.as_ref().map_or(0.0, |bias| bias[i]);
+                }
+            }
+        });
+        (self.split, self.products) = (split, products);
+    }
+
     /// Norms and rotates the q and k heads of one row.
     fn rotate_row(&self, row: usize, qk: &mut [f32], norms: Option<&HeadNorms<Vec<f32>>>) {
         let half = self.head_dim / 2;
@@ -206,6 +248,28 @@ impl CpuBackend {
                 elementwise::head_norm(head, weight, self.eps);
             }
             elementwise::rope(head, cos, sin);
+        }
+    }
+}
+
+/// `row = high + low`, where `high` is what 8 bits with a scale for each block hold of it.
+fn split_row(row: &[f32], high: &mut [f32], low: &mut [f32]) {
+    // Adding and taking off 1.5·2²³ rounds to the nearest integer.
+    const ROUND: f32 = 12_582_912.0;
+    let blocks = row
+        .chunks(BLOCK)
+        .zip(high.chunks_mut(BLOCK))
+        .zip(low.chunks_mut(BLOCK));
+    for ((row, high), low) in blocks {
+        let largest = row.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        let (scale, inverse) = if largest > 1e-30 {
+            (largest / 127.0, 127.0 / largest)
+        } else {
+            (0.0, 0.0)
+        };
+        for ((x, high), low) in row.iter().zip(high).zip(low) {
+            *high = ((x * inverse + ROUND) - ROUND) * scale;
+            *low = x - *high;
         }
     }
 }
@@ -300,14 +364,13 @@ impl Backend for CpuBackend {
         _adapters: AdapterRows,
         out: &mut CpuBuf,
     ) {
-        kernels::linear(
-            &self.pool,
-            &weight.parts,
-            weight.bias.as_deref(),
-            x.values(),
-            &mut self.quantized,
-            out.with_rows(x.rows),
-        );
+        let (parts, bias) = (&weight.parts, weight.bias.as_deref());
+        let y = out.with_rows(x.rows);
+        if weight.sensitive && parts.iter().any(PackedMatrix::is_quantized) {
+            self.linear_in_two(x, weight, y);
+        } else {
+            kernels::linear(&self.pool, parts, bias, x.values(), &mut self.quantized, y);
+        }
     }
 
     fn rope_write_kv(&mut self, qkv: &mut CpuBuf, args: &RopeArgs<'_, Vec<f32>>) {

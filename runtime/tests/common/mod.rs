@@ -60,6 +60,8 @@ pub struct Item<'a> {
 /// Runs sequences on a runner with greedy sampling; blocks are handed out as sequences grow, in no tidy order.
 pub struct Driver {
     pub runner: CpuRunner,
+    /// Whether steps hand back logits; without, each item has none.
+    pub return_logits: bool,
     tables: HashMap<u32, Vec<BlockId>>,
     lengths: HashMap<u32, u32>,
     free: Vec<BlockId>,
@@ -72,6 +74,7 @@ impl Driver {
         free.sort_by_key(|block| block.0.wrapping_mul(2_654_435_761));
         Self {
             runner,
+            return_logits: true,
             tables: HashMap::new(),
             lengths: HashMap::new(),
             free,
@@ -90,7 +93,7 @@ impl Driver {
     pub fn step(&mut self, items: &[Item<'_>]) -> Vec<(Vec<f32>, Option<TokenId>)> {
         let mut input = ModelInput::default();
         let mut sample = SampleInput {
-            return_logits: true,
+            return_logits: self.return_logits,
             ..SampleInput::default()
         };
         for item in items {
@@ -106,7 +109,8 @@ impl Driver {
         let vocab = self.runner.limits().vocab_size as usize;
         let (mut logits, mut rows) = (output.logits.as_slice(), output.rows.iter());
         let results = items.iter().map(|item| {
-            let (mine, rest) = logits.split_at(item.logits * vocab);
+            let wanted = if self.return_logits { item.logits } else { 0 };
+            let (mine, rest) = logits.split_at(wanted * vocab);
             logits = rest;
             let token = (item.logits > 0).then(|| rows.next().unwrap().tokens[0].id);
             (mine.to_vec(), token)
