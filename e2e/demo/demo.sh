@@ -100,7 +100,7 @@ print(json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "clien
     "containers": [{"name": "curl", "image": "ashlar.local/client:1", "imagePullPolicy": "Never",
         "args": ["--silent", "--show-error", "--no-buffer", "--max-time", "120", url + "/chat/completions",
                  "-H", "content-type: application/json", "--data", body,
-                 "--write-out", '{"first": %{time_starttransfer}, "last": %{time_total}}\\n'],
+                 "--write-out", '{"seconds": %{time_total}}\\n'],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}}]}}))
 PY
     kubectl -n demo delete pod client --ignore-not-found > /dev/null

@@ -16,7 +16,7 @@ def stream() -> None:
         line = line.strip()
         if done and line.startswith("{"):
             timing = json.loads(line)
-            print(f"\n    ({pieces} pieces; first byte after {timing['first']:.2f} s, last after {timing['last']:.2f} s)")
+            print(f"\n    ({pieces} pieces; all of it {timing['seconds']:.2f} s after the client started)")
             return
         if not line.startswith("data:"):
             if line:
