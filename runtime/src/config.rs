@@ -346,7 +346,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         _ => return Err(expected()),
     };
     let value = fraction * scale as f64;
-    if value.is_finite() && value >= 0.0 && value < 1e18 {
+    if (0.0..1e18).contains(&value) {
         Ok(value.round() as u64)
     } else {
         Err(expected())

@@ -1,6 +1,6 @@
 //! The runtime computes the model that the file describes: compared with an independent implementation
 //! (`reference/llama_numpy.py`, whose results are committed beside it).
-#![allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
+#![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
 
 mod common;
 

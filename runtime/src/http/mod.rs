@@ -162,7 +162,6 @@ pub(crate) fn unix_seconds() -> u64 {
 }
 
 /// The API of a running model.
-#[must_use]
 pub fn router(
     model: LoadedModel,
     config: ApiConfig,
@@ -215,7 +214,6 @@ pub fn router(
 }
 
 /// What answers while the model is being loaded.
-#[must_use]
 pub fn loading_router() -> Router {
     Router::new()
         .route("/health/live", get(|| async { "alive\n" }))

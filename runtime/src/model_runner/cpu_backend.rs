@@ -38,6 +38,9 @@ pub(super) struct CpuBackendConfig {
     pub(super) threads: usize,
 }
 
+/// A row to work on, and what came of it.
+type RowTask<'a, T> = (Option<&'a mut [f32]>, Option<T>);
+
 /// Rows of f32 activations; grows to the largest step and stays.
 #[derive(Debug)]
 pub(super) struct CpuBuf {
@@ -153,7 +156,7 @@ impl CpuBackend {
         let width = buf.width;
         let mut all: Vec<Option<&mut [f32]>> =
             buf.values_mut().chunks_exact_mut(width).map(Some).collect();
-        let tasks: Vec<Mutex<(Option<&mut [f32]>, Option<T>)>> = rows
+        let tasks: Vec<Mutex<RowTask<'_, T>>> = rows
             .map(|row| Mutex::new((all.get_mut(row).and_then(Option::take), None)))
             .collect();
         self.pool.run(tasks.len(), &|task, _| {
