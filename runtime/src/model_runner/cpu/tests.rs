@@ -120,7 +120,8 @@ fn a_step_outside_the_limits_is_refused_before_it_runs() {
     )
     .unwrap();
     check(&step(), &limits).unwrap();
-    let cases: [(fn(&mut ModelInput), &str); 13] = [
+    type Damage = fn(&mut ModelInput);
+    let cases: [(Damage, &str); 13] = [
         (|step| *step = ModelInput::default(), "number of rows"),
         (|step| step.token_ids[0] = 100, "outside the vocabulary"),
         (
