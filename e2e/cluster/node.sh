@@ -16,6 +16,9 @@ mkdir -p containerd/bin
 mount --bind "$CONTAINERD" containerd/bin
 for place in /run /var/lib /var/log; do mount -t tmpfs -o mode=0755 tmpfs "$place"; done
 mkdir -p /var/lib/kubelet /var/lib/cni /var/log/pods /run/lock
+# No registry can be reached from here; without a name server a pull fails at once, not after a minute.
+: > no-name-server
+mount --bind no-name-server "$(realpath /etc/resolv.conf)"
 # kubelet sets these for the whole machine; here it sets these copies.
 for knob in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops kernel/keys/root_maxkeys kernel/keys/root_maxbytes; do
     [ -e "/proc/sys/$knob" ] || continue
