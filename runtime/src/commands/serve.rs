@@ -161,8 +161,13 @@ async fn serve(args: ServeArgs, started: Instant) -> anyhow::Result<()> {
         .unwrap_or_default();
     let metrics = Arc::new(Metrics::new(&name, engine.clone())?);
     observer.set(metrics.observer());
+    site.set_ready(http::router(
+        model.clone(),
+        config,
+        metrics,
+        lifecycle.clone(),
+    ));
     log_ready(&model, &name, address, started);
-    site.set_ready(http::router(model, config, metrics, lifecycle.clone()));
 
     tokio::select! {
         ended = engine.join() => ended.context("the engine failed")?,

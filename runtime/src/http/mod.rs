@@ -139,7 +139,8 @@ pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
             StatusCode::BAD_REQUEST,
             format!("the request is not valid: {}", error.inner()),
         );
-        if path != "." {
+        // "." is the whole, "?" a text that ended early.
+        if !matches!(path.as_str(), "." | "?") {
             api.message = format!("{path} is not valid: {}", error.inner());
             api.param = Some(path);
         }

@@ -14,7 +14,7 @@ use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
 };
 use tower::ServiceExt;
 
@@ -82,19 +82,47 @@ impl std::fmt::Debug for Site {
 
 /// Open connections.
 #[derive(Debug, Clone)]
-pub struct Connections(Arc<Semaphore>);
+pub struct Connections {
+    places: Arc<Semaphore>,
+    open: watch::Sender<usize>,
+}
 
 impl Default for Connections {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(MAX_CONNECTIONS)))
+        Self {
+            places: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            open: watch::Sender::new(0),
+        }
     }
 }
 
 impl Connections {
-    /// Returns once every connection has ended.
+    /// Returns once no connection is open.
     pub async fn all_ended(&self) {
-        // Never closed.
-        let _ = self.0.acquire_many(MAX_CONNECTIONS as u32).await;
+        // The sender lives in `self`.
+        let _ = self.open.subscribe().wait_for(|open| *open == 0).await;
+    }
+
+    /// A place for one connection, waiting for one to be free.
+    async fn enter(&self) -> Option<Place> {
+        let permit = Arc::clone(&self.places).acquire_owned().await.ok()?;
+        self.open.send_modify(|open| *open += 1);
+        Some(Place {
+            open: self.open.clone(),
+            _permit: permit,
+        })
+    }
+}
+
+/// Held by an open connection.
+struct Place {
+    open: watch::Sender<usize>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.open.send_modify(|open| *open -= 1);
     }
 }
 
@@ -106,9 +134,6 @@ pub async fn serve(
     connections: Connections,
 ) {
     loop {
-        let Ok(permit) = Arc::clone(&connections.0).acquire_owned().await else {
-            return;
-        };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -117,11 +142,14 @@ pub async fn serve(
                 continue;
             }
         };
+        let Some(place) = connections.enter().await else {
+            return;
+        };
         let site = site.clone();
         let lifecycle = lifecycle.clone();
         tokio::spawn(async move {
             serve_connection(stream, site, lifecycle).await;
-            drop(permit);
+            drop(place);
         });
     }
 }

@@ -1,0 +1,196 @@
+//! `ashlar serve` as an orchestrator runs it: a process, the default model, probes, SIGTERM.
+#![allow(clippy::unwrap_used, missing_docs)] // Tests.
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpStream},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use ashlar::{config::EngineArgs, engine::request::SamplingParams, llm::Llm};
+use serde_json::{Value, json};
+
+mod common;
+
+/// Ends the process when a test fails.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts a server and waits for the log line that says it is ready.
+fn serve(flags: &[&str]) -> (Process, SocketAddr, BufReader<std::process::ChildStderr>) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ashlar"))
+        .arg("serve")
+        .arg(common::model_path())
+        .args([
+            "--host=127.0.0.1",
+            "--port=0",
+            "--served-model-name=smol",
+            "--log-format=json",
+        ])
+        .args(["--max-model-len=2048", "--kv-cache-memory-bytes=128M"])
+        .args(flags)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    loop {
+        line.clear();
+        assert!(
+            log.read_line(&mut line).unwrap() > 0,
+            "it ended before it was ready"
+        );
+        let Ok(event) = serde_json::from_str::<Value>(&line) else {
+            continue;
+        };
+        if event["message"] == "ready" {
+            let address = event["address"].as_str().unwrap().parse().unwrap();
+            return (Process(child), address, log);
+        }
+    }
+}
+
+fn request(address: SocketAddr, method: &str, path: &str, body: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream
+}
+
+fn answer(mut stream: TcpStream) -> (u16, String) {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let status = text.split(' ').nth(1).unwrap().parse().unwrap();
+    let body = text.split_once("\r\n\r\n").unwrap().1.to_owned();
+    (status, body)
+}
+
+fn terminate(process: &Process) {
+    let id = process.0.id().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-TERM", &id])
+            .status()
+            .unwrap()
+            .success()
+    );
+}
+
+#[test]
+fn answers_sensibly_and_drains_to_the_last_token() {
+    // Exact mode: what the model says here does not hang on rounding.
+    let (mut process, address, _log) = serve(&["--drain-delay=1", "--dtype=float32"]);
+    assert_eq!(answer(request(address, "GET", "/health", "")).0, 200);
+    let question = json!({
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0, "max_tokens": 32,
+    });
+    let (status, body) = answer(request(
+        address,
+        "POST",
+        "/v1/chat/completions",
+        &question.to_string(),
+    ));
+    assert_eq!(status, 200, "{body}");
+    assert!(
+        body.contains("\"The capital of France is Paris.\""),
+        "{body}"
+    );
+
+    let long = json!({
+        "prompt": "Once upon a time", "temperature": 0, "max_tokens": 100, "ignore_eos": true, "stream": true,
+    });
+    let mut stream = request(address, "POST", "/v1/completions", &long.to_string());
+    let mut first = [0; 512];
+    assert!(stream.read(&mut first).unwrap() > 0);
+    terminate(&process);
+    // Not ready at once, but still serving.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while answer(request(address, "GET", "/health", "")).0 != 503 {
+        assert!(Instant::now() < deadline, "it is still ready after SIGTERM");
+    }
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("\"finish_reason\":\"length\""), "{rest}");
+    assert!(rest.contains("data: [DONE]"), "{rest}");
+    assert!(process.0.wait().unwrap().success());
+}
+
+#[test]
+fn stops_after_the_shutdown_timeout_whatever_runs() {
+    let (mut process, address, _log) = serve(&["--drain-delay=0", "--shutdown-timeout=0"]);
+    let long = json!({"prompt": "a", "max_tokens": 2000, "ignore_eos": true, "stream": true});
+    let mut stream = request(address, "POST", "/v1/completions", &long.to_string());
+    let mut first = [0; 64];
+    assert!(stream.read(&mut first).unwrap() > 0);
+    terminate(&process);
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("\"finish_reason\":\"abort\""), "{rest}");
+    assert!(process.0.wait().unwrap().success());
+}
+
+#[test]
+fn a_model_that_is_not_there_is_one_line_and_a_failure() {
+    let output = Command::new(env!("CARGO_BIN_EXE_ashlar"))
+        .args([
+            "serve",
+            "/nowhere/model.gguf",
+            "--host=127.0.0.1",
+            "--port=0",
+        ])
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8(output.stderr).unwrap();
+    let last = text.lines().last().unwrap();
+    assert!(
+        last.starts_with("ashlar: error: ") && last.contains("/nowhere/model.gguf"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_rust_program_completes_prompts_in_their_order() {
+    let mut args = EngineArgs::new(common::model_path().to_str().unwrap());
+    args.max_model_len = Some(512);
+    args.kv_cache_memory_bytes = Some(64 << 20);
+    // Fewer places in the queue than prompts.
+    args.max_num_seqs = Some(2);
+    args.max_num_queued_reqs = 1;
+    let llm = Llm::new(args).unwrap();
+    let params = SamplingParams {
+        temperature: 0.0,
+        max_tokens: 6,
+        ..SamplingParams::default()
+    };
+    let prompts = [
+        "The capital of France is",
+        "The capital of Italy is",
+        "1, 2, 3, 4,",
+        "a b c",
+        "x y z",
+    ];
+    let together = llm.generate(&prompts, &params).unwrap();
+    assert_eq!(together.len(), prompts.len());
+    assert!(together[0].text.contains("Paris"), "{together:?}");
+    assert!(together[1].text.contains("Rome"), "{together:?}");
+    for (prompt, completion) in prompts.iter().zip(&together) {
+        let alone = llm.generate(&[prompt], &params).unwrap();
+        assert_eq!(alone[0].token_ids, completion.token_ids, "{prompt}");
+    }
+}
