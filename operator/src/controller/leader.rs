@@ -16,18 +16,33 @@ use kube::{
 };
 use tokio::time::{sleep, timeout};
 
-/// How long a Lease holds without being renewed.
-pub const LEASE: Duration = Duration::from_secs(10);
-/// How long a leader tries to renew before it gives up.
-pub const RENEW_DEADLINE: Duration = Duration::from_secs(7);
-/// Time between tries.
-pub const RETRY: Duration = Duration::from_secs(2);
-/// Longest wait for one answer.
-const CALL: Duration = Duration::from_secs(3);
+/// The times of an election.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// How long a Lease holds without being renewed.
+    pub lease: Duration,
+    /// How long a leader tries to renew before it gives up; shorter than `lease`.
+    pub renew_deadline: Duration,
+    /// Time between tries.
+    pub retry: Duration,
+    /// Longest wait for one answer.
+    pub call: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            lease: Duration::from_secs(10),
+            renew_deadline: Duration::from_secs(7),
+            retry: Duration::from_secs(2),
+            call: Duration::from_secs(3),
+        }
+    }
+}
 
 /// The leadership was lost: the process must stop writing.
 #[derive(Debug, thiserror::Error)]
-#[error("the Lease could not be renewed within {} s, or another took it", RENEW_DEADLINE.as_secs())]
+#[error("the Lease could not be renewed in time, or another took it")]
 pub struct LeadershipLost;
 
 /// A candidate for a Lease.
@@ -35,6 +50,7 @@ pub struct Elector {
     leases: Api<Lease>,
     name: String,
     identity: String,
+    timing: Timing,
     /// The Lease's holder and renewal as last seen, and when that was.
     seen: Option<(String, Option<MicroTime>, Instant)>,
 }
@@ -42,11 +58,18 @@ pub struct Elector {
 impl Elector {
     /// A candidate named `identity`.
     #[must_use]
-    pub fn new(client: Client, namespace: &str, name: &str, identity: String) -> Self {
+    pub fn new(
+        client: Client,
+        namespace: &str,
+        name: &str,
+        identity: String,
+        timing: Timing,
+    ) -> Self {
         Self {
             leases: Api::namespaced(client, namespace),
             name: name.to_owned(),
             identity,
+            timing,
             seen: None,
         }
     }
@@ -59,7 +82,7 @@ impl Elector {
                 Ok(false) => {}
                 Err(error) => tracing::warn!(%error, "cannot reach the Lease"),
             }
-            sleep(RETRY.mul_f64(0.9 + 0.2 * rand::random::<f64>())).await;
+            sleep(self.timing.retry.mul_f64(0.9 + 0.2 * rand::random::<f64>())).await;
         }
     }
 
@@ -67,10 +90,10 @@ impl Elector {
     pub async fn hold(&mut self) -> LeadershipLost {
         let mut renewed = Instant::now();
         loop {
-            sleep(RETRY).await;
+            sleep(self.timing.retry).await;
             // From before the write: others may see it no earlier than this.
             let start = Instant::now();
-            let left = RENEW_DEADLINE.saturating_sub(renewed.elapsed());
+            let left = self.timing.renew_deadline.saturating_sub(renewed.elapsed());
             match timeout(left, self.attempt()).await {
                 Ok(Ok(true)) => renewed = start,
                 Ok(Ok(false)) | Err(_) => return LeadershipLost,
@@ -81,7 +104,9 @@ impl Elector {
 
     /// Gives the Lease up, so that the next leader need not wait for it to expire.
     pub async fn release(&self) {
-        let Ok(Ok(Some(mut lease))) = timeout(CALL, self.leases.get_opt(&self.name)).await else {
+        let Ok(Ok(Some(mut lease))) =
+            timeout(self.timing.call, self.leases.get_opt(&self.name)).await
+        else {
             return;
         };
         let spec = lease.spec.get_or_insert_default();
@@ -89,7 +114,7 @@ impl Elector {
             spec.holder_identity = Some(String::new());
             // Best effort: without it the next leader waits for the Lease to expire.
             let _ = timeout(
-                CALL,
+                self.timing.call,
                 self.leases
                     .replace(&self.name, &PostParams::default(), &lease),
             )
@@ -101,12 +126,12 @@ impl Elector {
     /// at the next try who won.
     async fn attempt(&mut self) -> Result<bool, kube::Error> {
         let late = |_| kube::Error::Service("the API server did not answer in time".into());
-        let found = timeout(CALL, self.leases.get_opt(&self.name))
+        let found = timeout(self.timing.call, self.leases.get_opt(&self.name))
             .await
             .map_err(late)??;
         let Some(lease) = found else {
             let created = timeout(
-                CALL,
+                self.timing.call,
                 self.leases
                     .create(&PostParams::default(), &self.lease(None)),
             )
@@ -123,13 +148,13 @@ impl Elector {
             (*last_holder, *last_renewal, *since) =
                 (holder.clone(), spec.renew_time.clone(), Instant::now());
         }
-        let expired = since.elapsed() > LEASE;
+        let expired = since.elapsed() > self.timing.lease;
         if !holder.is_empty() && holder != self.identity && !expired {
             return Ok(false);
         }
         // The resource version makes the write fail if anyone was faster.
         let replaced = timeout(
-            CALL,
+            self.timing.call,
             self.leases.replace(
                 &self.name,
                 &PostParams::default(),
@@ -154,7 +179,7 @@ impl Elector {
             },
             spec: Some(LeaseSpec {
                 holder_identity: Some(self.identity.clone()),
-                lease_duration_seconds: i32::try_from(LEASE.as_secs()).ok(),
+                lease_duration_seconds: i32::try_from(self.timing.lease.as_secs()).ok(),
                 acquire_time: if ours {
                     spec.acquire_time
                 } else {

@@ -187,6 +187,7 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
         &args.namespace,
         &args.lease_name,
         format!("{}-{:08x}", args.identity, rand::random::<u32>()),
+        leader::Timing::default(),
     );
     // A standby keeps its caches warm, so that it acts at once when it leads.
     let (filled, warm) = (Arc::clone(&metrics), caches.clone());

@@ -1,0 +1,589 @@
+//! What no mock knows: CEL, defaulting, `/scale` and field ownership on a real API server, and the controller against it.
+//!
+//! Runs when ASHLAR_TEST_KUBECONFIG names an administrator's kubeconfig; otherwise each test says that it was skipped.
+//! Only an API server is needed: no node, no controller manager.
+#![allow(
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test fails by panicking, and says when it is skipped"
+)]
+
+use std::{
+    future::Future,
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use ashlar_crds::{
+    InferenceService, inference_service_crd,
+    names::{FIELD_MANAGER, REVISION_LABEL, SERVICE_LABEL},
+};
+use k8s_openapi::{
+    api::{
+        apps::v1::{ControllerRevision, Deployment},
+        core::v1::{Namespace, Service, ServiceAccount},
+        networking::v1::NetworkPolicy,
+        policy::v1::PodDisruptionBudget,
+    },
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+};
+use kube::{
+    Api, Client, Config, ResourceExt as _,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+/// Longest wait for anything that is not measured.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Drift is repaired within this.
+const REPAIR: Duration = Duration::from_secs(2);
+
+fn kubeconfig() -> Option<PathBuf> {
+    let path = std::env::var_os("ASHLAR_TEST_KUBECONFIG").map(PathBuf::from);
+    if path.is_none() {
+        // Past the test runner's capture: a test that did not run must be seen.
+        let _ =
+            std::io::stderr().write_all(b"skipped: ASHLAR_TEST_KUBECONFIG names no API server\n");
+    }
+    path
+}
+
+/// A client, with the definition installed.
+async fn cluster(kubeconfig: &Path) -> Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+        .await
+        .unwrap();
+    let client = Client::try_from(config).unwrap();
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let crd = inference_service_crd();
+    let params = PatchParams::apply("api-server-test").force();
+    api.patch(&crd.name_any(), &params, &Patch::Apply(&crd))
+        .await
+        .unwrap();
+    until("the definition is established", PATIENCE, || async {
+        let conditions = api.get(&crd.name_any()).await.ok()?.status?.conditions?;
+        conditions
+            .iter()
+            .any(|c| c.type_ == "Established" && c.status == "True")
+            .then_some(())
+    })
+    .await;
+    client
+}
+
+/// Looks again and again until there is something; panics with `what` after `limit`.
+async fn until<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    limit: Duration,
+    look: impl Fn() -> F,
+) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(seen) = look().await {
+            return seen;
+        }
+        assert!(start.elapsed() < limit, "not within {limit:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A namespace of its own for a test.
+async fn namespace(client: &Client, purpose: &str) -> String {
+    let name = format!("{purpose}-{:08x}", rand::random::<u32>());
+    let api: Api<Namespace> = Api::all(client.clone());
+    let object = serde_json::from_value(json!({"metadata": {"name": name}})).unwrap();
+    api.create(&PostParams::default(), &object).await.unwrap();
+    name
+}
+
+async fn drop_namespace(client: &Client, name: &str) {
+    let api: Api<Namespace> = Api::all(client.clone());
+    api.delete(name, &DeleteParams::background()).await.unwrap();
+}
+
+fn examples(prefix: &str) -> Vec<(String, Value)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crds/examples");
+    let mut files: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            path.file_name()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .starts_with(prefix)
+        })
+        .collect();
+    files.sort();
+    assert!(!files.is_empty(), "no {prefix}* among the examples");
+    files
+        .into_iter()
+        .map(|path| {
+            let text = std::fs::read_to_string(path).unwrap();
+            let first = text.lines().next().unwrap().to_owned();
+            (first, serde_yaml_ng::from_str(&text).unwrap())
+        })
+        .collect()
+}
+
+fn raw_services(client: &Client, namespace: &str) -> Api<kube::api::DynamicObject> {
+    let resource = kube::api::ApiResource::erase::<InferenceService>(&());
+    Api::namespaced_with(client.clone(), namespace, &resource)
+}
+
+#[tokio::test]
+async fn examples_are_accepted_and_refused_by_the_schema_alone() {
+    let Some(kubeconfig) = kubeconfig() else {
+        return;
+    };
+    let client = cluster(&kubeconfig).await;
+    let ns = namespace(&client, "examples").await;
+    let api = raw_services(&client, &ns);
+    let dry = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    for (first, example) in examples("valid-") {
+        let object = serde_json::from_value(example).unwrap();
+        api.create(&dry, &object)
+            .await
+            .unwrap_or_else(|error| panic!("{first}: {error}"));
+    }
+    for (first, example) in examples("invalid-") {
+        let expected = first.strip_prefix("# expect: ").unwrap();
+        let object = serde_json::from_value(example).unwrap();
+        let refusal = api
+            .create(&dry, &object)
+            .await
+            .expect_err(expected)
+            .to_string();
+        assert!(
+            refusal.contains(expected),
+            "{expected:?} is not in {refusal:?}"
+        );
+        assert!(refusal.contains("is invalid"), "{refusal:?}");
+    }
+    drop_namespace(&client, &ns).await;
+}
+
+#[tokio::test]
+async fn scale_reads_and_writes_replicas_of_a_manifest_without_them() {
+    let Some(kubeconfig) = kubeconfig() else {
+        return;
+    };
+    let client = cluster(&kubeconfig).await;
+    let ns = namespace(&client, "scale").await;
+    let api: Api<InferenceService> = Api::namespaced(client.clone(), &ns);
+    raw_services(&client, &ns)
+        .create(
+            &PostParams::default(),
+            &serde_json::from_value(service("m")).unwrap(),
+        )
+        .await
+        .unwrap();
+    assert_eq!(
+        api.get_scale("m").await.unwrap().spec.unwrap().replicas,
+        Some(1)
+    );
+    let to_three = Patch::Merge(json!({"spec": {"replicas": 3}}));
+    api.patch_scale("m", &PatchParams::default(), &to_three)
+        .await
+        .unwrap();
+    assert_eq!(api.get("m").await.unwrap().spec.replicas, 3);
+    drop_namespace(&client, &ns).await;
+}
+
+fn service(name: &str) -> Value {
+    json!({
+        "apiVersion": "serving.ashlar.dev/v1alpha1", "kind": "InferenceService",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"uri": "oci://ashlar.invalid/model:1"},
+            "runtime": {"device": "cpu", "args": ["--max-model-len=512"]},
+            "resources": {"requests": {"cpu": "0.5", "memory": "1024Mi"}},
+            "endpoint": {"auth": "None"},
+        },
+    })
+}
+
+/// The operator as a process of its own, for one namespace.
+struct Operator {
+    process: std::process::Child,
+    port: u16,
+}
+
+impl Operator {
+    fn start(kubeconfig: &Path, namespace: &str) -> Self {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        let process = std::process::Command::new(env!("CARGO_BIN_EXE_ashlar-operator"))
+            .args([
+                "--log",
+                "warn",
+                "run",
+                "--runtime-image=ashlar.invalid/runtime:1",
+            ])
+            .arg(format!("--namespace={namespace}"))
+            .arg(format!("--watch-namespace={namespace}"))
+            .arg(format!("--admin-listen=127.0.0.1:{port}"))
+            .env("KUBECONFIG", kubeconfig)
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { process, port }
+    }
+
+    async fn metrics(&self) -> Option<String> {
+        let address = ("127.0.0.1", self.port);
+        let mut socket = tokio::net::TcpStream::connect(address).await.ok()?;
+        socket
+            .write_all(b"GET /metrics HTTP/1.1\r\nHost: operator\r\nConnection: close\r\n\r\n")
+            .await
+            .ok()?;
+        let mut text = String::new();
+        socket.read_to_string(&mut text).await.ok()?;
+        Some(text)
+    }
+
+    /// Sum of all series of a metric.
+    async fn metric(&self, name: &str) -> Option<f64> {
+        let text = self.metrics().await?;
+        let values = text.lines().filter_map(|line| {
+            let rest = line.strip_prefix(name)?;
+            let value = rest.rsplit(' ').next()?;
+            (rest.starts_with('{') || rest.starts_with(' ')).then(|| value.parse::<f64>().ok())?
+        });
+        Some(values.sum())
+    }
+
+    async fn leads(&self) {
+        until("the operator leads", PATIENCE, || async {
+            (self.metric("ashlar_operator_leader").await? > 0.0).then_some(())
+        })
+        .await;
+    }
+
+    /// Asks it to end, as Kubernetes does.
+    async fn terminate(mut self) {
+        let id = self.process.id().to_string();
+        let asked = std::process::Command::new("kill").arg(&id).status();
+        assert!(asked.unwrap().success());
+        let start = Instant::now();
+        let ended = loop {
+            if let Some(ended) = self.process.try_wait().unwrap() {
+                break ended;
+            }
+            assert!(start.elapsed() < PATIENCE, "the operator does not end");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        assert!(ended.success(), "SIGTERM is a clean end, not {ended}");
+    }
+}
+
+impl Drop for Operator {
+    fn drop(&mut self) {
+        // Both fail when it has ended already, which is as good.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+async fn list<K>(client: &Client, ns: &str) -> Vec<K>
+where
+    K: kube::Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+        + Clone
+        + std::fmt::Debug
+        + serde::de::DeserializeOwned,
+{
+    let api: Api<K> = Api::namespaced(client.clone(), ns);
+    let ours = ListParams::default().labels(SERVICE_LABEL);
+    api.list(&ours).await.unwrap().items
+}
+
+#[tokio::test]
+async fn children_are_made_kept_and_removed() {
+    let Some(kubeconfig) = kubeconfig() else {
+        return;
+    };
+    let client = cluster(&kubeconfig).await;
+    let ns = namespace(&client, "children").await;
+    let operator = Operator::start(&kubeconfig, &ns);
+    operator.leads().await;
+    let services: Api<InferenceService> = Api::namespaced(client.clone(), &ns);
+    let object: InferenceService = serde_json::from_value(service("m")).unwrap();
+    let uid = services
+        .create(&PostParams::default(), &object)
+        .await
+        .unwrap()
+        .uid()
+        .unwrap();
+
+    let deployment = until("a Deployment", PATIENCE, || async {
+        list::<Deployment>(&client, &ns).await.pop()
+    })
+    .await;
+    let name = deployment.name_any();
+    let hash = deployment.labels()[REVISION_LABEL].clone();
+    assert_eq!(name, format!("m-{hash}"));
+    let owner = &deployment.owner_references()[0];
+    assert_eq!((&owner.uid, owner.controller), (&uid, Some(true)));
+    let managers: Vec<_> = deployment
+        .managed_fields()
+        .iter()
+        .map(|f| (f.manager.clone().unwrap(), f.operation.clone().unwrap()))
+        .collect();
+    assert!(
+        managers.contains(&(FIELD_MANAGER.into(), "Apply".into())),
+        "{managers:?}"
+    );
+    assert_eq!(
+        list::<ControllerRevision>(&client, &ns).await[0].name_any(),
+        name
+    );
+    assert_eq!(
+        list::<ServiceAccount>(&client, &ns).await[0].name_any(),
+        "m-ashlar"
+    );
+    assert_eq!(list::<NetworkPolicy>(&client, &ns).await.len(), 1);
+    let mut names: Vec<_> = list::<Service>(&client, &ns)
+        .await
+        .iter()
+        .map(|s| s.name_any())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["m", "m-pods"]);
+    let status = until("a status", PATIENCE, || async {
+        services
+            .get("m")
+            .await
+            .unwrap()
+            .status
+            .filter(|s| s.url.is_some())
+    })
+    .await;
+    assert_eq!(
+        status.url.unwrap(),
+        format!("http://ashlar-gateway.{ns}.svc/{ns}/m/v1")
+    );
+    assert_eq!(
+        status.selector.as_deref(),
+        Some("serving.ashlar.dev/service=m")
+    );
+    assert_eq!(status.revision.unwrap().current, hash);
+    assert_eq!(status.conditions.len(), 5);
+
+    repairs(&client, &ns, &name).await;
+    at_rest_nothing_is_written(&operator, &services).await;
+    follows_the_spec(&client, &ns, &services, &hash).await;
+    drop_namespace(&client, &ns).await;
+    operator.terminate().await;
+}
+
+/// What others change or delete is put back.
+async fn repairs(client: &Client, ns: &str, deployment: &str) {
+    let deployments: Api<Deployment> = Api::namespaced(client.clone(), ns);
+    let drift = Patch::Merge(
+        json!({"spec": {"replicas": 7, "template": {"spec": {"terminationGracePeriodSeconds": 1}}}}),
+    );
+    deployments
+        .patch(deployment, &PatchParams::default(), &drift)
+        .await
+        .unwrap();
+    until("replicas and template are repaired", REPAIR, || async {
+        let spec = deployments.get(deployment).await.unwrap().spec.unwrap();
+        let grace = spec.template.spec.unwrap().termination_grace_period_seconds;
+        (spec.replicas == Some(1) && grace == Some(135)).then_some(())
+    })
+    .await;
+    let services: Api<Service> = Api::namespaced(client.clone(), ns);
+    let before = services.get("m").await.unwrap().uid();
+    services
+        .delete("m", &DeleteParams::default())
+        .await
+        .unwrap();
+    until("the alias is there again", REPAIR, || async {
+        let found = services.get_opt("m").await.unwrap()?;
+        (found.uid() != before).then_some(())
+    })
+    .await;
+}
+
+/// A look at a service at rest writes nothing: neither children nor status.
+async fn at_rest_nothing_is_written(operator: &Operator, services: &Api<InferenceService>) {
+    const LOOKS: &str = "controller_runtime_reconcile_total";
+    const WRITES: &str = "ashlar_operator_writes_total";
+    let look = async |value: &str| {
+        let looks = operator.metric(LOOKS).await.unwrap();
+        let note = Patch::Merge(json!({"metadata": {"annotations": {"note": value}}}));
+        services
+            .patch("m", &PatchParams::default(), &note)
+            .await
+            .unwrap();
+        until("another reconcile", PATIENCE, || async {
+            (operator.metric(LOOKS).await? > looks).then_some(())
+        })
+        .await;
+    };
+    // Without pods nothing changes by itself, whatever nodes there are.
+    let none = Patch::Merge(json!({"spec": {"replicas": 0}}));
+    services
+        .patch("m", &PatchParams::default(), &none)
+        .await
+        .unwrap();
+    until("no pods", PATIENCE, || async {
+        let status = services.get("m").await.unwrap().status?;
+        let workloads = status
+            .conditions
+            .iter()
+            .find(|c| c.type_ == "WorkloadsReady")?;
+        (status.replicas == 0 && workloads.reason == "ScaledToZero").then_some(())
+    })
+    .await;
+    // The last writes are seen and counted, then three looks in a row write nothing.
+    let (mut quiet, mut writes) = (0, operator.metric(WRITES).await.unwrap());
+    for value in 0..20 {
+        look(&value.to_string()).await;
+        let now = operator.metric(WRITES).await.unwrap();
+        quiet = if now == writes { quiet + 1 } else { 0 };
+        writes = now;
+        if quiet == 3 {
+            return;
+        }
+    }
+    panic!(
+        "every look at a service at rest writes: {}",
+        operator.metrics().await.unwrap()
+    );
+}
+
+/// Children come and go with the spec; a new spec is a new revision beside the old one.
+async fn follows_the_spec(
+    client: &Client,
+    ns: &str,
+    services: &Api<InferenceService>,
+    first: &str,
+) {
+    let change = async |spec: Value| {
+        let patch = Patch::Merge(json!({"spec": spec}));
+        services
+            .patch("m", &PatchParams::default(), &patch)
+            .await
+            .unwrap();
+    };
+    change(json!({"replicas": 2, "endpoint": {"alias": false}})).await;
+    until("no alias, and a disruption budget", PATIENCE, || async {
+        let alias = list::<Service>(client, ns)
+            .await
+            .iter()
+            .any(|s| s.name_any() == "m");
+        let budgets = list::<PodDisruptionBudget>(client, ns).await.len();
+        (!alias && budgets == 1).then_some(())
+    })
+    .await;
+    assert_eq!(
+        list::<Deployment>(client, ns).await.len(),
+        1,
+        "replicas and endpoint make no revision"
+    );
+    change(json!({"replicas": 1, "runtime": {"args": ["--max-model-len=1024"]}})).await;
+    let revisions = until("a second revision", PATIENCE, || async {
+        let found = list::<ControllerRevision>(client, ns).await;
+        (found.len() == 2).then_some(found)
+    })
+    .await;
+    let newest = revisions.iter().max_by_key(|r| r.revision).unwrap();
+    assert_ne!(newest.labels()[REVISION_LABEL], first);
+    until("no disruption budget for one replica", PATIENCE, || async {
+        list::<PodDisruptionBudget>(client, ns)
+            .await
+            .is_empty()
+            .then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_name_that_is_taken_is_left_alone_and_said() {
+    let Some(kubeconfig) = kubeconfig() else {
+        return;
+    };
+    let client = cluster(&kubeconfig).await;
+    let ns = namespace(&client, "taken").await;
+    let foreign: Api<Service> = Api::namespaced(client.clone(), &ns);
+    let theirs = serde_json::from_value(json!({
+        "metadata": {"name": "m-pods"}, "spec": {"ports": [{"port": 1234}]},
+    }))
+    .unwrap();
+    let before = foreign
+        .create(&PostParams::default(), &theirs)
+        .await
+        .unwrap();
+    let operator = Operator::start(&kubeconfig, &ns);
+    operator.leads().await;
+    let services: Api<InferenceService> = Api::namespaced(client.clone(), &ns);
+    let object = serde_json::from_value(service("m")).unwrap();
+    services
+        .create(&PostParams::default(), &object)
+        .await
+        .unwrap();
+    let ready = until("NameTaken", PATIENCE, || async {
+        let conditions = services.get("m").await.unwrap().status?.conditions;
+        conditions
+            .into_iter()
+            .find(|c| c.type_ == "Ready" && c.reason == "NameTaken")
+    })
+    .await;
+    assert_eq!(ready.status, "False");
+    assert!(
+        ready.message.contains("Service m-pods"),
+        "{}",
+        ready.message
+    );
+    let after = foreign.get("m-pods").await.unwrap();
+    assert_eq!(after.resource_version(), before.resource_version());
+    foreign
+        .delete("m-pods", &DeleteParams::default())
+        .await
+        .unwrap();
+    until("the name is ours now", PATIENCE, || async {
+        let found = foreign.get_opt("m-pods").await.unwrap()?;
+        found.labels().contains_key(SERVICE_LABEL).then_some(())
+    })
+    .await;
+    operator.terminate().await;
+    drop_namespace(&client, &ns).await;
+}
+
+#[tokio::test]
+async fn one_operator_leads_and_another_follows_at_once_when_it_ends() {
+    let Some(kubeconfig) = kubeconfig() else {
+        return;
+    };
+    let client = cluster(&kubeconfig).await;
+    let ns = namespace(&client, "leader").await;
+    let first = Operator::start(&kubeconfig, &ns);
+    first.leads().await;
+    let second = Operator::start(&kubeconfig, &ns);
+    until("the second is ready to lead", PATIENCE, || async {
+        (second.metric("ashlar_operator_leader").await? == 0.0).then_some(())
+    })
+    .await;
+    first.terminate().await;
+    // The Lease was given up: nobody waits for it to expire.
+    let start = Instant::now();
+    second.leads().await;
+    assert!(
+        start.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        start.elapsed()
+    );
+    second.terminate().await;
+    drop_namespace(&client, &ns).await;
+}

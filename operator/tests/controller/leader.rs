@@ -1,0 +1,142 @@
+//! Election against an API server that answers as told, with short times.
+
+use std::time::{Duration, Instant};
+
+use ashlar_operator::controller::leader::{Elector, Timing};
+use serde_json::{Value, json};
+
+use crate::support::{Server, api};
+
+const LEASE: &str = "/apis/coordination.k8s.io/v1/namespaces/ashlar-system/leases/l";
+const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/ashlar-system/leases";
+
+const TIMING: Timing = Timing {
+    lease: Duration::from_millis(300),
+    renew_deadline: Duration::from_millis(200),
+    retry: Duration::from_millis(30),
+    call: Duration::from_millis(100),
+};
+
+fn elector(client: kube::Client) -> Elector {
+    Elector::new(client, "ashlar-system", "l", "me".into(), TIMING)
+}
+
+/// Another's Lease, renewed at a time that its own clock believes in.
+fn theirs(renewed: &str, version: &str) -> Value {
+    json!({
+        "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+        "metadata": {"name": "l", "resourceVersion": version},
+        "spec": {"holderIdentity": "other", "renewTime": renewed, "leaseTransitions": 4},
+    })
+}
+
+async fn takes(server: &mut Server, found: Value) -> Value {
+    server.answers(&format!("GET {LEASE}"), 200, found).await;
+    server
+        .answers(
+            &format!("PUT {LEASE}"),
+            200,
+            theirs("2026-01-01T00:00:00.000000Z", "9"),
+        )
+        .await
+        .1
+}
+
+#[tokio::test]
+async fn a_lease_that_does_not_exist_is_made() {
+    let (client, mut server) = api();
+    let script = tokio::spawn(async move {
+        server.fails(&format!("GET {LEASE}"), 404).await;
+        let stored = theirs("2026-01-01T00:00:00.000000Z", "1");
+        let (_, body) = server.answers(&format!("POST {LEASES}"), 201, stored).await;
+        assert_eq!(body["spec"]["holderIdentity"], "me");
+    });
+    elector(client).acquire().await;
+    script.await.unwrap();
+}
+
+#[tokio::test]
+async fn another_holds_it_until_it_has_not_changed_for_the_whole_lease() {
+    let (client, mut server) = api();
+    let script = tokio::spawn(async move {
+        // Renewed an age ago by the other's clock: that means nothing.
+        let mut last_change = Instant::now();
+        for second in 0..4 {
+            let renewed = format!("2001-01-01T00:00:0{second}.000000Z");
+            server
+                .answers(&format!("GET {LEASE}"), 200, theirs(&renewed, "1"))
+                .await;
+            last_change = Instant::now();
+        }
+        loop {
+            let found = theirs("2001-01-01T00:00:03.000000Z", "7");
+            server.answers(&format!("GET {LEASE}"), 200, found).await;
+            if last_change.elapsed() > TIMING.lease {
+                break;
+            }
+        }
+        let stored = theirs("2026-01-01T00:00:00.000000Z", "8");
+        let (_, body) = server.answers(&format!("PUT {LEASE}"), 200, stored).await;
+        assert_eq!(
+            body["metadata"]["resourceVersion"], "7",
+            "a faster rival makes the write fail"
+        );
+        assert_eq!(body["spec"]["leaseTransitions"], 5);
+        last_change.elapsed()
+    });
+    elector(client).acquire().await;
+    assert!(script.await.unwrap() >= TIMING.lease);
+}
+
+#[tokio::test]
+async fn who_loses_the_race_for_a_free_lease_does_not_lead() {
+    let (client, mut server) = api();
+    let mut free = theirs("2026-01-01T00:00:00.000000Z", "1");
+    free["spec"]["holderIdentity"] = json!("");
+    let script = tokio::spawn(async move {
+        server
+            .answers(&format!("GET {LEASE}"), 200, free.clone())
+            .await;
+        server.fails(&format!("PUT {LEASE}"), 409).await;
+        takes(&mut server, free).await;
+    });
+    elector(client).acquire().await;
+    script.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_leader_without_an_api_server_gives_up_at_the_deadline() {
+    let (client, mut server) = api();
+    let silence = tokio::spawn(async move {
+        let mut free = theirs("2026-01-01T00:00:00.000000Z", "1");
+        free["spec"]["holderIdentity"] = json!("");
+        takes(&mut server, free).await;
+        server // kept open, and never answers again
+    });
+    let mut elector = elector(client);
+    elector.acquire().await;
+    let start = Instant::now();
+    elector.hold().await;
+    let held = start.elapsed();
+    assert!(held >= TIMING.renew_deadline, "{held:?}");
+    assert!(held < TIMING.lease, "no other may lead yet: {held:?}");
+    drop(silence.await);
+}
+
+#[tokio::test]
+async fn a_leader_whose_lease_was_taken_gives_up_at_once() {
+    let (client, mut server) = api();
+    let script = tokio::spawn(async move {
+        let mut free = theirs("2026-01-01T00:00:00.000000Z", "1");
+        free["spec"]["holderIdentity"] = json!("");
+        takes(&mut server, free).await;
+        let taken = theirs("2026-01-01T00:00:05.000000Z", "10");
+        server.answers(&format!("GET {LEASE}"), 200, taken).await;
+        server.finish().await;
+    });
+    let mut elector = elector(client);
+    elector.acquire().await;
+    elector.hold().await;
+    drop(elector);
+    script.await.unwrap();
+}
