@@ -26,7 +26,7 @@ impl Drop for Process {
 
 /// Starts a server and waits for the log line that says it is ready.
 fn serve(flags: &[&str]) -> (Process, SocketAddr, BufReader<std::process::ChildStderr>) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_ashlar"))
+    let child = Command::new(env!("CARGO_BIN_EXE_ashlar"))
         .arg("serve")
         .arg(common::model_path())
         .args([
@@ -40,7 +40,8 @@ fn serve(flags: &[&str]) -> (Process, SocketAddr, BufReader<std::process::ChildS
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut process = Process(child);
+    let mut log = BufReader::new(process.0.stderr.take().unwrap());
     let mut line = String::new();
     loop {
         line.clear();
@@ -53,7 +54,7 @@ fn serve(flags: &[&str]) -> (Process, SocketAddr, BufReader<std::process::ChildS
         };
         if event["message"] == "ready" {
             let address = event["address"].as_str().unwrap().parse().unwrap();
-            return (Process(child), address, log);
+            return (process, address, log);
         }
     }
 }
