@@ -189,9 +189,10 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
         format!("{}-{:08x}", args.identity, rand::random::<u32>()),
         leader::Timing::default(),
     );
-    // A standby keeps its caches warm, so that it acts at once when it leads.
+    // A standby keeps its caches warm, so that it acts at once when it leads. Only this task waits for them: a cache wakes
+    // one waiter, and a second would leave one of the two asleep for ever.
     let (filled, warm) = (Arc::clone(&metrics), caches.clone());
-    tokio::spawn(async move {
+    let warmed = tokio::spawn(async move {
         warm.ready().await;
         filled.set_ready();
     });
@@ -204,7 +205,9 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     tracing::info!("leading");
     metrics.set_leader(true);
     let work = async {
-        caches.ready().await;
+        warmed
+            .await
+            .expect("waiting for caches does not panic: this is a bug");
         caches.listen();
         control(client, args, caches.clone(), triggers, metrics).await;
     };
