@@ -6,6 +6,10 @@
 //!   [`HELD_FACTOR`] times as many places in front of them;
 //! - a bad line never stops the run.
 
+mod model;
+
+pub use model::ModelGenerator;
+
 use std::{
     collections::BTreeMap,
     io::{BufRead, Read, Write},

@@ -18,9 +18,8 @@ use serde::Deserialize;
 /// A step whose two largest logits are closer than this may go either way.
 const TIE: f64 = 0.01;
 const MAX_EXACT_DISTANCE: f64 = 1e-5;
-/// Eight bits an activation leave an error that varies by position: the mean is bounded, and the worst one.
+/// Sixteen bits an activation: close at every position, not only in the mean.
 const MAX_FAST_DISTANCE: f64 = 1e-3;
-const MAX_FAST_DISTANCE_ANYWHERE: f64 = 2e-2;
 const MAX_PERPLEXITY_CHANGE: f64 = 0.005;
 
 #[derive(Deserialize)]
@@ -259,12 +258,5 @@ fn default_mode_stays_close_to_exact_mode() {
 
     let (mean, worst) = prefill_distance(&mut driver, &cases, &truth);
     println!("default mode: 1 − cosine: mean {mean:.2e}, largest {worst:.2e}");
-    assert!(
-        mean <= MAX_FAST_DISTANCE,
-        "1 − cosine is {mean:e} in the mean"
-    );
-    assert!(
-        worst <= MAX_FAST_DISTANCE_ANYWHERE,
-        "1 − cosine reaches {worst:e}"
-    );
+    assert!(worst <= MAX_FAST_DISTANCE, "1 − cosine reaches {worst:e}");
 }

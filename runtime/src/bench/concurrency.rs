@@ -4,19 +4,11 @@
 //! The same trace runs twice, everything submitted at once: with [`KvReservation::Contiguous`], then with
 //! [`KvReservation::Paged`]. The tokens of both runs must be the same, or nothing is reported.
 
-use std::{
-    sync::{Arc, Mutex, OnceLock, PoisonError},
-    time::Instant,
-};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use serde::Serialize;
 
-use super::{
-    CheckError,
-    engine::EngineTarget,
-    report::{Percentiles, percentiles, round},
-    trace::Job,
-};
+use super::{CheckError, engine::EngineTarget, report::round, roofline::Clock, trace::Job};
 use crate::{
     engine::{
         Engine, EngineConfig, EngineHandle, EngineObserver, KvReservation, StepReport,
@@ -55,8 +47,6 @@ pub struct ModeReport {
     pub wall_s: f64,
     /// Generated tokens per second.
     pub out_tok_s: f64,
-    /// Time to first token.
-    pub ttft_ms: Percentiles,
     /// Steps of the engine.
     pub steps: u64,
     /// Requests that lost their blocks and were computed again.
@@ -80,13 +70,16 @@ pub struct ConcurrencyReport {
     pub contiguous: ModeReport,
     /// Block by block.
     pub paged: ModeReport,
-    /// Users at once, paged to contiguous: mean, and peak.
+    /// Users at once, paged to contiguous: means.
     pub users_ratio: f64,
-    /// See `users_ratio`.
+    /// Users at once, paged to contiguous: peaks.
     pub peak_ratio: f64,
     /// Output tokens per second, paged to contiguous.
     pub throughput_ratio: f64,
 }
+
+/// A runner and the clock that its work takes.
+pub type TimedRunner = (Box<dyn ModelRunner>, Clock);
 
 /// Runs the trace in both modes. `runner` makes one runner per mode; both must have the same limits.
 ///
@@ -98,7 +91,7 @@ pub async fn compare<R>(
     jobs: &[Job],
 ) -> Result<ConcurrencyReport, ConcurrencyError>
 where
-    R: FnMut() -> Result<Box<dyn ModelRunner>, String>,
+    R: FnMut() -> Result<TimedRunner, String>,
 {
     let mut mode = async |reservation| {
         let runner = runner().map_err(ConcurrencyError::Start)?;
@@ -150,7 +143,7 @@ where
 type ModeResult = (ModeReport, Vec<Vec<TokenId>>, RunnerLimits);
 
 async fn run_mode(
-    runner: Box<dyn ModelRunner>,
+    (runner, clock): TimedRunner,
     config: EngineConfig,
     jobs: &[Job],
 ) -> Result<ModeResult, ConcurrencyError> {
@@ -158,53 +151,51 @@ async fn run_mode(
         KvReservation::Contiguous => "contiguous",
         KvReservation::Paged => "paged",
     };
-    let counter = Arc::new(Counter::default());
+    let counter = Arc::new(Counter::new(clock.clone()));
     let engine = Engine::start_observed(runner, config, counter.clone())
         .map_err(|error| ConcurrencyError::Start(error.to_string()))?;
     // Set once, before the first request and so before the first step.
     let _ = counter.engine.set(engine.clone());
     let target = EngineTarget::new(engine.clone());
-    let start = Instant::now();
+    let start = clock.seconds();
     let results = futures::future::join_all(jobs.iter().map(|job| target.tokens(job))).await;
-    let wall = start.elapsed().as_secs_f64();
+    let wall = clock.seconds() - start;
     let stats = engine.stats();
     engine.shutdown();
-    let ended = engine.join().await;
     let failed = |message: String| ConcurrencyError::Request { mode, message };
-    ended.map_err(|error| failed(error.to_string()))?;
-    let (outcomes, tokens): (Vec<_>, Vec<_>) = results
+    engine
+        .join()
+        .await
+        .map_err(|error| failed(error.to_string()))?;
+    let tokens = results
         .into_iter()
+        .map(|result| result.map(|(_, tokens)| tokens))
         .collect::<Result<Vec<_>, _>>()
-        .map_err(failed)?
-        .into_iter()
-        .unzip();
+        .map_err(failed)?;
     let (peak_running, mean_running) = counter.figures();
     let report = ModeReport {
         peak_running,
         mean_running: round(mean_running, 2),
         wall_s: round(wall, 3),
-        out_tok_s: round(
-            outcomes.iter().map(|outcome| outcome.output).sum::<usize>() as f64 / wall,
-            1,
-        ),
-        ttft_ms: percentiles(outcomes.iter().map(|outcome| outcome.ttft).collect()),
+        out_tok_s: round(tokens.iter().map(Vec::len).sum::<usize>() as f64 / wall, 1),
         steps: stats.steps,
         preemptions: stats.preemptions,
     };
-    let limits = engine.limits().clone();
-    Ok((report, tokens, limits))
+    Ok((report, tokens, engine.limits().clone()))
 }
 
 /// Counts, after every step, who runs and whether anyone waits.
-#[derive(Default)]
 struct Counter {
     engine: OnceLock<EngineHandle>,
+    clock: Clock,
     sums: Mutex<Sums>,
 }
 
 #[derive(Default)]
 struct Sums {
     peak: u32,
+    /// The clock at the last step.
+    last: f64,
     /// While others wait: seconds, and running × seconds.
     seconds: f64,
     weighted: f64,
@@ -214,6 +205,18 @@ struct Sums {
 }
 
 impl Counter {
+    fn new(clock: Clock) -> Self {
+        let sums = Sums {
+            last: clock.seconds(),
+            ..Sums::default()
+        };
+        Self {
+            engine: OnceLock::new(),
+            clock,
+            sums: Mutex::new(sums),
+        }
+    }
+
     fn figures(&self) -> (u32, f64) {
         let sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let mean = if sums.seconds > 0.0 {
@@ -226,13 +229,15 @@ impl Counter {
 }
 
 impl EngineObserver for Counter {
-    fn on_step(&self, report: &StepReport<'_>) {
+    fn on_step(&self, _report: &StepReport<'_>) {
         let Some(stats) = self.engine.get().map(EngineHandle::stats) else {
             return;
         };
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
-        let (seconds, running) = (report.duration.as_secs_f64(), f64::from(report.num_seqs));
-        sums.peak = sums.peak.max(report.num_seqs);
+        let now = self.clock.seconds();
+        let (seconds, running) = (now - sums.last, f64::from(stats.running));
+        sums.last = now;
+        sums.peak = sums.peak.max(stats.running);
         sums.all_seconds += seconds;
         sums.all_weighted += seconds * running;
         if stats.waiting > 0 {
@@ -241,3 +246,7 @@ impl EngineObserver for Counter {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "concurrency/tests.rs"]
+mod tests;

@@ -15,6 +15,7 @@ pub mod concurrency;
 pub mod engine;
 pub mod http;
 pub mod report;
+pub mod roofline;
 pub mod trace;
 
 /// The output that was to be timed is wrong.

@@ -18,8 +18,6 @@ pub struct Linear<M> {
     pub bias: Option<Vec<f32>>,
     /// How it was cut.
     pub shard: Shard,
-    /// Errors in its result are magnified: see [`MatrixEntry::sensitive`](super::registry::MatrixEntry::sensitive).
-    pub sensitive: bool,
     /// Rows of all parts.
     pub out_features: usize,
     /// Columns.

@@ -189,7 +189,6 @@ impl<B: Backend> Loader<'_, B> {
             parts,
             bias,
             shard: entry.shard,
-            sensitive: entry.sensitive,
             out_features,
             in_features,
         })

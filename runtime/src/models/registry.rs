@@ -148,9 +148,6 @@ pub struct MatrixEntry {
     pub shard: Shard,
     /// How they are joined.
     pub fuse: Fuse,
-    /// Its result goes through a softmax of products, which magnifies errors: a backend that quantises activations to
-    /// 8 bits takes 16 here. (Of the default model's int8 error, three fifths come from the input of q, k and v.)
-    pub sensitive: bool,
 }
 
 /// Names of everything in one checkpoint format. Vectors are full names, matrices see [`Part`].
@@ -179,7 +176,6 @@ macro_rules! entry {
         MatrixEntry {
             parts: PARTS,
             shard: Shard::$shard,
-            sensitive: matches!(Shard::$shard, Shard::KvGroup),
             fuse: if PARTS.len() == 1 { Fuse::Single } else { Fuse::StackRows },
         }
     }};
