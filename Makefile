@@ -12,7 +12,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell sha256sum < rust-toolchain.to
 CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
 
-.PHONY: help demo demo-down check unit e2e test deny generate chart-test clean
+.PHONY: help demo demo-down check unit e2e test deny generate chart-test bench-peer clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ generate: ## the generated files: the resource's definition, and the chart's cop
 
 chart-test: ## renders the chart with several values and checks the result; needs helm on PATH
 	charts/tests/render.sh
+
+bench-peer: ## speed against llama.cpp's server, in turns on this machine; prints the ratios
+	e2e/bench/peer.sh
 
 clean: ## ends the test cluster and empties the cache
 	e2e/cluster/down.sh $(CLUSTER)
