@@ -131,7 +131,9 @@ async fn no_more_than_the_window_run_at_once() {
             .enumerate()
             .all(|(at, line)| line["text"] == format!("P{at}"))
     );
-    assert_eq!(generator.most.load(Ordering::SeqCst), 5);
+    // How many really overlap depends on how fast lines are read; the bound does not.
+    let most = generator.most.load(Ordering::SeqCst);
+    assert!((1..=5).contains(&most), "{most} ran at once");
 }
 
 #[tokio::test]
