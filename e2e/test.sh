@@ -65,7 +65,13 @@ inside() { "$CLUSTER_DIR/enter.sh" "$cluster" "$@"; }
 
 # Everything but the e2e tests, in the cluster's network: the tests that need an API server find one. Always the whole
 # workspace and its one set of features: with another selection cargo would compile half of the dependencies again.
-workspace_tests() { inside env ASHLAR_TEST_KUBECONFIG="$kubeconfig" cargo test --release --offline --no-fail-fast --workspace; }
+# What they leave on the API server goes: the stories install the chart, and with it the resource, on a clean cluster.
+workspace_tests() {
+    local status=0
+    inside env ASHLAR_TEST_KUBECONFIG="$kubeconfig" cargo test --release --offline --no-fail-fast --workspace || status=$?
+    inside kubectl delete crd --all --timeout=60s || status=1
+    return $status
+}
 
 e2e_tests() {
     local enter=(inside)
