@@ -7,7 +7,8 @@ SHELL := /bin/bash
 # hash of its inputs (e2e/cluster/lib.sh).
 CACHE := $(or $(ASHLAR_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ashlar)
 export ASHLAR_CACHE := $(CACHE)
-export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell sha256sum < rust-toolchain.toml | cut -c1-16)
+# A build folder belongs to one checkout: cargo tells sources apart by their time, and would take another's for its own.
+export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell (cat rust-toolchain.toml; pwd) | sha256sum | cut -c1-16)
 # The name of the cluster that tests use; two checkouts may test at once under two names.
 CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
