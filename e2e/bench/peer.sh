@@ -16,7 +16,7 @@ cores=$(nproc)
 build_peer() {
     local into=$1
     say "Building llama-server from $PEER (some minutes)"
-    python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
+    python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
         --dest "$into" "$PEER"
     tar -xzf "$into"/*.tar.gz -C "$into" --strip-components 1
     cmake -S "$into/vendor/llama.cpp" -B "$into/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF \
