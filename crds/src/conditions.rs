@@ -45,6 +45,8 @@ pub mod reason {
     pub const REVISION_FAILED: &str = "RevisionFailed";
     /// No replica is wanted; the gateway holds requests and wakes the service.
     pub const SCALED_TO_ZERO: &str = "ScaledToZero";
+    /// A service that slept starts its first pod; requests are held.
+    pub const WAKING_UP: &str = "WakingUp";
     /// Too few pods answer with their metrics.
     pub const METRICS_UNAVAILABLE: &str = "MetricsUnavailable";
     /// An object of that name exists and is not ours.

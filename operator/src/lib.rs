@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! controller   InferenceService → pods: fetch → validate → build → apply → status
+//! autoscaler   load of pods and gateways → replicas: scrape → signal → decide, inside the leading controller
 //! gateway      requests → pods: resolve → auth → hold → route → proxy
 //! ```
 //!
@@ -9,5 +10,6 @@
 //! the controller wrote.
 #![forbid(unsafe_code)]
 
+pub mod autoscaler;
 pub mod controller;
 pub mod gateway;

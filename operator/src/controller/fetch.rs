@@ -161,6 +161,18 @@ impl Caches {
         );
     }
 
+    /// Pods of all services.
+    #[must_use]
+    pub fn pods(&self) -> Vec<Arc<Pod>> {
+        self.pods.state()
+    }
+
+    /// The gateway's own EndpointSlices.
+    #[must_use]
+    pub fn gateway_slices(&self) -> Vec<Arc<EndpointSlice>> {
+        self.gateway_slices.state()
+    }
+
     /// Everything of one service.
     #[must_use]
     pub fn observe(&self, namespace: &str, name: &str) -> Observed {

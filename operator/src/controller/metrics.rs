@@ -73,6 +73,12 @@ impl Metrics {
         metrics
     }
 
+    /// Where others of this process register theirs.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
     /// Counts a reconcile that started at `start`; `result` is `success` or `error`.
     pub fn reconciled(&self, start: Instant, result: &str) {
         self.reconciles

@@ -32,6 +32,7 @@ use kube::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::autoscaler::{Autoscaler, World};
 use build::Defaults;
 use fetch::Caches;
 use metrics::Metrics;
@@ -42,6 +43,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 const WATCH_TIMEOUT: Duration = Duration::from_secs(295);
 /// Reconciles at once.
 const CONCURRENCY: u16 = 16;
+/// Services with a new number of replicas that wait for a reconcile; more make the autoscaler wait.
+const MAX_RESCALED: usize = 1024;
 /// Changes within this time are looked at together.
 const DEBOUNCE: Duration = Duration::from_millis(20);
 
@@ -94,6 +97,14 @@ pub struct ControllerArgs {
         value_name = "ADDRESS"
     )]
     pub admin_listen: SocketAddr,
+    /// Port of the gateways' metrics.
+    #[arg(
+        long,
+        env = "ASHLAR_GATEWAY_METRICS_PORT",
+        default_value_t = 8081,
+        value_name = "PORT"
+    )]
+    pub gateway_metrics_port: u16,
     /// Name of the Lease by which operators agree on a leader.
     #[arg(long, env = "ASHLAR_LEASE_NAME", default_value = "ashlar-operator")]
     pub lease_name: String,
@@ -141,6 +152,7 @@ pub(crate) struct Context {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) events: kube::runtime::events::Recorder,
     pub(crate) written: status::Written,
+    pub(crate) autoscaler: Arc<Autoscaler>,
 }
 
 /// An answer of the API server, or an error after [`CALL_TIMEOUT`].
@@ -256,9 +268,28 @@ async fn control(
             cluster_domain: args.cluster_domain,
         },
         gateway_account: args.gateway_service_account,
+        autoscaler: Arc::new(
+            Autoscaler::new(metrics.registry(), args.gateway_metrics_port)
+                .expect("each name once: this is a bug"),
+        ),
         metrics,
         written: status::Written::default(),
     });
+    let scaled = {
+        let (autoscaler, caches) = (Arc::clone(&context.autoscaler), context.caches.clone());
+        let services = store.clone();
+        let look = move || World {
+            services: services.state(),
+            pods: caches.pods(),
+            gateway_slices: caches.gateway_slices(),
+        };
+        let (send, mut receive) = tokio::sync::mpsc::channel(MAX_RESCALED);
+        let scaling = async move { autoscaler.run(look, send).await };
+        (
+            scaling,
+            futures::stream::poll_fn(move |context| receive.poll_recv(context)),
+        )
+    };
     // A change of the gateway's endpoints concerns every service's alias.
     let triggers = triggers.flat_map(move |service| {
         let all = match service {
@@ -271,15 +302,16 @@ async fn control(
         };
         futures::stream::iter(all)
     });
-    controller
-        .reconcile_on(triggers)
+    let (scaling, rescaled) = scaled;
+    let control = controller
+        .reconcile_on(futures::stream::select(triggers, rescaled))
         .run(reconcile::reconcile, reconcile::after_error, context)
         .for_each(|result| async move {
             if let Err(error) = result {
                 tracing::debug!(%error, "reconcile");
             }
-        })
-        .await;
+        });
+    tokio::join!(control, scaling);
 }
 
 /// Refuses to start without the CRD, or with one that lacks this version's fields.

@@ -151,7 +151,11 @@ async fn steps(
         &service.name_any(),
     );
     observed.keep_owned_by(&service.uid().unwrap_or_default());
-    let validated = validate(service)?;
+    let mut validated = validate(service)?;
+    let scaling = context.autoscaler.outcome(service);
+    if let Some(outcome) = &scaling {
+        validated.wanted = outcome.desired;
+    }
     let hash = revision::hash(service);
     let current = current_template(&validated, &hash, &observed, context)?;
     let (newest, older) = revision_states(&validated, &hash, &observed, now);
@@ -193,6 +197,7 @@ async fn steps(
         outdated: runtime_image(&current.template).is_some_and(|image| image != default_image),
         gateway_endpoints: ready_endpoints(&gateway_slices),
         keys,
+        scaling: scaling.as_ref(),
         now,
     });
     let settled =
@@ -493,7 +498,55 @@ async fn write_status(
         Err(error) => return Err(ReconcileError::Status(error)),
     }
     publish_transition(service, &status, context).await;
+    publish_decision(service, &status, context).await;
     Ok(())
+}
+
+/// An event for a new number of replicas, with the reason and its figures.
+async fn publish_decision(
+    service: &InferenceService,
+    status: &InferenceServiceStatus,
+    context: &Context,
+) {
+    let of = |status: Option<&InferenceServiceStatus>| status?.scaling.clone()?.last_decision;
+    let (before, after) = (of(service.status.as_ref()), of(Some(status)));
+    let Some(decision) = after.filter(|after| before.as_ref() != Some(after)) else {
+        return;
+    };
+    let explanation = context
+        .autoscaler
+        .outcome(service)
+        .and_then(|o| o.explanation);
+    let note = explanation.unwrap_or_else(|| {
+        format!(
+            "from {} to {} replicas: {}",
+            decision.from, decision.to, decision.reason
+        )
+    });
+    tracing::info!(
+        namespace = service.namespace(),
+        service = service.name_any(),
+        reason = decision.reason,
+        note,
+        "scaled"
+    );
+    let event = Event {
+        type_: EventType::Normal,
+        reason: if decision.to > decision.from {
+            "ScaledUp"
+        } else {
+            "ScaledDown"
+        }
+        .into(),
+        note: Some(note.chars().take(1000).collect()),
+        action: "Scale".into(),
+        secondary: None,
+    };
+    let about = service.object_ref(&());
+    let published = context.events.publish(&event, &about);
+    if let Err(error) = timed(published).await {
+        tracing::warn!(%error, "cannot publish an event");
+    }
 }
 
 async fn publish_transition(

@@ -16,6 +16,8 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 
+use crate::autoscaler::Outcome;
+
 use super::{
     build::Defaults,
     pods::{self, Blocker},
@@ -54,6 +56,8 @@ pub struct Facts<'a> {
     pub gateway_endpoints: usize,
     /// Users' keys.
     pub keys: KeyAccess,
+    /// What the autoscaler decided, for a scaled service.
+    pub scaling: Option<&'a Outcome>,
     /// Now.
     pub now: Timestamp,
 }
@@ -141,8 +145,8 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
     let endpoint = endpoint_verdict(facts);
     let workloads = workloads_verdict(facts, worst.as_ref());
     let model = model_verdict(facts, ready, worst.as_ref());
-    let overall = ready_verdict(facts, ready, &endpoint, &workloads);
-    let scaling = scaling_verdict(service);
+    let overall = ready_verdict(facts, ready, &endpoint, &workloads, worst.as_ref());
+    let scaling = scaling_verdict(service, facts.scaling);
     let phase = match (&model, worst.as_ref().map(|b| b.reason)) {
         (Verdict { ok: true, .. }, _) => "Ready",
         (_, Some(reason::MODEL_DOWNLOADING)) => "Downloading",
@@ -189,7 +193,11 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
         }),
         scaling: Some(ScalingStatus {
             desired_replicas: service.wanted,
-            last_decision: old.scaling.and_then(|s| s.last_decision),
+            last_decision: match (&service.service.spec.scaling, facts.scaling) {
+                (None, _) => None,
+                (Some(_), Some(outcome)) => outcome.last.clone(),
+                (Some(_), None) => old.scaling.and_then(|s| s.last_decision),
+            },
         }),
         ..with_conditions(
             &service.service,
@@ -357,6 +365,7 @@ fn ready_verdict(
     ready: usize,
     endpoint: &Verdict,
     workloads: &Verdict,
+    worst: Option<&Blocker>,
 ) -> Verdict {
     if !endpoint.ok {
         return verdict(false, endpoint.reason, endpoint.message.clone());
@@ -384,32 +393,53 @@ fn ready_verdict(
             .iter()
             .any(|c| c.type_ == READY && c.status == "True")
     });
+    let scaled = facts.service.service.spec.scaling.is_some();
     if facts.service.wanted == 0 {
+        let message = if scaled {
+            "no replica is wanted; the next request is held and wakes the service"
+        } else {
+            "no replica is wanted; set replicas to serve again"
+        };
+        return verdict(was_ready, reason::SCALED_TO_ZERO, message);
+    }
+    // Requests are held while a service that slept wakes up: nothing is wrong unless its pods cannot start.
+    let waking = was_ready
+        && scaled
+        && facts.service.service.status.as_ref().is_some_and(|status| {
+            let mut conditions = status.conditions.iter();
+            conditions.any(|c| {
+                c.type_ == READY
+                    && [reason::SCALED_TO_ZERO, reason::WAKING_UP].contains(&&*c.reason)
+            })
+        });
+    if waking && worst.is_none_or(|blocker| blocker.severity < 3) {
         return verdict(
-            was_ready,
-            reason::SCALED_TO_ZERO,
-            "no replica is wanted; set replicas to serve again",
+            true,
+            reason::WAKING_UP,
+            "requests are held until the first pod is ready",
         );
     }
     verdict(false, workloads.reason, workloads.message.clone())
 }
 
-fn scaling_verdict(service: &ValidatedService) -> Verdict {
-    match &service.service.spec.scaling {
-        None => verdict(
+fn scaling_verdict(service: &ValidatedService, outcome: Option<&Outcome>) -> Verdict {
+    let Some(scaling) = &service.service.spec.scaling else {
+        return verdict(
             true,
             reason::FIXED_REPLICAS,
             "spec.replicas, kubectl scale, HPA or KEDA set the number of replicas",
-        ),
-        Some(scaling) => verdict(
-            false,
-            reason::METRICS_UNAVAILABLE,
-            format!(
-                "this version does not scale by load: the service keeps {} replicas (minReplicas, at least 1)",
-                scaling.min_replicas.max(1)
-            ),
-        ),
+        );
+    };
+    if let Some(blind) = outcome.and_then(|outcome| outcome.blind.as_ref()) {
+        return verdict(false, reason::METRICS_UNAVAILABLE, blind.clone());
     }
+    let range = format!(
+        "between {} and {} replicas by KV-cache use and waiting requests",
+        scaling.min_replicas, scaling.max_replicas
+    );
+    let last = outcome.and_then(|o| o.explanation.as_ref());
+    let message = last.map_or(range.clone(), |last| format!("{range}; last {last}"));
+    verdict(true, reason::AVAILABLE, message)
 }
 
 /// Conditions with their transition times carried over where nothing changed.

@@ -91,11 +91,8 @@ pub fn validate(service: &InferenceService) -> Result<ValidatedService, InvalidS
             ),
         ));
     }
-    // Without an autoscaler at work, a scaled service keeps its floor, and at least one pod, so that it answers.
-    let wanted = spec
-        .scaling
-        .as_ref()
-        .map_or(spec.replicas, |scaling| scaling.min_replicas.max(1));
+    // Until the autoscaler has decided, a scaled service keeps what it had.
+    let wanted = crate::autoscaler::initial(service);
     Ok(ValidatedService {
         name: service.name_any(),
         namespace: service.namespace().unwrap_or_default(),

@@ -149,9 +149,19 @@ impl Metrics {
     /// The text that Prometheus reads.
     #[must_use]
     pub fn render(&self) -> String {
+        self.render_only(&[])
+    }
+
+    /// The same of these metrics only, or of all when none is named.
+    #[must_use]
+    pub fn render_only(&self, names: &[&str]) -> String {
         let mut out = Vec::new();
+        let mut families = self.registry.gather();
+        if !names.is_empty() {
+            families.retain(|family| names.contains(&family.name()));
+        }
         TextEncoder::new()
-            .encode(&self.registry.gather(), &mut out)
+            .encode(&families, &mut out)
             .expect("writing metrics to memory does not fail: this is a bug");
         String::from_utf8(out).expect("metrics are UTF-8: this is a bug")
     }
@@ -364,6 +374,8 @@ mod tests {
         meter.byte();
         drop(meter);
         drop(metrics.meter(&id, Instant::now()));
+        let some = metrics.render_only(&["ashlar_gateway_held_requests", "nothing"]);
+        assert!(!some.contains("ashlar_gateway_requests_total"), "{some}");
         let text = metrics.render();
         for line in [
             "ashlar_gateway_requests_total{code=\"200\",name=\"mistral\",namespace=\"chat\"} 1",

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{RawQuery, State};
 use axum::routing::get;
 use http::header::{CONNECTION, CONTENT_TYPE, HeaderValue};
 use http::{Request, StatusCode};
@@ -24,6 +24,8 @@ use super::proxy::Proxy;
 
 /// A client has this long to send a request's head, or the next one on an open connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
+/// Names that one `/metrics?name[]=` may list.
+const MAX_METRIC_NAMES: usize = 64;
 /// After a failed accept (out of file descriptors, mostly) the next try waits this long.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -175,8 +177,20 @@ impl Admin {
         }
     }
 
-    async fn metrics(State(admin): State<Self>) -> ([(http::HeaderName, &'static str); 1], String) {
+    /// All metrics, or those of `?name[]=…`.
+    async fn metrics(
+        State(admin): State<Self>,
+        RawQuery(query): RawQuery,
+    ) -> ([(http::HeaderName, &'static str); 1], String) {
         let kind = (CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8");
-        ([kind], admin.metrics.render())
+        let query = query.unwrap_or_default();
+        let names: Vec<&str> = query
+            .split('&')
+            .filter_map(|pair| pair.split_once('='))
+            .filter(|(key, _)| matches!(*key, "name[]" | "name%5B%5D" | "name%5b%5d"))
+            .map(|(_, name)| name)
+            .take(MAX_METRIC_NAMES)
+            .collect();
+        ([kind], admin.metrics.render_only(&names))
     }
 }

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use ashlar_crds::{InferenceService, InferenceServiceStatus};
+use ashlar_crds::{InferenceService, InferenceServiceStatus, ScalingDecision};
+use ashlar_operator::autoscaler::Outcome;
 use ashlar_operator::controller::{
     rollout::{RevisionState, RolloutPlan},
     status::{Facts, KeyAccess, blocked, compute},
@@ -21,6 +22,9 @@ struct Scene {
     refused: Option<&'static str>,
     gateway_endpoints: usize,
     keys: KeyAccess,
+    scaling: Option<Outcome>,
+    /// Instead of what the spec and its status ask for.
+    wanted: Option<i32>,
     now: Timestamp,
 }
 
@@ -51,13 +55,17 @@ impl Scene {
             refused: None,
             gateway_endpoints: 2,
             keys: KeyAccess::Allowed,
+            scaling: None,
+            wanted: None,
             now: "2026-01-01T00:01:00Z".parse().unwrap(),
         }
     }
 
     fn status(&self) -> InferenceServiceStatus {
+        let mut service = validated(&self.service);
+        service.wanted = self.wanted.unwrap_or(service.wanted);
         compute(&Facts {
-            service: &validated(&self.service),
+            service: &service,
             defaults: &defaults(),
             pods: &self.pods,
             newest: &self.newest,
@@ -66,6 +74,7 @@ impl Scene {
             outdated: false,
             gateway_endpoints: self.gateway_endpoints,
             keys: self.keys,
+            scaling: self.scaling.as_ref(),
             now: self.now,
         })
     }
@@ -192,14 +201,67 @@ fn zero_replicas_are_ready_only_after_the_model_was() {
     assert_eq!(said(&scene.status(), "Ready").0, "True ScaledToZero");
 }
 
+fn outcome(desired: i32, blind: Option<&str>) -> Outcome {
+    Outcome {
+        desired,
+        last: Some(ScalingDecision {
+            from: 1,
+            to: desired,
+            reason: "QueueDepth".into(),
+            ..ScalingDecision::default()
+        }),
+        explanation: Some(format!("from 1 to {desired} replicas: 23 requests wait")),
+        blind: blind.map(str::to_owned),
+    }
+}
+
 #[test]
-fn scaling_is_not_pretended() {
-    let status = Scene::new("valid-mistral-gpu", &[ready()]).status();
+fn a_scaled_service_says_what_was_decided_and_what_cannot_be_seen() {
+    let mut scene = Scene::new("valid-mistral-gpu", &[ready()]);
+    scene.scaling = Some(outcome(5, None));
+    let status = scene.status();
     let (verdict, message) = said(&status, "ScalingReady");
-    assert!(verdict.starts_with("False "), "{verdict}");
-    assert!(message.contains("keeps 1 replicas"), "{message}");
+    assert_eq!(verdict, "True Available");
+    assert!(message.contains("23 requests wait"), "{message}");
+    let decision = status.scaling.unwrap().last_decision.unwrap();
+    assert_eq!((decision.to, decision.reason.as_str()), (5, "QueueDepth"));
+
+    scene.scaling = Some(outcome(5, Some("0 of 1 ready pods have answered")));
+    let (verdict, message) = said(&scene.status(), "ScalingReady");
+    assert_eq!(verdict, "False MetricsUnavailable");
+    assert!(message.contains("0 of 1"), "{message}");
+
     let fixed = Scene::new("valid-smollm2", &[ready()]).status();
     assert_eq!(said(&fixed, "ScalingReady").0, "True FixedReplicas");
+    assert_eq!(fixed.scaling.unwrap().last_decision, None);
+}
+
+#[test]
+fn a_service_that_slept_is_ready_while_it_wakes_unless_its_pods_cannot_start() {
+    let mut scene = Scene::new("valid-mistral-gpu", &[ready()]);
+    let scaling = scene.service.spec.scaling.as_mut().unwrap();
+    scaling.min_replicas = 0;
+    scene.service.status = Some(scene.status());
+    let mut asleep = Scene::new("valid-mistral-gpu", &[]);
+    asleep.service = scene.service.clone();
+    asleep.wanted = Some(0);
+    let status = asleep.status();
+    let (verdict, message) = said(&status, "Ready");
+    assert_eq!(verdict, "True ScaledToZero");
+    assert!(message.contains("wakes the service"), "{message}");
+
+    asleep.service.status = Some(status);
+    asleep.wanted = Some(1);
+    let waking = asleep.status();
+    assert_eq!(said(&waking, "Ready").0, "True WakingUp");
+    let mut stuck = Scene::new(
+        "valid-mistral-gpu",
+        &[unscheduled("Insufficient nvidia.com/gpu.")],
+    );
+    stuck.service = asleep.service.clone();
+    stuck.service.status = Some(waking);
+    stuck.wanted = Some(1);
+    assert_eq!(said(&stuck.status(), "Ready").0, "False InsufficientGPU");
 }
 
 #[test]

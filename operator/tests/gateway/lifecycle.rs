@@ -36,6 +36,9 @@ async fn readiness_follows_the_first_listing_and_the_end() {
     assert_eq!(probe(&gateway, "/healthz").await.0, 200);
     let (_, metrics) = probe(&gateway, "/metrics").await;
     assert!(metrics.contains("# TYPE ashlar_gateway_requests_total counter"));
+    let (_, one) = probe(&gateway, "/metrics?name[]=ashlar_gateway_connections").await;
+    assert!(one.contains("ashlar_gateway_connections"), "{one}");
+    assert!(!one.contains("ashlar_gateway_requests_total"), "{one}");
 }
 
 #[tokio::test]

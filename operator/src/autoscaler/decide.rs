@@ -1,0 +1,471 @@
+//! How many replicas: a pure function of what was seen, what is asked, and what was seen before.
+//!
+//! ```text
+//! load     per ready replica max(KV cache ÷ target, waiting ÷ target); requests held at the gateways count as waiting
+//! demand   sum of the loads = replicas that would carry them at target; what starting replicas will take is counted,
+//!          because demand is compared with all replicas wanted, not with those that are ready
+//! bound    a queue asks for no more than what sustains the arrivals and clears the queue, once a replica's rate is known
+//! windows  up on the mean of 4 s, at once in panic (demand twice the replicas); down on the mean of 60 s, never within
+//!          60 s of a panic, and only if the replicas that stay could hold the load
+//! behavior the user's, word for word; then minReplicas and maxReplicas
+//! zero     only after `idleSeconds` without a request anywhere, every signal fresh
+//! ```
+//!
+//! Invariants: a missing signal is never zero: too few fresh ones hold the count; time comes in as an argument; the
+//! history is bounded.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::behavior::{Behavior, Record};
+use super::capacity::{Capacity, Known};
+use super::signal::{GatewayLoad, PodLoad, Signal};
+
+/// Demand is averaged over this many seconds before replicas are added.
+const QUICK_WINDOW_SECONDS: f64 = 4.0;
+/// Demand is averaged over this many seconds before replicas are taken away, and a panic lasts at least so long.
+const STABLE_WINDOW_SECONDS: f64 = 60.0;
+/// Demand of this many times the wanted replicas is a panic: the newest figure counts, not a mean.
+const PANIC_RATIO: f64 = 2.0;
+/// Fewer fresh pods than this share of the ready ones, and nothing is decided.
+const MIN_FRESH_SHARE: f64 = 0.5;
+/// Most remembered demands: one a second for the stable window, with room for a quicker clock.
+const MAX_DEMANDS: usize = 512;
+
+/// What the user asks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Policy {
+    /// Fewest replicas; 0 allows zero when idle.
+    pub min: i32,
+    /// Most replicas.
+    pub max: i32,
+    /// Share of the KV cache that one replica is meant to use.
+    pub kv_target: f64,
+    /// Requests that are meant to wait at one replica.
+    pub waiting_target: f64,
+    /// Quiet seconds before zero.
+    pub idle_seconds: f64,
+    /// HPA's `behavior`.
+    pub behavior: Behavior,
+}
+
+impl Policy {
+    /// Reads the resource's field.
+    #[must_use]
+    pub fn of(spec: &ashlar_crds::ScalingSpec) -> Self {
+        Self {
+            min: spec.min_replicas,
+            max: spec.max_replicas.max(1),
+            kv_target: spec.targets.kv_cache_utilization.max(0.01),
+            waiting_target: f64::from(spec.targets.waiting_requests.max(1)),
+            idle_seconds: f64::from(spec.idle_seconds),
+            behavior: Behavior::of(spec.behavior.as_ref()),
+        }
+    }
+}
+
+/// A ready replica.
+#[derive(Debug, Clone, Copy)]
+pub struct Replica {
+    /// The same for the same pod, different for another.
+    pub id: u64,
+    /// What it says of itself.
+    pub load: Signal<PodLoad>,
+}
+
+/// What is seen now.
+#[derive(Debug, Clone)]
+pub struct Observation<'a> {
+    /// Seconds on a clock that never goes back.
+    pub now: f64,
+    /// Replicas wanted so far.
+    pub wanted: i32,
+    /// Replicas that are ready.
+    pub ready: &'a [Replica],
+    /// All gateways together.
+    pub gateways: Signal<GatewayLoad>,
+}
+
+/// Why the count is what it is; CamelCase, as in status and events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// Nothing to change.
+    Steady,
+    /// Requests wait.
+    QueueDepth,
+    /// KV caches fill.
+    KvCacheUtilization,
+    /// Requests arrived while no replica was there.
+    HeldRequests,
+    /// Less load than the replicas are meant to carry.
+    LoadDropped,
+    /// No request for `idleSeconds`.
+    Idle,
+    /// minReplicas or maxReplicas changed.
+    Bounds,
+    /// Too few signals to decide.
+    MetricsUnavailable,
+}
+
+impl Reason {
+    /// CamelCase.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Steady => "Steady",
+            Self::QueueDepth => "QueueDepth",
+            Self::KvCacheUtilization => "KVCacheUtilization",
+            Self::HeldRequests => "HeldRequests",
+            Self::LoadDropped => "LoadDropped",
+            Self::Idle => "Idle",
+            Self::Bounds => "Bounds",
+            Self::MetricsUnavailable => "MetricsUnavailable",
+        }
+    }
+}
+
+/// The figures that a decision was made from.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Figures {
+    /// Ready replicas.
+    pub ready: usize,
+    /// Those whose signal is fresh.
+    pub fresh: usize,
+    /// Mean KV-cache use of the replicas that tell, 0 to 1.
+    pub kv_cache: f64,
+    /// Requests waiting at replicas.
+    pub waiting: f64,
+    /// Requests held at gateways, when the gateways tell.
+    pub held: Option<f64>,
+    /// Requests that generate.
+    pub running: f64,
+    /// Replicas that would carry the load at target: now, over 4 s, over 60 s.
+    pub demand: [f64; 3],
+    /// A replica's rate and the arrivals, when known.
+    pub known: Option<Known>,
+    /// A panic is on.
+    pub panic: bool,
+    /// Quiet seconds so far.
+    pub idle: f64,
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision {
+    /// Replicas wanted before.
+    pub from: i32,
+    /// Replicas wanted now.
+    pub to: i32,
+    /// Why.
+    pub reason: Reason,
+    /// From which figures.
+    pub figures: Figures,
+    /// What cannot be seen, if anything that matters.
+    pub blind: Option<String>,
+}
+
+/// What earlier decisions left behind.
+#[derive(Debug, Clone, Default)]
+pub struct History {
+    record: Record,
+    demands: VecDeque<(f64, f64)>,
+    panic_until: f64,
+    idle_since: Option<f64>,
+    last_seen_ended: Option<f64>,
+    capacity: Capacity,
+}
+
+impl History {
+    /// Of a service that has `wanted` replicas: they stand for the down window, whatever was seen before `now`.
+    #[must_use]
+    pub fn begin(now: f64, wanted: i32) -> Self {
+        let mut history = Self::default();
+        history.record.remember(now, wanted);
+        history
+    }
+}
+
+/// Decides. `history` is of the same service and moves forward.
+pub fn decide(policy: &Policy, seen: &Observation<'_>, history: &mut History) -> Decision {
+    let mut figures = read(policy, seen, history);
+    let blind = blindness(seen, &figures);
+    let floor = policy.min.max(1);
+    figures.idle = idle_seconds(seen, &figures, history);
+    let enough = figures.fresh as f64 >= seen.ready.len() as f64 * MIN_FRESH_SHARE;
+    let done = |applied: i32, reason: Reason, history: &mut History| {
+        let to = applied.clamp(policy.min, policy.max);
+        history.record.changed(seen.now, to - applied);
+        let reason = match reason {
+            _ if to == seen.wanted => Reason::Steady,
+            Reason::Steady | Reason::MetricsUnavailable => Reason::Bounds,
+            _ if !(floor..=policy.max).contains(&seen.wanted) && seen.wanted > 0 => Reason::Bounds,
+            reason => reason,
+        };
+        Decision {
+            from: seen.wanted,
+            to,
+            reason,
+            figures,
+            blind: blind.clone(),
+        }
+    };
+    if policy.min == 0 && figures.idle >= policy.idle_seconds {
+        history.record.changed(seen.now, -seen.wanted);
+        return done(0, Reason::Idle, history);
+    }
+    if seen.wanted == 0 {
+        // Nobody is there to be measured: what the gateways hold is all there is.
+        let arrived = figures.held.unwrap_or(0.0) > 0.0;
+        let demand = (figures.demand[0].ceil() as i32).max(1);
+        let to = if arrived || policy.min > 0 { demand } else { 0 };
+        let to = history
+            .record
+            .apply(&policy.behavior, seen.now, 0, to.min(policy.max));
+        return done(to, Reason::HeldRequests, history);
+    }
+    if !enough {
+        let mut decision = done(seen.wanted, Reason::MetricsUnavailable, history);
+        if decision.to == seen.wanted {
+            decision.reason = Reason::MetricsUnavailable;
+        }
+        return decision;
+    }
+    let recommended = recommend(policy, seen, &figures, history).clamp(floor, policy.max);
+    let to = history
+        .record
+        .apply(&policy.behavior, seen.now, seen.wanted, recommended);
+    let queue = (figures.waiting + figures.held.unwrap_or(0.0)) / policy.waiting_target;
+    let cause = match to {
+        more if more > seen.wanted => {
+            if queue > figures.kv_cache / policy.kv_target * figures.ready as f64 {
+                Reason::QueueDepth
+            } else {
+                Reason::KvCacheUtilization
+            }
+        }
+        less if less < seen.wanted => Reason::LoadDropped,
+        _ => Reason::Steady,
+    };
+    history.record.changed(seen.now, to.max(floor) - to);
+    done(to.max(floor), cause, history)
+}
+
+/// Adds up what is seen, and takes it into the history.
+fn read(policy: &Policy, seen: &Observation<'_>, history: &mut History) -> Figures {
+    let known: Vec<PodLoad> = seen.ready.iter().filter_map(|r| r.load.known()).collect();
+    let held = seen.gateways.known().map(|gateways| gateways.held);
+    let count = known.len().max(1) as f64;
+    let sum = |of: fn(&PodLoad) -> f64| known.iter().map(of).sum::<f64>();
+    let (waiting, running, kv_sum) = (sum(|l| l.waiting), sum(|l| l.running), sum(|l| l.kv_cache));
+    let share = held.unwrap_or(0.0) / count;
+    let kv_demand = kv_sum / policy.kv_target;
+    let load = |l: &PodLoad| {
+        (l.kv_cache / policy.kv_target).max((l.waiting + share) / policy.waiting_target)
+    };
+    // Requests held while nobody is there wait as much as others.
+    let nobody = if known.is_empty() {
+        share / policy.waiting_target
+    } else {
+        0.0
+    };
+    let asked = known.iter().map(load).sum::<f64>() + nobody;
+    history.capacity.follow(policy.kv_target, seen);
+    let rates = history.capacity.known();
+    let bound = rates.map_or(f64::INFINITY, |rates| {
+        rates.replicas_for(waiting + held.unwrap_or(0.0))
+    });
+    let demand = asked.min(bound.max(kv_demand));
+
+    history.demands.push_back((seen.now, demand));
+    while history.demands.len() > MAX_DEMANDS
+        || history
+            .demands
+            .front()
+            .is_some_and(|(at, _)| seen.now - at >= STABLE_WINDOW_SECONDS)
+    {
+        history.demands.pop_front();
+    }
+    let mean = |window: f64| {
+        let recent = history.demands.iter().rev();
+        let recent = recent.take_while(|(at, _)| seen.now - at < window);
+        let (sum, count) = recent.fold((0.0, 0.0), |(s, c), (_, d)| (s + d, c + 1.0));
+        sum / f64::max(count, 1.0)
+    };
+    if demand >= PANIC_RATIO * f64::from(seen.wanted.max(1)) {
+        history.panic_until = seen.now + STABLE_WINDOW_SECONDS;
+    }
+    Figures {
+        ready: seen.ready.len(),
+        fresh: seen
+            .ready
+            .iter()
+            .filter(|r| r.load.fresh().is_some())
+            .count(),
+        kv_cache: kv_sum / count,
+        waiting,
+        held,
+        running,
+        demand: [
+            demand,
+            mean(QUICK_WINDOW_SECONDS),
+            mean(STABLE_WINDOW_SECONDS),
+        ],
+        known: rates,
+        panic: seen.now < history.panic_until,
+        idle: 0.0,
+    }
+}
+
+/// What matters and cannot be seen.
+fn blindness(seen: &Observation<'_>, figures: &Figures) -> Option<String> {
+    let (ready, fresh) = (figures.ready, figures.fresh);
+    if (fresh as f64) < ready as f64 * MIN_FRESH_SHARE {
+        return Some(format!(
+            "{fresh} of {ready} ready pods have answered with their metrics in the last {} s: the number of replicas stays",
+            super::signal::FRESH_SECONDS
+        ));
+    }
+    seen.gateways.fresh().is_none().then(|| {
+        "no gateway answers with its metrics: held requests are not seen, and the service is not scaled to zero".to_owned()
+    })
+}
+
+/// Seconds since anything was seen to run, wait or end; 0 while something cannot be seen.
+fn idle_seconds(seen: &Observation<'_>, figures: &Figures, history: &mut History) -> f64 {
+    let gateways = seen.gateways.fresh();
+    let quiet = gateways.is_some_and(|g| g.in_flight == 0.0 && g.held == 0.0)
+        && figures.fresh == figures.ready
+        && figures.waiting == 0.0
+        && figures.running == 0.0;
+    let pods = seen.ready.iter().filter_map(|r| r.load.known()?.finished);
+    let ended = gateways.map(|g| g.ended + pods.sum::<f64>());
+    let nothing_ended = ended == history.last_seen_ended;
+    history.last_seen_ended = ended;
+    if !(quiet && nothing_ended) {
+        // A request may have come and gone between two looks: quiet begins now.
+        history.idle_since = quiet.then_some(seen.now);
+        return 0.0;
+    }
+    seen.now - *history.idle_since.get_or_insert(seen.now)
+}
+
+/// Replicas for the demand: more by the quick mean, fewer by the slow one if those that stay can hold the load.
+fn recommend(policy: &Policy, seen: &Observation<'_>, figures: &Figures, history: &History) -> i32 {
+    let wanted = f64::from(seen.wanted);
+    let [now, quick, slow] = figures.demand;
+    let up = if figures.panic { now.max(quick) } else { quick };
+    if up > wanted * (1.0 + policy.behavior.up_tolerance()) {
+        return up.ceil() as i32;
+    }
+    // What cannot be seen may be at target: it is not taken for idle.
+    let unseen = (figures.ready - figures.ready.min(known_count(seen))) as f64;
+    let down = slow.max(quick) + unseen;
+    if figures.panic || down >= wanted * (1.0 - policy.behavior.down_tolerance()) {
+        return seen.wanted;
+    }
+    let mut fewer = down.ceil().max(1.0);
+    while fewer < wanted && !could_hold(policy, figures, history, fewer) {
+        fewer += 1.0;
+    }
+    fewer as i32
+}
+
+fn known_count(seen: &Observation<'_>) -> usize {
+    seen.ready
+        .iter()
+        .filter(|r| r.load.known().is_some())
+        .count()
+}
+
+/// The redistribution test: whether `count` replicas would stay within the targets, with the tolerance to spare.
+fn could_hold(policy: &Policy, figures: &Figures, history: &History, count: f64) -> bool {
+    let spare = 1.0 - policy.behavior.down_tolerance();
+    let total = figures.ready as f64;
+    let kv = figures.kv_cache * total / count <= policy.kv_target * spare;
+    let queue =
+        (figures.waiting + figures.held.unwrap_or(0.0)) / count <= policy.waiting_target * spare;
+    let rate = history
+        .capacity
+        .known()
+        .is_none_or(|known| known.sustained_by(count));
+    kv && queue && rate
+}
+
+impl Decision {
+    /// The figures by name, for status.
+    #[must_use]
+    pub fn inputs(&self) -> BTreeMap<String, String> {
+        let figures = &self.figures;
+        let mut inputs = BTreeMap::from([
+            ("readyReplicas".to_owned(), figures.ready.to_string()),
+            ("freshReplicas".to_owned(), figures.fresh.to_string()),
+            (
+                "kvCacheUtilization".to_owned(),
+                format!("{:.3}", figures.kv_cache),
+            ),
+            (
+                "waitingRequests".to_owned(),
+                format!("{:.0}", figures.waiting),
+            ),
+            (
+                "runningRequests".to_owned(),
+                format!("{:.0}", figures.running),
+            ),
+            ("demand".to_owned(), format!("{:.2}", figures.demand[0])),
+            ("demand4s".to_owned(), format!("{:.2}", figures.demand[1])),
+            ("demand60s".to_owned(), format!("{:.2}", figures.demand[2])),
+        ]);
+        if let Some(held) = figures.held {
+            inputs.insert("heldRequests".to_owned(), format!("{held:.0}"));
+        }
+        if let Some(known) = figures.known {
+            inputs.insert(
+                "arrivalsPerSecond".to_owned(),
+                format!("{:.2}", known.arrivals),
+            );
+            inputs.insert(
+                "requestsPerSecondOfReplica".to_owned(),
+                format!("{:.2}", known.per_replica),
+            );
+        }
+        if figures.panic {
+            inputs.insert("panic".to_owned(), "true".to_owned());
+        }
+        inputs
+    }
+
+    /// One sentence for people.
+    #[must_use]
+    pub fn explain(&self) -> String {
+        let figures = &self.figures;
+        let cause = match self.reason {
+            Reason::QueueDepth => format!(
+                "{:.0} requests wait ({:.0} of them at the gateways) at {} ready replicas",
+                figures.waiting + figures.held.unwrap_or(0.0),
+                figures.held.unwrap_or(0.0),
+                figures.ready
+            ),
+            Reason::KvCacheUtilization => format!(
+                "KV caches are {:.0} % full on average of {} ready replicas",
+                figures.kv_cache * 100.0,
+                figures.ready
+            ),
+            Reason::HeldRequests => format!(
+                "the gateways hold {:.0} requests and no replica is there",
+                figures.held.unwrap_or(0.0)
+            ),
+            Reason::LoadDropped => format!(
+                "the load of the last minute needs {:.1} replicas, and as many can hold it",
+                figures.demand[2]
+            ),
+            Reason::Idle => format!("no request for {:.0} s", figures.idle),
+            Reason::Bounds => "minReplicas or maxReplicas changed".to_owned(),
+            Reason::MetricsUnavailable => "too few pods answer with their metrics".to_owned(),
+            Reason::Steady => format!("the load needs {:.1} replicas", figures.demand[1]),
+        };
+        format!("from {} to {} replicas: {cause}", self.from, self.to)
+    }
+}
+
+#[cfg(test)]
+#[path = "tests/decide.rs"]
+mod tests;
