@@ -44,6 +44,7 @@ pub enum ChatTemplateError {
 /// A compiled template.
 pub struct ChatTemplate {
     env: Environment<'static>,
+    source: String,
     tokens: Vec<(&'static str, Option<String>)>,
 }
 
@@ -56,6 +57,8 @@ pub struct ChatInput<'a> {
     pub add_generation_prompt: bool,
     /// Tools, in OpenAI's form.
     pub tools: Option<&'a serde_json::Value>,
+    /// Further variables, as the client sent them. They cannot replace the others.
+    pub kwargs: Option<&'a serde_json::Map<String, serde_json::Value>>,
 }
 
 /// Marks errors that a template raised itself.
@@ -89,16 +92,23 @@ impl ChatTemplate {
             },
         );
         env.add_function("strftime_now", strftime_now);
-        env.add_template_owned(NAME, source)
+        env.add_template_owned(NAME, source.clone())
             .map_err(ChatTemplateError::Invalid)?;
         let tokens = tokenizer.named_tokens();
         Ok(Self {
             env,
+            source,
             tokens: tokens
                 .into_iter()
                 .map(|(name, text)| (name, text.map(str::to_owned)))
                 .collect(),
         })
+    }
+
+    /// Whether a text appears in the template.
+    #[must_use]
+    pub fn mentions(&self, text: &str) -> bool {
+        self.source.contains(text)
     }
 
     /// The prompt of a conversation.
@@ -107,7 +117,7 @@ impl ChatTemplate {
     /// [`ChatTemplateError`] when the template refuses the messages or needs what they do not have.
     pub fn render(&self, input: &ChatInput<'_>) -> Result<String, ChatTemplateError> {
         let messages: Vec<serde_json::Value> = input.messages.iter().map(flatten_content).collect();
-        let mut context = serde_json::Map::new();
+        let mut context = input.kwargs.cloned().unwrap_or_default();
         context.insert("messages".to_owned(), messages.into());
         context.insert(
             "add_generation_prompt".to_owned(),

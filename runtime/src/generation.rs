@@ -83,6 +83,8 @@ pub struct TextUpdate {
     pub finish: Option<TextFinish>,
     /// Prompt tokens whose KV came from the prefix cache.
     pub cached_prompt_tokens: u32,
+    /// Set once when the request asked for them: one per prompt token after the first.
+    pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
 }
 
 impl TextUpdate {
@@ -192,6 +194,7 @@ impl TextDecoder {
         let last = update.tokens.len().checked_sub(1);
         let mut out = TextUpdate {
             cached_prompt_tokens: update.cached_prompt_tokens,
+            prompt_logprobs: update.prompt_logprobs,
             ..TextUpdate::default()
         };
         for (index, token) in update.tokens.into_iter().enumerate() {

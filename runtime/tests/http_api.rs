@@ -262,7 +262,7 @@ async fn what_is_wrong_is_refused_by_name() {
         (json!({"logprobs": 21}), "logprobs"),
         (json!({"stream_options": {}}), "stream_options"),
         (
-            json!({"response_format": {"type": "json_object"}}),
+            json!({"response_format": {"type": "xml"}}),
             "response_format",
         ),
         (json!({"cache_salt": "x".repeat(257)}), "cache_salt"),
@@ -318,7 +318,7 @@ async fn chats_that_cannot_be_rendered_are_refused() {
     server
         .post("/v1/chat/completions", &tools)
         .await
-        .error(400, Some("tools"));
+        .error(400, Some("tools[0].function.name"));
     let parts =
         chat(json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}));
     assert_eq!(

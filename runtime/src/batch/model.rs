@@ -79,6 +79,7 @@ impl ModelGenerator {
                 )?;
                 let messages = messages.unwrap_or_default();
                 let input = ChatInput {
+                    kwargs: None,
                     messages: &messages,
                     add_generation_prompt: true,
                     tools: None,

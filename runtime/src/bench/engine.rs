@@ -34,12 +34,7 @@ impl EngineTarget {
             ignore_eos: true,
             ..SamplingParams::default()
         };
-        let request = Request {
-            prompt: job.prompt.as_slice().into(),
-            params,
-            choice_index: 0,
-            cache_salt: None,
-        };
+        let request = Request::new(job.prompt.as_slice(), params);
         let start = Instant::now();
         let mut stream = self
             .engine

@@ -11,6 +11,7 @@ fn render(source: &str, messages: &Json) -> Result<String, ChatTemplateError> {
         messages,
         add_generation_prompt: true,
         tools: None,
+        kwargs: None,
     })
 }
 

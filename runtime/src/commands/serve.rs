@@ -6,12 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ::http::HeaderName;
 use anyhow::Context;
 use ashlar::{
     config::EngineArgs,
     engine::EngineHandle,
     http::{
-        self, ApiConfig, ApiKeys,
+        self, ApiConfig, ApiKeys, ReasoningParser, ToolCallParser,
         server::{self, Connections, Site},
     },
     hub::Progress,
@@ -90,6 +91,25 @@ struct ServerArgs {
     /// Write no log line per request
     #[arg(long, env = "ASHLAR_DISABLE_ACCESS_LOG")]
     disable_access_log: bool,
+    /// How the model writes tool calls
+    #[arg(long, env = "ASHLAR_TOOL_CALL_PARSER", value_enum, default_value_t)]
+    tool_call_parser: ToolCallParser,
+    /// Accepted for compatibility: tools are always offered to the model
+    #[arg(long, env = "ASHLAR_ENABLE_AUTO_TOOL_CHOICE")]
+    enable_auto_tool_choice: bool,
+    /// How the model marks its reasoning
+    #[arg(long, env = "ASHLAR_REASONING_PARSER", value_enum, default_value_t)]
+    reasoning_parser: ReasoningParser,
+    /// Seconds after which a request fails, however far it is [default: no limit]
+    #[arg(long, env = "ASHLAR_REQUEST_TIMEOUT", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    request_timeout: Option<u64>,
+    /// Header that names whose request it is, set by a proxy that clients cannot pass by; places are shared fairly
+    /// between tenants [default: the API key]
+    #[arg(long, env = "ASHLAR_TENANT_HEADER", value_name = "NAME")]
+    tenant_header: Option<HeaderName>,
+    /// Reuse the KV cache of equal prompt beginnings only among the requests of one tenant
+    #[arg(long, env = "ASHLAR_ISOLATE_PREFIX_CACHE")]
+    isolate_prefix_cache: bool,
     /// Form of log lines
     #[arg(long, env = "ASHLAR_LOG_FORMAT", value_enum, default_value_t)]
     log_format: LogFormat,
@@ -192,6 +212,11 @@ fn api_config(args: &ServeArgs) -> ApiConfig {
         stall_limit: Duration::from_secs(args.server.health_stall_timeout),
         force_include_usage: args.server.enable_force_include_usage,
         access_log: !args.server.disable_access_log,
+        tool_call_parser: args.server.tool_call_parser,
+        reasoning_parser: args.server.reasoning_parser,
+        request_timeout: args.server.request_timeout.map(Duration::from_secs),
+        tenant_header: args.server.tenant_header.clone(),
+        isolate_prefix_cache: args.server.isolate_prefix_cache,
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 use super::{
     handle::{NewSequence, Shared},
     observer::{EngineObserver, FinishedRequest, StepReport},
-    request::{FinishReason, GeneratedToken, SeqId},
+    request::{FinishReason, GeneratedToken, SeqId, TokenLogprobs},
     scheduler::SchedulerOutput,
     sequence::Sequence,
     stream::{Finish, StreamCell, StreamSender},
@@ -118,6 +118,13 @@ impl Clients {
                 cached_prompt_tokens: cached,
                 end: None,
             });
+        }
+    }
+
+    /// The prompt's log-probabilities on their way to a sequence, before its first token.
+    pub(super) fn send_prompt_logprobs(&self, seq: SeqId, logprobs: Vec<TokenLogprobs>) {
+        if let Some(client) = self.clients.get(&seq) {
+            client.stream.cell().set_prompt_logprobs(logprobs);
         }
     }
 

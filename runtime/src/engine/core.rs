@@ -2,7 +2,8 @@
 
 use std::{
     any::Any,
-    collections::VecDeque,
+    cmp::Reverse,
+    collections::{BinaryHeap, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
@@ -10,9 +11,11 @@ use std::{
 
 use super::{
     clients::{Clients, Prompt},
+    constraint::GrammarState,
     handle::{Command, Phase, Shared},
     input::InputBuilder,
     observer::EngineObserver,
+    prompt_logprobs::PromptLogprobs,
     request::{FinishReason, GeneratedToken, SeqId},
     scheduler::{ScheduledItem, Scheduler, SchedulerOutput},
     sequence::Sequence,
@@ -38,8 +41,13 @@ pub(super) struct Core {
     in_flight: VecDeque<InFlight>,
     input: InputBuilder,
     shared: Arc<Shared>,
+    /// Requests with a deadline, the earliest first; those that ended before it are passed over.
+    deadlines: BinaryHeap<Reverse<(Instant, SeqId)>>,
+    prompt_logprobs: PromptLogprobs,
     /// Set while there is work; the pool is checked when it ends.
     busy: bool,
+    /// Set when every sequence waits for its mask.
+    blocked: bool,
 }
 
 impl Core {
@@ -54,8 +62,11 @@ impl Core {
             clients: Clients::new(Arc::clone(&shared), observer),
             in_flight: VecDeque::new(),
             input: InputBuilder::default(),
+            deadlines: BinaryHeap::new(),
+            prompt_logprobs: PromptLogprobs::default(),
             shared,
             busy: false,
+            blocked: false,
         }
     }
 
@@ -77,7 +88,7 @@ impl Core {
         let commands = self.shared.close(error.clone());
         let queued = commands.into_iter().filter_map(|command| match command {
             Command::Add(new) => Some(new.stream),
-            Command::Finish { .. } | Command::Abort(_) => None,
+            Command::Finish { .. } | Command::Abort(_) | Command::Mask(_) => None,
         });
         self.clients.close(queued, error.as_deref());
         let stats = &self.shared.stats;
@@ -98,6 +109,8 @@ impl Core {
             while self.in_flight.len() < depth && self.launch_step()? {}
             if !self.in_flight.is_empty() {
                 self.finish_step()?;
+            } else if self.scheduler.awaits_masks() {
+                self.blocked = true;
             } else if let Some(stuck) = self.scheduler.first_waiting() {
                 // Cannot happen (see `scheduler`); if it does, one request pays for it, not the engine.
                 tracing::error!(
@@ -116,21 +129,33 @@ impl Core {
     fn take_commands(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
         let mut inbox = shared.lock();
-        while inbox.commands.is_empty() && matches!(inbox.phase, Phase::Open) && self.is_idle() {
-            if self.busy {
+        while inbox.commands.is_empty() && (self.is_idle() || self.blocked) {
+            if self.is_idle() && self.busy {
                 drop(inbox);
                 self.become_idle();
                 inbox = shared.lock();
-            } else {
-                inbox = shared.wait(inbox);
+                continue;
             }
+            let until = match inbox.phase {
+                Phase::Draining { .. } if self.is_idle() => break,
+                Phase::Draining { deadline } => Some(deadline),
+                Phase::Open | Phase::Closed { .. } => None,
+            };
+            let first = self.deadlines.peek().map(|Reverse((at, _))| *at);
+            let until = until.into_iter().chain(first).min();
+            if until.is_some_and(|until| until <= Instant::now()) {
+                break;
+            }
+            inbox = shared.wait_until(inbox, until);
         }
+        self.blocked = false;
         let commands = std::mem::take(&mut inbox.commands);
         let phase = inbox.phase.clone();
         drop(inbox);
         for command in commands {
             self.carry_out(command);
         }
+        self.end_late();
         match phase {
             Phase::Draining { deadline } => {
                 if Instant::now() >= deadline {
@@ -148,12 +173,24 @@ impl Core {
         }
     }
 
+    /// Ends the requests whose deadline has passed.
+    fn end_late(&mut self) {
+        while let Some(&Reverse((deadline, seq))) = self.deadlines.peek() {
+            if deadline > Instant::now() {
+                return;
+            }
+            self.deadlines.pop();
+            self.end(seq, Finish::late());
+        }
+    }
+
     fn is_idle(&self) -> bool {
         self.scheduler.is_idle() && self.in_flight.is_empty()
     }
 
     fn become_idle(&mut self) {
         self.busy = false;
+        self.deadlines.clear();
         self.deliver();
         if let Err(error) = self.scheduler.check_integrity() {
             // No sequence exists, so nothing is lost but the prefix cache.
@@ -167,6 +204,9 @@ impl Core {
         match command {
             Command::Add(new) => {
                 self.busy = true;
+                if let Some(deadline) = new.deadline {
+                    self.deadlines.push(Reverse((deadline, new.sequence.id)));
+                }
                 let sequence = self.clients.add(*new);
                 self.scheduler.add(sequence);
             }
@@ -178,6 +218,19 @@ impl Core {
                 }
             }
             Command::Abort(seq) => self.end(seq, Finish::because(FinishReason::Abort)),
+            Command::Mask(seq) => self.judge_grammar(seq),
+        }
+    }
+
+    /// A sequence's mask is ready, or there is none: the grammar ends, or gave up.
+    fn judge_grammar(&mut self, seq: SeqId) {
+        let Some(sequence) = self.scheduler.sequence(seq) else {
+            return;
+        };
+        match sequence.constraint.grammar().map(|grammar| grammar.state()) {
+            Some(GrammarState::Ended) => self.end(seq, Finish::because(FinishReason::Stop)),
+            Some(GrammarState::Failed(message)) => self.end(seq, Finish::failed(message)),
+            None | Some(GrammarState::Pending | GrammarState::Ready(_)) => {}
         }
     }
 
@@ -195,7 +248,8 @@ impl Core {
             return Ok(false);
         }
         self.publish_gauges();
-        self.input.prepare(&plan, &self.scheduler);
+        let vocab_size = self.shared.limits.vocab_size;
+        self.input.prepare(&plan, &self.scheduler, vocab_size);
         let submitted = self.runner.submit(&self.input.model).and_then(|step| {
             self.runner.sample(step, &self.input.sample)?;
             Ok(step)
@@ -248,6 +302,11 @@ impl Core {
             output.rows.len(),
             "the runner answers every sampled row: this is a bug"
         );
+        if !output.logits.is_empty() {
+            let vocab_size = self.shared.limits.vocab_size as usize;
+            self.prompt_logprobs
+                .collect(&step.plan, &output.logits, vocab_size, &self.scheduler);
+        }
         for (item, row) in samples.zip(output.rows) {
             assert!(
                 item.seq == row.seq && item.epoch == row.epoch,
@@ -277,6 +336,9 @@ impl Core {
             return;
         };
         drawn.truncate(accepted.num_tokens as usize);
+        if let Some(logprobs) = self.prompt_logprobs.take(item.seq) {
+            self.clients.send_prompt_logprobs(item.seq, logprobs);
+        }
         self.clients
             .count(item.seq, prompt, accepted.num_tokens, now);
         match (accepted.finish, ended) {
@@ -289,7 +351,21 @@ impl Core {
                 let kept = sequence.num_generated();
                 self.clients.end(&sequence, drawn, kept, finish);
             }
-            _ => self.clients.send(item.seq, drawn, prompt.num_cached),
+            _ => {
+                self.advance_grammar(item.seq, &drawn);
+                self.clients.send(item.seq, drawn, prompt.num_cached);
+            }
+        }
+    }
+
+    fn advance_grammar(&self, seq: SeqId, drawn: &[GeneratedToken]) {
+        let sequence = self.scheduler.sequence(seq);
+        let Some(grammar) = sequence.and_then(|sequence| sequence.constraint.grammar()) else {
+            return;
+        };
+        for token in drawn {
+            let shared = Arc::clone(&self.shared);
+            grammar.advance(token.id, Box::new(move || shared.send(Command::Mask(seq))));
         }
     }
 
@@ -331,6 +407,7 @@ impl Core {
 
     fn remove(&mut self, seq: SeqId) -> Option<Sequence> {
         let sequence = self.scheduler.remove(seq)?;
+        self.prompt_logprobs.take(seq);
         if sequence.num_cached.is_none() {
             // It never had a place: it leaves the queue here.
             self.shared.stats.queued.fetch_sub(1, Relaxed);

@@ -83,13 +83,19 @@ pub(super) struct NewSequence {
     pub(super) stream: StreamSender,
     pub(super) arrival: Instant,
     pub(super) queued: Instant,
+    pub(super) deadline: Option<Instant>,
 }
 
 /// What the engine thread is asked to do before its next step.
 pub(super) enum Command {
     Add(Box<NewSequence>),
-    Finish { seq: SeqId, num_tokens: u32 },
+    Finish {
+        seq: SeqId,
+        num_tokens: u32,
+    },
     Abort(SeqId),
+    /// The mask of a sequence's next token is ready.
+    Mask(SeqId),
 }
 
 /// Where the engine is in its life.
@@ -106,7 +112,7 @@ pub(super) enum Phase {
     },
 }
 
-/// Bounded: an `Add` for each queued request, one `Finish` or `Abort` for each stream.
+/// Bounded: an `Add` for each queued request, one `Finish` or `Abort` and at most one `Mask` for each stream.
 pub(super) struct Inbox {
     pub(super) commands: Vec<Command>,
     pub(super) phase: Phase,
@@ -160,8 +166,24 @@ impl Shared {
         }
     }
 
+    /// Waits for a change of the inbox, at most until `deadline`.
+    pub(super) fn wait_until<'a>(
+        &'a self,
+        inbox: MutexGuard<'a, Inbox>,
+        deadline: Option<Instant>,
+    ) -> MutexGuard<'a, Inbox> {
+        match deadline {
+            None => self.wait(inbox),
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let waited = self.work.wait_timeout(inbox, left);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+        }
+    }
+
     /// Waits for a change of the inbox.
-    pub(super) fn wait<'a>(&'a self, inbox: MutexGuard<'a, Inbox>) -> MutexGuard<'a, Inbox> {
+    fn wait<'a>(&'a self, inbox: MutexGuard<'a, Inbox>) -> MutexGuard<'a, Inbox> {
         self.work
             .wait(inbox)
             .unwrap_or_else(PoisonError::into_inner)
@@ -228,6 +250,7 @@ impl EngineHandle {
         self.check(&request)?;
         self.check_open()?;
         let seq = SeqId(shared.next_seq.fetch_add(1, Relaxed));
+        let deadline = request.deadline;
         // Hashing the prompt happens here, on the caller's thread.
         let sequence = Sequence::new(seq, request, &shared.config, shared.limits.block_size);
         let stream = Arc::new(StreamCell::default());
@@ -236,6 +259,7 @@ impl EngineHandle {
             stream: StreamSender::new(Arc::clone(&stream)),
             arrival,
             queued: Instant::now(),
+            deadline,
         });
         let mut inbox = shared.lock();
         Self::check_phase(&inbox.phase)?;

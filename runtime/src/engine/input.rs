@@ -20,7 +20,12 @@ pub(super) struct InputBuilder {
 
 impl InputBuilder {
     /// Fills `model` and `sample` for a plan.
-    pub(super) fn prepare(&mut self, plan: &SchedulerOutput, scheduler: &Scheduler) {
+    pub(super) fn prepare(
+        &mut self,
+        plan: &SchedulerOutput,
+        scheduler: &Scheduler,
+        vocab_size: u32,
+    ) {
         self.clear();
         let block_size = scheduler.blocks().block_size();
         for admitted in &plan.admitted {
@@ -51,12 +56,17 @@ impl InputBuilder {
                 context_len,
                 block_table,
             });
+            let last = query_start + item.num_tokens - 1;
+            if item.prompt_logits {
+                self.model.logit_rows.extend(query_start..last);
+                self.sample.return_logits = true;
+            }
+            if item.samples || item.prompt_logits {
+                self.model.logit_rows.push(last);
+            }
             if item.samples {
-                let logit_index = u32::try_from(self.model.logit_rows.len())
+                let logit_index = u32::try_from(self.model.logit_rows.len() - 1)
                     .expect("a step is bounded by its budget: this is a bug");
-                self.model
-                    .logit_rows
-                    .push(query_start + item.num_tokens - 1);
                 self.sample.rows.push(SampleRow {
                     slot: item.slot,
                     seq: item.seq,
@@ -64,7 +74,7 @@ impl InputBuilder {
                     logit_index,
                     position: context_len,
                     num_generated: item.num_generated,
-                    mask: None,
+                    mask: seq.constraint.mask(seq.output(), vocab_size),
                 });
             }
         }
@@ -91,5 +101,6 @@ impl InputBuilder {
             self.spare_tables.push(seq.block_table);
         }
         self.sample.rows.clear();
+        self.sample.return_logits = false;
     }
 }

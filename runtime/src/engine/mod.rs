@@ -15,10 +15,12 @@
 
 mod clients;
 mod config;
+pub mod constraint;
 mod core;
 mod handle;
 mod input;
 mod observer;
+mod prompt_logprobs;
 pub mod request;
 pub mod scheduler;
 mod sequence;
@@ -27,6 +29,7 @@ mod stop;
 mod stream;
 #[cfg(test)]
 mod tests;
+pub mod waiting;
 
 use std::sync::Arc;
 

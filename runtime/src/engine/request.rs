@@ -1,6 +1,8 @@
 //! What a caller asks for and what it gets back, after all validation: every 4xx is behind a [`Request`].
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
+
+use super::{constraint::Constraint, waiting::TenantId};
 
 /// Token id in the model's vocabulary.
 pub type TokenId = u32;
@@ -76,6 +78,17 @@ pub struct Request {
     pub choice_index: u32,
     /// Keeps prefix-cache hits inside one tenant; bounded by the HTTP layer.
     pub cache_salt: Option<String>,
+    /// What it may say.
+    pub constraint: Constraint,
+    /// Lower numbers are admitted first.
+    pub priority: i32,
+    /// Whose it is: places are shared fairly between tenants.
+    pub tenant: TenantId,
+    /// When it fails if it has not ended by itself.
+    pub deadline: Option<Instant>,
+    /// Log-probabilities of the prompt's own tokens, with this many most likely ones each. Such a prompt is computed
+    /// whole, in small pieces, without the prefix cache.
+    pub prompt_logprobs: Option<u32>,
 }
 
 impl Request {
@@ -87,6 +100,11 @@ impl Request {
             params,
             choice_index: 0,
             cache_salt: None,
+            constraint: Constraint::default(),
+            priority: 0,
+            tenant: 0,
+            deadline: None,
+            prompt_logprobs: None,
         }
     }
 }

@@ -11,18 +11,22 @@
 //!
 //! Blocks and slots of a sequence that leaves are released only when no submitted step names them.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 
 use super::{
     config::{EngineConfig, KvReservation, MAX_TOKENS_WITH_DECODE},
     request::{FinishReason, Request, SeqId, TokenId},
     sequence::Sequence,
     stop,
+    waiting::WaitingQueue,
 };
 use crate::{
     kv_cache::{BlockId, BlockManager, BlockTable, IntegrityError},
     model_runner::{RunnerLimits, Slot},
 };
+
+/// Most rows in a step of a prompt whose log-probabilities are wanted: each needs a whole row of logits.
+const PROMPT_LOGPROBS_ROWS: u32 = 32;
 
 /// One sequence's part of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub struct ScheduledItem {
     pub samples: bool,
     /// Output tokens before the one it draws.
     pub num_generated: u32,
+    /// Whether the logits of all its rows are wanted.
+    pub prompt_logits: bool,
 }
 
 /// A sequence that was given a place.
@@ -110,7 +116,7 @@ pub struct Scheduler {
     sequences: HashMap<SeqId, Sequence>,
     /// In order of admission.
     running: Vec<SeqId>,
-    waiting: VecDeque<SeqId>,
+    waiting: WaitingQueue,
     free_slots: Vec<Slot>,
     retired: Vec<Retired>,
     /// Last step handed out, and last step completed.
@@ -150,7 +156,7 @@ impl Scheduler {
             blocks: BlockManager::new(limits.num_blocks, limits.block_size, caching),
             sequences: HashMap::new(),
             running: Vec::new(),
-            waiting: VecDeque::new(),
+            waiting: WaitingQueue::default(),
             free_slots: (0..config.max_num_seqs).rev().map(Slot).collect(),
             retired: Vec::new(),
             step: 0,
@@ -161,7 +167,9 @@ impl Scheduler {
 
     /// Takes in a sequence; it waits for a place.
     pub fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(sequence.id);
+        self.waiting.enter(sequence.tenant);
+        self.waiting
+            .push_back(sequence.id, sequence.priority, sequence.tenant);
         self.sequences.insert(sequence.id, sequence);
     }
 
@@ -186,7 +194,13 @@ impl Scheduler {
     /// The sequence to be admitted next.
     #[must_use]
     pub fn first_waiting(&self) -> Option<SeqId> {
-        self.waiting.front().copied()
+        self.waiting.first()
+    }
+
+    /// Some sequence only waits for its mask.
+    #[must_use]
+    pub fn awaits_masks(&self) -> bool {
+        self.sequences.values().any(Sequence::mask_pending)
     }
 
     /// No sequence is left, and no block or slot waits for a step.
@@ -263,7 +277,8 @@ impl Scheduler {
             let id = self.running[index];
             let seq = &self.sequences[&id];
             let wanted = seq.remaining();
-            if wanted == 1 && self.make_room(index, seq.num_computed + 1, plan) {
+            if wanted == 1 && seq.may_sample() && self.make_room(index, seq.num_computed + 1, plan)
+            {
                 self.take(id, 1, plan, budget);
             }
             // A sequence that preempted itself was the last: the loop ends by itself.
@@ -274,19 +289,28 @@ impl Scheduler {
     fn schedule_prefills(&mut self, plan: &mut SchedulerOutput, budget: &mut u32) {
         for index in 0..self.running.len() {
             let id = self.running[index];
-            let wanted = self.sequences[&id].remaining();
-            if wanted > 1 && *budget > 0 {
-                let num_tokens = self.chunk(wanted, *budget);
+            let seq = &self.sequences[&id];
+            if seq.remaining() > 1 && *budget > 0 {
+                let num_tokens = self.chunk(seq, *budget);
                 self.take(id, num_tokens, plan, budget);
             }
         }
     }
 
-    fn chunk(&self, wanted: u32, budget: u32) -> u32 {
-        match self.long_prefill_token_threshold {
-            0 => wanted.min(budget),
-            threshold => wanted.min(budget).min(threshold),
+    /// Rows of a prefill in this step; 0 when its only row has to wait for a mask.
+    fn chunk(&self, seq: &Sequence, budget: u32) -> u32 {
+        let wanted = seq.remaining();
+        let mut rows = wanted.min(budget);
+        if self.long_prefill_token_threshold > 0 {
+            rows = rows.min(self.long_prefill_token_threshold);
         }
+        if wants_prompt_logits(seq) {
+            rows = rows.min(PROMPT_LOGPROBS_ROWS);
+        }
+        if rows == wanted && !seq.may_sample() {
+            rows -= 1;
+        }
+        rows
     }
 
     /// Grows the table of `running[index]`, preempting from the end of the running list as long as that helps. False
@@ -320,9 +344,13 @@ impl Scheduler {
 
     fn admit_waiting(&mut self, plan: &mut SchedulerOutput, budget: &mut u32) {
         while *budget > 0 && !self.free_slots.is_empty() {
-            let Some(&id) = self.waiting.front() else {
+            let Some(id) = self.waiting.first() else {
                 return;
             };
+            if !self.sequences[&id].may_sample() {
+                // It came back from a preemption and its mask is on its way.
+                return;
+            }
             // Decodes need a block now and then: without a reserve the newcomer would be preempted at once.
             let keep_free = match self.running.len() {
                 0 => 0,
@@ -334,7 +362,8 @@ impl Scheduler {
                 .get_mut(&id)
                 .expect("a waiting sequence exists: this is a bug");
             let num_tokens = seq.num_tokens();
-            let hits = if self.blocks.prefix_caching() {
+            let use_cache = self.blocks.prefix_caching() && seq.prompt_logprobs.is_none();
+            let hits = if use_cache {
                 self.blocks.lookup(seq.block_hashes(), num_tokens)
             } else {
                 Vec::new()
@@ -353,16 +382,18 @@ impl Scheduler {
             let first = seq.num_cached.is_none();
             if first {
                 seq.num_cached = Some(seq.num_computed);
-                if self.blocks.prefix_caching() {
+                if use_cache {
                     self.counters.prefix_queries += u64::from(num_tokens);
                     self.counters.prefix_hits += u64::from(seq.num_computed);
                 }
             }
-            let wanted = seq.remaining();
-            self.waiting.pop_front();
+            let (priority, tenant) = (seq.priority, seq.tenant);
+            let computed = seq.num_computed;
+            self.waiting.remove(id, priority, tenant);
+            self.waiting.charge(tenant, num_tokens - computed, 0);
             self.running.push(id);
             plan.admitted.push(Admitted { seq: id, first });
-            let num_tokens = self.chunk(wanted, *budget);
+            let num_tokens = self.chunk(&self.sequences[&id], *budget);
             self.take(id, num_tokens, plan, budget);
         }
     }
@@ -385,6 +416,7 @@ impl Scheduler {
             num_draft: 0,
             samples,
             num_generated: seq.num_generated() + seq.num_placeholders,
+            prompt_logits: wants_prompt_logits(seq),
         });
         plan.num_tokens += num_tokens;
         *budget -= num_tokens;
@@ -414,6 +446,8 @@ impl Scheduler {
             num_tokens: 0,
             finish: None,
         };
+        let served = u32::try_from(drawn.len()).unwrap_or(0);
+        self.waiting.charge(seq.tenant, 0, served);
         for &token in drawn {
             seq.tokens.push(token);
             accepted.num_tokens += 1;
@@ -445,8 +479,9 @@ impl Scheduler {
             self.running.retain(|&other| other != id);
             self.retire(std::mem::take(&mut seq.table), slot, seq.last_step);
         } else {
-            self.waiting.retain(|&other| other != id);
+            self.waiting.remove(id, seq.priority, seq.tenant);
         }
+        self.waiting.leave(seq.tenant);
         Some(seq)
     }
 
@@ -493,8 +528,9 @@ impl Scheduler {
         seq.num_published = 0;
         seq.epoch += 1;
         seq.num_preemptions += 1;
+        let (priority, tenant) = (seq.priority, seq.tenant);
         self.running.retain(|&other| other != id);
-        self.waiting.push_front(id);
+        self.waiting.push_front(id, priority, tenant);
         self.counters.preemptions += 1;
         self.retire(table, slot, last_step);
     }
@@ -521,6 +557,11 @@ impl Scheduler {
             .get_mut(&id)
             .expect("a queued sequence exists: this is a bug")
     }
+}
+
+/// Rows of its prompt are still to come whose logits are wanted.
+fn wants_prompt_logits(seq: &Sequence) -> bool {
+    seq.prompt_logprobs.is_some() && seq.num_generated() == 0 && seq.num_computed < seq.num_prompt()
 }
 
 /// Publishes the blocks of `seq` that are full, computed by now and of tokens known on the host.

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use super::{
     config::{EngineConfig, KvReservation},
+    constraint::{Constraint, GrammarState},
     request::{Request, SamplingParams, SeqId, TokenId},
+    waiting::TenantId,
 };
 use crate::{
     kv_cache::{BlockHash, BlockHasher, BlockTable},
@@ -23,6 +25,14 @@ pub struct Sequence {
     pub prompt: Arc<[TokenId]>,
     /// Which of `n` choices it is.
     pub choice_index: u32,
+    /// What it may say.
+    pub constraint: Constraint,
+    /// Lower numbers are admitted first.
+    pub priority: i32,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// Log-probabilities of the prompt are wanted, with this many alternatives.
+    pub prompt_logprobs: Option<u32>,
     /// Prompt and output known on the host.
     pub tokens: Vec<TokenId>,
     /// Tokens whose K and V exist once all submitted steps have run.
@@ -66,6 +76,10 @@ impl Sequence {
             params: Arc::new(params),
             prompt: request.prompt,
             choice_index: request.choice_index,
+            constraint: request.constraint,
+            priority: request.priority,
+            tenant: request.tenant,
+            prompt_logprobs: request.prompt_logprobs,
             num_computed: 0,
             num_placeholders: 0,
             table: BlockTable::default(),
@@ -113,6 +127,29 @@ impl Sequence {
         self.remaining() <= 1
     }
 
+    /// The mask of the next token is being computed.
+    #[must_use]
+    pub fn mask_pending(&self) -> bool {
+        let state = self.constraint.grammar().map(|grammar| grammar.state());
+        matches!(state, Some(GrammarState::Pending))
+    }
+
+    /// Its next token can be drawn in the next step: what it may be is known.
+    #[must_use]
+    pub fn may_sample(&self) -> bool {
+        if self.num_placeholders > 0 && self.constraint.follows_tokens() {
+            return false;
+        }
+        let state = self.constraint.grammar().map(|grammar| grammar.state());
+        matches!(state, None | Some(GrammarState::Ready(_)))
+    }
+
+    /// Output tokens known on the host.
+    #[must_use]
+    pub fn output(&self) -> &[TokenId] {
+        &self.tokens[self.prompt.len()..]
+    }
+
     /// The known token at a position, or `None` when a submitted step is still drawing it.
     #[must_use]
     pub fn token_at(&self, position: u32) -> Option<TokenId> {
@@ -140,7 +177,7 @@ impl Sequence {
             params: Arc::clone(&self.params),
             choice_index: self.choice_index,
             prompt: Arc::clone(&self.prompt),
-            output: self.tokens[self.prompt.len()..].to_vec(),
+            output: self.output().to_vec(),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     handle::{Command, Shared},
-    request::{FinishReason, GeneratedToken, SeqId, TokenId},
+    request::{FinishReason, GeneratedToken, SeqId, TokenId, TokenLogprobs},
 };
 
 /// How a sequence ended.
@@ -20,7 +20,7 @@ pub struct Finish {
     pub reason: FinishReason,
     /// The EOS or stop id that ended it: the last token of the stream, counted but without text.
     pub stop_token: Option<TokenId>,
-    /// What went wrong, when `reason` is [`FinishReason::Error`].
+    /// What went wrong, when `reason` is [`FinishReason::Error`], or [`FinishReason::Abort`] at the request's deadline.
     pub error: Option<String>,
 }
 
@@ -32,6 +32,15 @@ impl Finish {
             reason,
             stop_token: None,
             error: None,
+        }
+    }
+
+    /// The request's deadline has passed.
+    #[must_use]
+    pub fn late() -> Self {
+        Self {
+            error: Some("the request's time was up before it was finished".to_owned()),
+            ..Self::because(FinishReason::Abort)
         }
     }
 
@@ -55,6 +64,8 @@ pub struct StreamUpdate {
     pub finish: Option<Finish>,
     /// Prompt tokens whose KV came from the prefix cache.
     pub cached_prompt_tokens: u32,
+    /// Set once, with the first token, when the request asked for them: one per prompt token after the first.
+    pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
 }
 
 #[derive(Default)]
@@ -64,6 +75,7 @@ struct Buffer {
     /// `finish` was set once; it may have been taken since.
     finished: bool,
     cached_prompt_tokens: u32,
+    prompt_logprobs: Option<Vec<TokenLogprobs>>,
     /// The task that waits for the next update.
     waker: Option<Waker>,
 }
@@ -115,6 +127,11 @@ impl StreamCell {
         });
     }
 
+    /// The prompt's log-probabilities; the reader takes them with the tokens that follow.
+    pub(super) fn set_prompt_logprobs(&self, logprobs: Vec<TokenLogprobs>) {
+        self.lock().prompt_logprobs = Some(logprobs);
+    }
+
     fn take(buffer: &mut Buffer) -> Option<StreamUpdate> {
         if buffer.tokens.is_empty() && buffer.finish.is_none() {
             return None;
@@ -123,6 +140,7 @@ impl StreamCell {
             tokens: std::mem::take(&mut buffer.tokens),
             finish: buffer.finish.take(),
             cached_prompt_tokens: buffer.cached_prompt_tokens,
+            prompt_logprobs: buffer.prompt_logprobs.take(),
         })
     }
 }

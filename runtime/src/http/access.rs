@@ -35,6 +35,28 @@ pub(crate) struct AccessInfo {
     pub(crate) cached_tokens: AtomicU32,
     pub(crate) completion_tokens: AtomicU32,
     pub(crate) finish: OnceLock<&'static str>,
+    /// When the request reached the server.
+    pub(crate) arrival: OnceLock<Instant>,
+    /// Whose request it is.
+    pub(crate) tenant: OnceLock<Tenant>,
+    /// When it fails if it has not ended.
+    pub(crate) deadline: OnceLock<Instant>,
+}
+
+impl AccessInfo {
+    /// When the request reached the server.
+    pub(crate) fn arrival(&self) -> Instant {
+        *self.arrival.get_or_init(Instant::now)
+    }
+}
+
+/// Whose request it is, as far as the server can tell.
+#[derive(Debug, Clone)]
+pub(crate) struct Tenant {
+    /// For fair shares.
+    pub(crate) id: u64,
+    /// For the prefix cache: hits stay among requests of the same salt.
+    pub(crate) salt: Option<String>,
 }
 
 /// Writes the line and counts when dropped: at the last byte, or when the client has gone.
@@ -119,6 +141,11 @@ pub(super) async fn record(
         complete: false,
         app: Arc::clone(&app),
     };
+    let arrival = info.arrival();
+    if let Some(limit) = app.config.request_timeout {
+        // Set once, here.
+        let _ = info.deadline.set(arrival + limit);
+    }
     request.extensions_mut().insert(info);
     let mut response = next.run(request).await;
     record.status = response.status();

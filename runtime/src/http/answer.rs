@@ -4,10 +4,14 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use super::choices::Usage;
+use super::{
+    choices::Usage,
+    message::{Call, Message, MessageFormat},
+};
 use crate::{
     engine::request::{TokenId, TokenLogprobs},
     generation::{StopCause, TextFinish, TextToken, TextUpdate},
+    output::MessageEvent,
     tokenizer::Tokenizer,
 };
 
@@ -32,15 +36,31 @@ pub(crate) struct Answer {
     pub(crate) logprobs: bool,
     /// Per choice: text that goes before the output (`echo`).
     pub(crate) echo: Vec<String>,
+    /// How a chat's text is read.
+    pub(crate) format: MessageFormat,
+    /// The prompts' log-probabilities, where they are wanted.
+    pub(crate) prompt_logprobs: Option<PromptLogprobs>,
+}
+
+/// What is done with a prompt's log-probabilities.
+pub(crate) struct PromptLogprobs {
+    /// `[prompts]` tokens.
+    pub(crate) prompts: Vec<Vec<TokenId>>,
+    /// Choices of each prompt.
+    pub(crate) n: usize,
+    /// They go before the output's own, as OpenAI does for `echo`; otherwise into `prompt_logprobs`.
+    pub(crate) in_echo: bool,
 }
 
 /// What a choice has said so far.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug)]
 pub(crate) struct ChoiceState {
     /// A chunk was sent.
     begun: bool,
     text: String,
     tokens: Vec<TextToken>,
+    message: Message,
+    prompt_logprobs: Vec<TokenLogprobs>,
     finish: Option<TextFinish>,
     /// Bytes of text before the next token: `text_offset` of log-probabilities.
     offset: usize,
@@ -55,7 +75,11 @@ impl Answer {
                 ChoiceState {
                     offset: text.len(),
                     text,
-                    ..ChoiceState::default()
+                    begun: false,
+                    tokens: Vec::new(),
+                    message: Message::new(&self.format),
+                    prompt_logprobs: Vec::new(),
+                    finish: None,
                 }
             })
             .collect()
@@ -63,48 +87,128 @@ impl Answer {
 
     /// Takes news of a choice for a whole answer.
     pub(crate) fn collect(&self, state: &mut ChoiceState, update: TextUpdate) {
-        for token in update.tokens {
-            state.text.push_str(&token.text);
-            if self.logprobs {
-                state.tokens.push(token);
+        match self.kind {
+            Kind::Chat => {
+                state.message.update(&update);
             }
+            Kind::Completion => state.text.push_str(&update.text()),
         }
-        state.text.push_str(&update.tail);
+        if self.logprobs {
+            state.tokens.extend(update.tokens);
+        }
+        state
+            .prompt_logprobs
+            .extend(update.prompt_logprobs.unwrap_or_default());
         state.finish = update.finish.or(state.finish.take());
     }
 
     /// The whole answer.
     pub(crate) fn full(&self, states: &[ChoiceState], usage: Usage) -> Value {
-        let choices: Vec<Value> = states
-            .iter()
-            .enumerate()
-            .map(|(index, state)| {
-                let mut choice = Map::new();
-                choice.insert("index".to_owned(), index.into());
-                match self.kind {
-                    Kind::Chat => {
-                        let message = json!({
-                            "role": "assistant", "content": state.text, "refusal": null, "tool_calls": [],
-                        });
-                        choice.insert("message".to_owned(), message);
-                    }
-                    Kind::Completion => {
-                        choice.insert("text".to_owned(), state.text.as_str().into());
-                    }
-                }
-                let mut offset = state.offset;
-                choice.insert("logprobs".to_owned(), self.logprobs_of(&state.tokens, &mut offset));
-                insert_finish(&mut choice, state.finish.as_ref());
-                Value::Object(choice)
-            })
+        let choices: Vec<Value> = (0..states.len())
+            .map(|index| self.full_choice(states, index))
             .collect();
         let object = match self.kind {
             Kind::Chat => "chat.completion",
             Kind::Completion => "text_completion",
         };
-        json!({
+        let mut answer = json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices,
             "service_tier": null, "system_fingerprint": null, "usage": usage.to_json(),
+        });
+        if self.kind == Kind::Chat
+            && let (Some(wanted), Some(first)) = (&self.prompt_logprobs, states.first())
+        {
+            answer["prompt_logprobs"] =
+                self.prompt_entries(&wanted.prompts[0], &first.prompt_logprobs);
+        }
+        answer
+    }
+
+    fn full_choice(&self, states: &[ChoiceState], index: usize) -> Value {
+        let state = &states[index];
+        let mut choice = Map::new();
+        choice.insert("index".to_owned(), index.into());
+        match self.kind {
+            Kind::Chat => {
+                choice.insert("message".to_owned(), message_object(&state.message));
+            }
+            Kind::Completion => {
+                choice.insert("text".to_owned(), state.text.as_str().into());
+            }
+        }
+        let mut offset = state.offset;
+        let mut logprobs = self.logprobs_of(&state.tokens, &mut offset);
+        if let (Kind::Completion, Some(wanted)) = (self.kind, &self.prompt_logprobs) {
+            let first = index - index % wanted.n;
+            let (prompt, of) = (
+                &wanted.prompts[index / wanted.n],
+                &states[first].prompt_logprobs,
+            );
+            if wanted.in_echo {
+                logprobs = self.echoed_logprobs(prompt, of, &logprobs);
+            } else {
+                choice.insert(
+                    "prompt_logprobs".to_owned(),
+                    self.prompt_entries(prompt, of),
+                );
+            }
+        }
+        choice.insert("logprobs".to_owned(), logprobs);
+        insert_finish(
+            &mut choice,
+            state.finish.as_ref(),
+            state.message.calls_tools(),
+        );
+        Value::Object(choice)
+    }
+
+    /// vLLM's `prompt_logprobs`: one object per token, `null` for the first.
+    fn prompt_entries(&self, prompt: &[TokenId], of: &[TokenLogprobs]) -> Value {
+        let entry = |id: TokenId, logprob: f32, rank: Option<usize>| {
+            let value = json!({"logprob": finite(logprob), "rank": rank, "decoded_token": self.token_text(id)});
+            (id.to_string(), value)
+        };
+        let rest = prompt.iter().skip(1).zip(of).map(|(&id, logprobs)| {
+            let top = logprobs.top.iter().enumerate();
+            let mut object: Map<String, Value> = top
+                .map(|(rank, &(id, logprob))| entry(id, logprob, Some(rank + 1)))
+                .collect();
+            if !object.contains_key(&id.to_string()) {
+                let (id, value) = entry(id, logprobs.sampled, None);
+                object.insert(id, value);
+            }
+            Value::Object(object)
+        });
+        std::iter::once(Value::Null).chain(rest).collect()
+    }
+
+    /// OpenAI's log-probabilities of an echoed prompt with those of the output behind them.
+    fn echoed_logprobs(&self, prompt: &[TokenId], of: &[TokenLogprobs], output: &Value) -> Value {
+        let mut offset = 0;
+        let (mut offsets, mut texts) = (Vec::new(), Vec::new());
+        for &id in prompt {
+            let text = self.token_text(id);
+            offsets.push(Value::from(offset));
+            offset += text.len();
+            texts.push(Value::from(text));
+        }
+        let mut sampled = vec![Value::Null];
+        let mut top = vec![Value::Null];
+        for logprobs in of {
+            sampled.push(finite(logprobs.sampled).into());
+            let entries = logprobs.top.iter();
+            let object: Map<String, Value> = entries
+                .map(|&(id, logprob)| (self.token_text(id), finite(logprob).into()))
+                .collect();
+            top.push(Value::Object(object));
+        }
+        let with = |mut list: Vec<Value>, name: &str| {
+            list.extend(output[name].as_array().into_iter().flatten().cloned());
+            list
+        };
+        json!({
+            "text_offset": with(offsets, "text_offset"), "token_logprobs": with(sampled, "token_logprobs"),
+            "tokens": with(texts, "tokens"), "top_logprobs": with(top, "top_logprobs"),
         })
     }
 
@@ -125,20 +229,19 @@ impl Answer {
                 false => &token.text,
             };
             let tokens = std::slice::from_ref(token);
-            send(&self.chunk(index, state, text, tokens, finish, usage));
+            if let Some(chunk) = self.chunk(index, state, text, tokens, finish, usage) {
+                send(&chunk);
+            }
         }
         if last.is_none() && (update.finish.is_some() || !update.tail.is_empty()) {
-            send(&self.chunk(
-                index,
-                state,
-                &update.tail,
-                &[],
-                update.finish.as_ref(),
-                usage,
-            ));
+            let finish = update.finish.as_ref();
+            if let Some(chunk) = self.chunk(index, state, &update.tail, &[], finish, usage) {
+                send(&chunk);
+            }
         }
     }
 
+    /// `None` for a token that only became part of something to be told later.
     fn chunk(
         &self,
         index: usize,
@@ -147,18 +250,18 @@ impl Answer {
         tokens: &[TextToken],
         finish: Option<&TextFinish>,
         usage: Option<Usage>,
-    ) -> Value {
+    ) -> Option<Value> {
         let mut choice = Map::new();
         choice.insert("index".to_owned(), index.into());
         let is_first = !std::mem::replace(&mut state.begun, true);
         match self.kind {
             Kind::Chat => {
-                let delta = if is_first {
-                    json!({"role": "assistant", "content": text})
-                } else {
-                    json!({"content": text})
-                };
-                choice.insert("delta".to_owned(), delta);
+                let delta = self.delta(&mut state.message, text, finish, is_first);
+                let says_nothing = delta.is_empty() && finish.is_none() && !self.logprobs;
+                if says_nothing && !self.format.is_plain() {
+                    return None;
+                }
+                choice.insert("delta".to_owned(), Value::Object(delta));
             }
             Kind::Completion => {
                 let echoed = if is_first { state.text.as_str() } else { "" };
@@ -167,8 +270,75 @@ impl Answer {
         }
         let logprobs = self.logprobs_of(tokens, &mut state.offset);
         choice.insert("logprobs".to_owned(), logprobs);
-        insert_finish(&mut choice, finish);
-        self.envelope(vec![Value::Object(choice)], usage)
+        insert_finish(&mut choice, finish, state.message.calls_tools());
+        Some(self.envelope(vec![Value::Object(choice)], usage))
+    }
+
+    /// What a chat's text and its end add to the message.
+    fn delta(
+        &self,
+        message: &mut Message,
+        text: &str,
+        finish: Option<&TextFinish>,
+        is_first: bool,
+    ) -> Map<String, Value> {
+        let mut events = message.push(text);
+        if let Some(finish) = finish {
+            events.extend(message.end(finish));
+        }
+        let mut delta = Map::new();
+        if is_first {
+            delta.insert("role".to_owned(), "assistant".into());
+        }
+        if self.format.is_plain() {
+            delta.insert("content".to_owned(), text.into());
+            return delta;
+        }
+        let mut append = |key: &str, text: &str| {
+            let before = delta.get(key).and_then(Value::as_str).unwrap_or_default();
+            delta.insert(key.to_owned(), format!("{before}{text}").into());
+        };
+        // Calls that began before this text; the last of them may go on.
+        let begun = events
+            .iter()
+            .filter(|event| matches!(event, MessageEvent::ToolCall { .. }));
+        let mut next = message.calls.len() - begun.count();
+        let mut calls: Vec<Value> = Vec::new();
+        let mut open = false;
+        for event in &events {
+            match event {
+                MessageEvent::Reasoning(text) => {
+                    append("reasoning", text);
+                    append("reasoning_content", text);
+                }
+                MessageEvent::Content(text) => append("content", text),
+                MessageEvent::ToolCall { .. } => {
+                    let call = &message.calls[next];
+                    calls.push(json!({
+                        "index": next, "id": call.id, "type": "function",
+                        "function": {"name": call.name, "arguments": ""},
+                    }));
+                    next += 1;
+                    open = true;
+                }
+                MessageEvent::Arguments(text) => {
+                    if !open {
+                        calls.push(
+                            json!({"index": next.saturating_sub(1), "function": {"arguments": ""}}),
+                        );
+                        open = true;
+                    }
+                    if let Some(call) = calls.last_mut() {
+                        let before = call["function"]["arguments"].as_str().unwrap_or_default();
+                        call["function"]["arguments"] = format!("{before}{text}").into();
+                    }
+                }
+            }
+        }
+        if !calls.is_empty() {
+            delta.insert("tool_calls".to_owned(), calls.into());
+        }
+        delta
     }
 
     /// The last chunk of a stream that asked for `usage`.
@@ -260,8 +430,33 @@ fn finite(logprob: f32) -> f32 {
     }
 }
 
-fn insert_finish(choice: &mut Map<String, Value>, finish: Option<&TextFinish>) {
-    let reason = finish.map(|finish| finish.reason.as_str());
+fn message_object(message: &Message) -> Value {
+    let calls: Vec<Value> = message.calls.iter().map(call_object).collect();
+    let content = match message.content.as_str() {
+        "" if !calls.is_empty() => Value::Null,
+        text => text.into(),
+    };
+    let reasoning = match message.reasoning.as_str() {
+        "" => Value::Null,
+        text => text.into(),
+    };
+    json!({
+        "role": "assistant", "content": content, "refusal": null, "tool_calls": calls, "reasoning": reasoning,
+        "reasoning_content": reasoning,
+    })
+}
+
+fn call_object(call: &Call) -> Value {
+    json!({
+        "id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments},
+    })
+}
+
+fn insert_finish(choice: &mut Map<String, Value>, finish: Option<&TextFinish>, calls_tools: bool) {
+    let reason = finish.map(|finish| match calls_tools {
+        true => "tool_calls",
+        false => finish.reason.as_str(),
+    });
     let cause = finish.and_then(|finish| finish.stop_cause.as_ref());
     choice.insert("finish_reason".to_owned(), reason.into());
     let cause = match cause {

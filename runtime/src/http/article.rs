@@ -18,12 +18,12 @@ use super::{
     access::AccessInfo,
     choices::{Choices, Prompt},
     error::ApiError,
+    message::failure,
     openai::{BodyResult, body_bytes},
     parse,
     sampling::{OneOrMany, SamplingFields},
     sse,
 };
-use crate::engine::request::FinishReason;
 
 /// `max_tokens` of a request that does not say; lowered to the room that the prompt leaves.
 const DEFAULT_TOKENS: u32 = 256;
@@ -52,7 +52,6 @@ async fn submit(
     prompt: String,
     mut fields: SamplingFields,
     info: &Arc<AccessInfo>,
-    arrival: Instant,
 ) -> Result<Choices, ApiError> {
     if fields.n.is_some_and(|n| n != 1) {
         return Err(ApiError::invalid(
@@ -75,28 +74,21 @@ async fn submit(
         sampling.params.max_tokens = room.min(DEFAULT_TOKENS);
     }
     let prompts = [Prompt { tokens, text: None }];
-    Choices::submit(app, &prompts, &sampling, info, arrival)
+    Choices::submit(app, &prompts, &sampling, info).await
 }
 
-async fn run(
-    app: &App,
-    info: &Arc<AccessInfo>,
-    body: BodyResult,
-    arrival: Instant,
-) -> Result<String, ApiError> {
+async fn run(app: &App, info: &Arc<AccessInfo>, body: BodyResult) -> Result<String, ApiError> {
     app.check_open()?;
     let body = body_bytes(body)?;
     let fields: GenerateFields = parse(&body)?;
     let sampling: SamplingFields = parse(&body)?;
     drop(body);
-    let mut choices = submit(app, fields.prompt, sampling, info, arrival).await?;
+    let mut choices = submit(app, fields.prompt, sampling, info).await?;
     let mut text = String::new();
     while let Some((_, update)) = choices.next().await {
         text.push_str(&update.text());
-        if let Some(finish) = &update.finish
-            && finish.reason == FinishReason::Error
-        {
-            return Err(ApiError::from_finish(finish));
+        if let Some(error) = failure(&update) {
+            return Err(error);
         }
     }
     Ok(text)
@@ -108,7 +100,7 @@ pub(super) async fn generate(
     Extension(info): Extension<Arc<AccessInfo>>,
     body: BodyResult,
 ) -> Result<Json<Value>, ApiError> {
-    let text = run(&app, &info, body, Instant::now()).await?;
+    let text = run(&app, &info, body).await?;
     Ok(Json(json!({"response": text})))
 }
 
@@ -119,7 +111,7 @@ pub(super) async fn generate_measured(
     body: BodyResult,
 ) -> Result<Json<Value>, ApiError> {
     let started = Instant::now();
-    let text = run(&app, &info, body, started).await?;
+    let text = run(&app, &info, body).await?;
     let seconds = started.elapsed().as_secs_f64();
     app.metrics.llm_requests.inc();
     app.metrics.llm_generation_seconds.observe(seconds);
@@ -136,7 +128,6 @@ pub(super) async fn stream(
     Extension(info): Extension<Arc<AccessInfo>>,
     query: Result<Query<StreamQuery>, QueryRejection>,
 ) -> Result<Response, ApiError> {
-    let arrival = Instant::now();
     app.check_open()?;
     let Query(query) =
         query.map_err(|rejection| ApiError::new(rejection.status(), rejection.body_text()))?;
@@ -150,7 +141,7 @@ pub(super) async fn stream(
         stop: query.stop.map(OneOrMany::One),
         ..SamplingFields::default()
     };
-    let choices = submit(&app, query.prompt, fields, &info, arrival).await?;
+    let choices = submit(&app, query.prompt, fields, &info).await?;
     Ok(sse::response((choices, false), next_pieces))
 }
 
@@ -176,10 +167,8 @@ async fn next_pieces((mut choices, ended): (Choices, bool)) -> Option<(String, (
     if last.is_none() && !update.tail.is_empty() {
         sse::frame(&mut out, &json!({"token": null, "text": update.tail}));
     }
-    if let Some(finish) = &update.finish
-        && finish.reason == FinishReason::Error
-    {
-        sse::frame(&mut out, &ApiError::from_finish(finish).body());
+    if let Some(error) = failure(&update) {
+        sse::frame(&mut out, &error.body());
     }
     Some((out, (choices, false)))
 }

@@ -11,7 +11,11 @@ use http::{StatusCode, header};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
-use super::{App, error::ApiError};
+use super::{
+    App,
+    access::{AccessInfo, Tenant},
+    error::ApiError,
+};
 
 /// Keys that open the API. Only their digests are kept.
 #[derive(Clone, Default)]
@@ -55,20 +59,43 @@ impl std::fmt::Debug for ApiKeys {
 /// 401 for a request without a good key.
 pub(super) async fn check(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let keys = &app.config.api_keys;
-    if !keys.is_open() {
-        let header = request.headers().get(header::AUTHORIZATION);
-        let key = header
-            .and_then(|value| value.to_str().ok())
-            .and_then(|value| value.split_once(' '))
-            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
-            .map(|(_, key)| key.trim());
-        if !key.is_some_and(|key| keys.accept(key)) {
-            return ApiError::new(
-                StatusCode::UNAUTHORIZED,
-                "the API key is missing or wrong: send it as \"Authorization: Bearer KEY\"",
-            )
-            .into_response();
-        }
+    let headers = request.headers();
+    let bearer = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.split_once(' '))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+        .map(|(_, key)| key.trim());
+    // Anthropic's clients send their key in a header of its own.
+    let key = bearer.or_else(|| headers.get("x-api-key").and_then(|key| key.to_str().ok()));
+    let named = app.config.tenant_header.as_ref();
+    let who = named
+        .and_then(|name| headers.get(name))
+        .and_then(|value| value.to_str().ok())
+        .or(key);
+    if let (Some(who), Some(info)) = (who, request.extensions().get::<Arc<AccessInfo>>()) {
+        // Set once, here.
+        let _ = info
+            .tenant
+            .set(tenant(who, app.config.isolate_prefix_cache));
+    }
+    if !keys.is_open() && !key.is_some_and(|key| keys.accept(key)) {
+        return ApiError::new(
+            StatusCode::UNAUTHORIZED,
+            "the API key is missing or wrong: send it as \"Authorization: Bearer KEY\"",
+        )
+        .into_response();
     }
     next.run(request).await
+}
+
+/// A name or key as a tenant; neither is kept.
+fn tenant(who: &str, isolate: bool) -> Tenant {
+    let digest: [u8; 32] = Sha256::digest(who).into();
+    let mut id = [0; 8];
+    id.copy_from_slice(&digest[..8]);
+    Tenant {
+        id: u64::from_le_bytes(id),
+        salt: isolate.then(|| hex::encode(digest)),
+    }
 }

@@ -4,7 +4,6 @@ use std::{
     future::poll_fn,
     sync::{Arc, atomic::Ordering::Relaxed},
     task::Poll,
-    time::Instant,
 };
 
 use super::{App, access::AccessInfo, error::ApiError, sampling::Sampling};
@@ -44,6 +43,8 @@ impl Usage {
 /// Running sequences, in the order of their choice indexes. Dropping it aborts them.
 pub(crate) struct Choices {
     streams: Vec<Option<TextStream>>,
+    /// `[prompts]` tokens.
+    prompts: Vec<Arc<[TokenId]>>,
     /// `[prompts]` tokens taken from the prefix cache by a prompt's first choice.
     cached: Vec<u32>,
     n: usize,
@@ -55,12 +56,11 @@ pub(crate) struct Choices {
 
 impl Choices {
     /// Submits `n` sequences for each prompt; all or none.
-    pub(crate) fn submit(
+    pub(crate) async fn submit(
         app: &App,
         prompts: &[Prompt],
         sampling: &Sampling,
         info: &Arc<AccessInfo>,
-        arrival: Instant,
     ) -> Result<Self, ApiError> {
         let total = prompts.len() * sampling.n as usize;
         if total > MAX_CHOICES {
@@ -69,26 +69,47 @@ impl Choices {
                 format!("the request asks for {total} outputs: at most {MAX_CHOICES} are allowed"),
             ));
         }
+        let limits = sampling.output_limits(app).await?;
+        let tenant = info.tenant.get();
+        let salts = [
+            tenant.and_then(|t| t.salt.clone()),
+            sampling.cache_salt.clone(),
+        ];
+        let cache_salt = salts
+            .into_iter()
+            .flatten()
+            .reduce(|tenant, own| format!("{tenant}/{own}"));
         let mut streams = Vec::with_capacity(total);
         let mut usage = Usage::default();
+        let mut submitted = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let mut params = sampling.params.clone();
-            params.max_tokens = sampling.max_tokens(prompt.tokens.len(), app.limits)?;
+            let mut tokens = prompt.tokens.as_slice();
+            if let Some(kept) = sampling.truncate_prompt_tokens {
+                tokens = &tokens[tokens.len().saturating_sub(kept as usize)..];
+            }
+            params.max_tokens = sampling.max_tokens(tokens.len(), app.limits)?;
             params.min_tokens = params.min_tokens.min(params.max_tokens);
-            let tokens: Arc<[TokenId]> = prompt.tokens.as_slice().into();
+            let tokens: Arc<[TokenId]> = tokens.into();
+            submitted.push(Arc::clone(&tokens));
             usage.prompt_tokens += u32::try_from(tokens.len()).unwrap_or(u32::MAX);
             for choice_index in 0..sampling.n {
                 let request = Request {
-                    prompt: Arc::clone(&tokens),
-                    params: params.clone(),
                     choice_index,
-                    cache_salt: sampling.cache_salt.clone(),
+                    cache_salt: cache_salt.clone(),
+                    constraint: limits.constraint(),
+                    priority: sampling.priority,
+                    tenant: tenant.map_or(0, |tenant| tenant.id),
+                    deadline: info.deadline.get().copied(),
+                    // The choices of a prompt share it.
+                    prompt_logprobs: sampling.prompt_logprobs.filter(|_| choice_index == 0),
+                    ..Request::new(Arc::clone(&tokens), params.clone())
                 };
                 // On an error the streams so far are dropped: their sequences end at the next step.
                 let stream = app
                     .model
                     .engine
-                    .submit_arrived(request, arrival)
+                    .submit_arrived(request, info.arrival())
                     .map_err(|error| ApiError::from_submit(&error, app.metrics.retry_after()))?;
                 let tokenizer = Arc::clone(&app.model.tokenizer);
                 streams.push(Some(TextStream::new(
@@ -103,12 +124,18 @@ impl Choices {
         info.prompt_tokens.store(usage.prompt_tokens, Relaxed);
         Ok(Self {
             streams,
+            prompts: submitted,
             cached: vec![0; prompts.len()],
             n: sampling.n as usize,
             next: 0,
             usage,
             info: Arc::clone(info),
         })
+    }
+
+    /// The prompts' tokens.
+    pub(crate) fn prompts(&self) -> Vec<Vec<TokenId>> {
+        self.prompts.iter().map(|prompt| prompt.to_vec()).collect()
     }
 
     /// Number of choices.

@@ -5,7 +5,9 @@ use http::{HeaderName, HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 
 use crate::{
-    chat_template::ChatTemplateError, engine::SubmitError, generation::TextFinish,
+    chat_template::ChatTemplateError,
+    engine::{SubmitError, request::FinishReason},
+    generation::TextFinish,
     tokenizer::TokenizerError,
 };
 
@@ -98,6 +100,9 @@ impl ApiError {
     #[must_use]
     pub fn from_finish(finish: &TextFinish) -> Self {
         let detail = finish.error.as_deref().unwrap_or("unknown reason");
+        if finish.reason == FinishReason::Abort {
+            return Self::new(StatusCode::REQUEST_TIMEOUT, detail);
+        }
         Self::internal(format!("the request failed: {detail}"))
     }
 
@@ -118,6 +123,7 @@ fn type_of(status: StatusCode) -> &'static str {
     match status {
         StatusCode::UNAUTHORIZED => "AuthenticationError",
         StatusCode::NOT_FOUND => "NotFoundError",
+        StatusCode::REQUEST_TIMEOUT => "RequestTimeoutError",
         StatusCode::METHOD_NOT_ALLOWED => "MethodNotAllowedError",
         StatusCode::PAYLOAD_TOO_LARGE => "RequestTooLargeError",
         StatusCode::UNPROCESSABLE_ENTITY => "UnprocessableEntityError",

@@ -1,8 +1,9 @@
 //! The HTTP API: OpenAI's routes, the article's, health and metrics. The only place that knows HTTP and JSON.
 //!
 //! ```text
-//! server ──► access (id, log line, metrics) ──► auth ──► openai │ article │ tokenize │ health
-//!                                                           └► sampling (ranges) ──► choices (submit, next) ──► answer, sse
+//! server ──► access (id, log line, metrics) ──► auth ──► openai │ responses │ messages │ article │ tokenize │ health
+//!                                                           └► chat (template, tools) ─► sampling (ranges, grammar)
+//!                                                                ─► choices (submit, next) ─► message ─► answer, sse
 //! ```
 //!
 //! Invariants:
@@ -15,15 +16,21 @@ mod access;
 mod answer;
 mod article;
 mod auth;
+mod chat;
 mod choices;
 mod encode;
 pub mod error;
 mod health;
+mod message;
+mod messages;
 mod openai;
+mod responses;
 pub mod sampling;
 pub mod server;
 mod sse;
+pub mod structured;
 mod tokenize;
+mod tools;
 
 use std::{
     sync::Arc,
@@ -36,7 +43,8 @@ use axum::{
     middleware,
     routing::{get, post},
 };
-use http::StatusCode;
+use clap::ValueEnum;
+use http::{HeaderName, StatusCode};
 use serde::de::DeserializeOwned;
 
 pub use auth::ApiKeys;
@@ -45,8 +53,11 @@ use error::ApiError;
 use sampling::Limits;
 
 use crate::{
+    chat_template::ChatTemplate,
+    grammar::Grammars,
     llm::{LoadedModel, max_length},
     metrics::Metrics,
+    output::{ReasoningFormat, ToolFormat},
     shutdown::{Lifecycle, Phase},
 };
 
@@ -66,6 +77,95 @@ pub struct ApiConfig {
     pub force_include_usage: bool,
     /// One log line per request.
     pub access_log: bool,
+    /// How the model writes tool calls.
+    pub tool_call_parser: ToolCallParser,
+    /// How the model marks its reasoning.
+    pub reasoning_parser: ReasoningParser,
+    /// A request that takes longer fails.
+    pub request_timeout: Option<Duration>,
+    /// Header that names whose request it is, set by a trusted proxy; the API key says it otherwise.
+    pub tenant_header: Option<HeaderName>,
+    /// Keep prefix-cache hits among the requests of one tenant.
+    pub isolate_prefix_cache: bool,
+}
+
+impl Default for ApiConfig {
+    fn default() -> Self {
+        Self {
+            served_model_names: Vec::new(),
+            api_keys: ApiKeys::default(),
+            stall_limit: Duration::from_secs(60),
+            force_include_usage: false,
+            access_log: true,
+            tool_call_parser: ToolCallParser::Auto,
+            reasoning_parser: ReasoningParser::Auto,
+            request_timeout: None,
+            tenant_header: None,
+            isolate_prefix_cache: false,
+        }
+    }
+}
+
+/// `--tool-call-parser`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ToolCallParser {
+    /// As the model's chat template writes calls.
+    #[default]
+    Auto,
+    /// `<tool_call>{…}</tool_call>`: Hermes, Qwen.
+    Hermes,
+    /// `{"name": …, "parameters": …}`: Llama 3.
+    #[value(name = "llama3_json")]
+    Llama3Json,
+    /// `[TOOL_CALLS]…`: Mistral.
+    Mistral,
+}
+
+impl ToolCallParser {
+    fn format(self, template: Option<&ChatTemplate>) -> ToolFormat {
+        let mentions = |text| template.is_some_and(|template| template.mentions(text));
+        match self {
+            Self::Hermes => ToolFormat::Hermes,
+            Self::Llama3Json => ToolFormat::Llama3Json,
+            Self::Mistral => ToolFormat::Mistral,
+            Self::Auto if mentions("[TOOL_CALLS]") => ToolFormat::Mistral,
+            Self::Auto if mentions("<tool_call>") => ToolFormat::Hermes,
+            Self::Auto if mentions("<|python_tag|>") || mentions("Environment: ipython") => {
+                ToolFormat::Llama3Json
+            }
+            Self::Auto => ToolFormat::Hermes,
+        }
+    }
+}
+
+/// `--reasoning-parser`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ReasoningParser {
+    /// As the model's chat template marks it, if it does.
+    #[default]
+    Auto,
+    /// All text is the answer.
+    None,
+    /// `<think> … </think>`: DeepSeek R1.
+    #[value(name = "deepseek_r1", alias = "qwen3")]
+    DeepseekR1,
+    /// `[THINK] … [/THINK]`: Magistral.
+    #[value(name = "mistral")]
+    Mistral,
+}
+
+impl ReasoningParser {
+    fn format(self, template: Option<&ChatTemplate>) -> Option<ReasoningFormat> {
+        let mentions = |text| template.is_some_and(|template| template.mentions(text));
+        match self {
+            Self::None => None,
+            Self::DeepseekR1 => Some(ReasoningFormat::Think),
+            Self::Mistral => Some(ReasoningFormat::Magistral),
+            Self::Auto if mentions("</think>") => Some(ReasoningFormat::Think),
+            Self::Auto if mentions("[/THINK]") => Some(ReasoningFormat::Magistral),
+            Self::Auto => None,
+        }
+    }
 }
 
 /// Everything that handlers share.
@@ -78,6 +178,9 @@ pub(crate) struct App {
     /// Seconds since 1970 when serving began.
     pub(crate) created: u64,
     pub(crate) limits: Limits,
+    pub(crate) grammars: Grammars,
+    pub(crate) tool_format: ToolFormat,
+    pub(crate) reasoning_format: Option<ReasoningFormat>,
 }
 
 impl App {
@@ -173,7 +276,15 @@ pub fn router(
         max_length: max_length(&model.engine),
         vocab_size: model.engine.limits().vocab_size,
     };
+    let template = model.chat_template.as_deref();
     let app = Arc::new(App {
+        grammars: Grammars::new(
+            Arc::clone(&model.tokenizer),
+            &model.engine.config().eos_token_ids,
+            limits.vocab_size,
+        ),
+        tool_format: config.tool_call_parser.format(template),
+        reasoning_format: config.reasoning_parser.format(template),
         encode: EncodePool::new(Arc::clone(&model.tokenizer)),
         limits,
         model,
@@ -185,6 +296,9 @@ pub fn router(
     let guarded = Router::new()
         .route("/v1/chat/completions", post(openai::chat))
         .route("/v1/completions", post(openai::completions))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/v1/models", get(openai::models))
         .route("/v1/models/{*model}", get(openai::model))
         .route("/tokenize", post(tokenize::tokenize))

@@ -1,6 +1,6 @@
 //! `/v1/chat/completions`, `/v1/completions`, `/v1/models`.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use axum::{
     Extension, Json,
@@ -10,26 +10,24 @@ use axum::{
 };
 use http::StatusCode;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{
     App,
     access::AccessInfo,
-    answer::{Answer, Kind},
+    answer::{Answer, Kind, PromptLogprobs},
+    chat::{Conversation, Running},
     choices::{Choices, Prompt},
     error::ApiError,
+    message::{MessageFormat, failure},
     parse,
     sampling::{Sampling, SamplingFields, check_id},
     sse::{self, ChunkStream},
+    tools::Tools,
     unix_seconds,
 };
-use crate::{
-    chat_template::ChatInput,
-    engine::request::{FinishReason, TokenId},
-};
+use crate::engine::request::TokenId;
 
-/// Most messages of a conversation.
-const MAX_MESSAGES: usize = 4096;
 /// Most prompts of a request.
 const MAX_PROMPTS: usize = 256;
 /// `max_tokens` of a text completion that does not say, as OpenAI's.
@@ -61,8 +59,10 @@ struct ChatFields {
     logprobs: Option<bool>,
     top_logprobs: Option<u32>,
     add_generation_prompt: Option<bool>,
+    chat_template_kwargs: Option<Map<String, Value>>,
     tools: Option<Value>,
     tool_choice: Option<Value>,
+    parallel_tool_calls: Option<bool>,
 }
 
 /// A prompt of a text completion, in any of its four forms.
@@ -92,7 +92,6 @@ pub(super) async fn chat(
     Extension(info): Extension<Arc<AccessInfo>>,
     body: BodyResult,
 ) -> Result<Response, ApiError> {
-    let arrival = Instant::now();
     app.check_open()?;
     let body = body_bytes(body)?;
     let fields: ChatFields = parse(&body)?;
@@ -109,101 +108,44 @@ pub(super) async fn chat(
             ));
         }
     };
-    let defaults = app.model.tokenizer.generation_defaults();
-    let sampling = sampling.validate(defaults, app.limits, logprobs)?;
-    let text = render(&app, &fields)?;
-    let tokens = app
-        .encode
-        .encode(text, false, app.limits.max_length)
-        .await?;
-    let prompts = [Prompt { tokens, text: None }];
-    respond(&app, Kind::Chat, &prompts, &sampling, &info, arrival, false).await
-}
-
-/// The prompt of a conversation.
-fn render(app: &App, fields: &ChatFields) -> Result<String, ApiError> {
-    let asks_for_tools = fields.tools.as_ref().is_some_and(|tools| {
-        tools.as_array().is_none_or(|list| !list.is_empty()) && !tools.is_null()
-    });
-    if asks_for_tools
-        && fields
-            .tool_choice
-            .as_ref()
-            .is_none_or(|choice| choice != "none")
-    {
-        return Err(ApiError::invalid(
-            "tools",
-            "tools are not supported by this server: leave them out",
-        ));
-    }
-    render_messages(
-        app,
-        &fields.messages,
-        fields.add_generation_prompt.unwrap_or(true),
-    )
-}
-
-/// Checks the messages' shape and renders them with the model's template.
-pub(super) fn render_messages(
-    app: &App,
-    messages: &[Value],
-    add_generation_prompt: bool,
-) -> Result<String, ApiError> {
-    if messages.is_empty() || messages.len() > MAX_MESSAGES {
-        return Err(ApiError::invalid(
-            "messages",
-            format!(
-                "there are {} messages: from 1 to {MAX_MESSAGES} are allowed",
-                messages.len()
-            ),
-        ));
-    }
-    for (index, message) in messages.iter().enumerate() {
-        check_message(index, message)?;
-    }
-    let template = app.model.chat_template.as_ref().ok_or_else(|| {
-        ApiError::new(
-            StatusCode::BAD_REQUEST,
-            "this model has no chat template: use /v1/completions, or start the server with --chat-template",
-        )
-    })?;
-    Ok(template.render(&ChatInput {
-        messages,
-        add_generation_prompt,
-        tools: None,
-    })?)
-}
-
-fn check_message(index: usize, message: &Value) -> Result<(), ApiError> {
-    let field = |name: &str| format!("messages[{index}]{name}");
-    let Some(object) = message.as_object() else {
-        return Err(ApiError::invalid(&field(""), "a message must be an object"));
+    let conversation = Conversation {
+        messages: fields.messages,
+        tools: Tools::read(
+            fields.tools.as_ref(),
+            fields.tool_choice.as_ref(),
+            fields.parallel_tool_calls,
+        )?,
+        add_generation_prompt: fields.add_generation_prompt.unwrap_or(true),
+        template_kwargs: fields.chat_template_kwargs.unwrap_or_default(),
     };
-    if !object.get("role").is_some_and(Value::is_string) {
-        return Err(ApiError::invalid(
-            &field(".role"),
-            "a message needs a role: system, user or assistant",
-        ));
-    }
-    let content = object.get("content").unwrap_or(&Value::Null);
-    match content {
-        Value::String(_) => Ok(()),
-        Value::Null if object.contains_key("tool_calls") => Ok(()),
-        Value::Array(parts) => match parts
-            .iter()
-            .position(|part| part["type"] != "text" || !part["text"].is_string())
-        {
-            None => Ok(()),
-            Some(part) => Err(ApiError::invalid(
-                &format!("messages[{index}].content[{part}]"),
-                "only parts of the form {\"type\": \"text\", \"text\": …} are supported",
-            )),
-        },
-        _ => Err(ApiError::invalid(
-            &field(".content"),
-            "a message's content must be a text or a list of text parts",
-        )),
-    }
+    let running = conversation.run(&app, sampling, logprobs, &info).await?;
+    let Running {
+        choices,
+        sampling,
+        format,
+    } = running;
+    let prompt_logprobs = sampling.prompt_logprobs.map(|_| PromptLogprobs {
+        prompts: choices.prompts(),
+        n: sampling.n as usize,
+        in_echo: false,
+    });
+    let answer = Answer {
+        kind: Kind::Chat,
+        id: new_id("chatcmpl"),
+        created: unix_seconds(),
+        model: app.model_name().to_owned(),
+        tokenizer: Arc::clone(&app.model.tokenizer),
+        logprobs: sampling.params.logprobs.is_some(),
+        echo: Vec::new(),
+        format,
+        prompt_logprobs,
+    };
+    respond(&app, answer, choices, &sampling).await
+}
+
+/// A new id of an answer.
+pub(super) fn new_id(prefix: &str) -> String {
+    format!("{prefix}-{}", uuid::Uuid::new_v4().simple())
 }
 
 /// `POST /v1/completions`.
@@ -212,7 +154,6 @@ pub(super) async fn completions(
     Extension(info): Extension<Arc<AccessInfo>>,
     body: BodyResult,
 ) -> Result<Response, ApiError> {
-    let arrival = Instant::now();
     app.check_open()?;
     let body = body_bytes(body)?;
     let fields: CompletionFields = parse(&body)?;
@@ -230,11 +171,15 @@ pub(super) async fn completions(
         ));
     }
     let echo = fields.echo.unwrap_or(false);
-    if echo && fields.logprobs.is_some() {
-        return Err(ApiError::invalid(
-            "echo",
-            "echo with logprobs is not supported by this server: leave one out",
-        ));
+    let echoes_logprobs = echo && fields.logprobs.is_some();
+    if echoes_logprobs {
+        if sampling.stream == Some(true) {
+            return Err(ApiError::invalid(
+                "echo",
+                "the log-probabilities of a prompt come with whole answers: leave out stream, echo or logprobs",
+            ));
+        }
+        sampling.prompt_logprobs = fields.logprobs;
     }
     if sampling.max_tokens.is_none() && sampling.max_completion_tokens.is_none() {
         sampling.max_tokens = Some(DEFAULT_COMPLETION_TOKENS);
@@ -243,16 +188,28 @@ pub(super) async fn completions(
     let sampling = sampling.validate(defaults, app.limits, fields.logprobs)?;
     let add_special_tokens = fields.add_special_tokens.unwrap_or(true);
     let prompts = prompts(&app, fields.prompt, add_special_tokens).await?;
-    respond(
-        &app,
-        Kind::Completion,
-        &prompts,
-        &sampling,
-        &info,
-        arrival,
-        echo,
-    )
-    .await
+    let choices = Choices::submit(&app, &prompts, &sampling, &info).await?;
+    let prompt_logprobs = sampling.prompt_logprobs.map(|_| PromptLogprobs {
+        prompts: choices.prompts(),
+        n: sampling.n as usize,
+        in_echo: echoes_logprobs,
+    });
+    let answer = Answer {
+        kind: Kind::Completion,
+        id: new_id("cmpl"),
+        created: unix_seconds(),
+        model: app.model_name().to_owned(),
+        tokenizer: Arc::clone(&app.model.tokenizer),
+        logprobs: sampling.params.logprobs.is_some(),
+        echo: if echo {
+            echoes(&app, &prompts, sampling.n)?
+        } else {
+            Vec::new()
+        },
+        format: MessageFormat::default(),
+        prompt_logprobs,
+    };
+    respond(&app, answer, choices, &sampling).await
 }
 
 async fn prompts(
@@ -309,31 +266,10 @@ fn check_count(prompts: usize) -> Result<(), ApiError> {
 /// Generates and answers, as a stream or whole.
 async fn respond(
     app: &App,
-    kind: Kind,
-    prompts: &[Prompt],
+    answer: Answer,
+    mut choices: Choices,
     sampling: &Sampling,
-    info: &Arc<AccessInfo>,
-    arrival: Instant,
-    echo: bool,
 ) -> Result<Response, ApiError> {
-    let mut choices = Choices::submit(app, prompts, sampling, info, arrival)?;
-    let prefix = match kind {
-        Kind::Chat => "chatcmpl",
-        Kind::Completion => "cmpl",
-    };
-    let answer = Answer {
-        kind,
-        id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
-        created: unix_seconds(),
-        model: app.model_name().to_owned(),
-        tokenizer: Arc::clone(&app.model.tokenizer),
-        logprobs: sampling.params.logprobs.is_some(),
-        echo: if echo {
-            echoes(app, prompts, sampling.n)?
-        } else {
-            Vec::new()
-        },
-    };
     let mut states = answer.states(choices.len());
     if sampling.stream {
         let stream = ChunkStream {
@@ -347,10 +283,8 @@ async fn respond(
         return Ok(sse::response(stream, ChunkStream::next));
     }
     while let Some((index, update)) = choices.next().await {
-        if let Some(finish) = &update.finish
-            && finish.reason == FinishReason::Error
-        {
-            return Err(ApiError::from_finish(finish));
+        if let Some(error) = failure(&update) {
+            return Err(error);
         }
         answer.collect(&mut states[index], update);
     }

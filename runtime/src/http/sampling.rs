@@ -8,10 +8,18 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::error::ApiError;
+use super::{
+    App,
+    error::ApiError,
+    structured::{self, StructuredFields},
+};
 use crate::{
-    engine::request::{SamplingParams, TokenId},
+    engine::{
+        constraint::Constraint,
+        request::{SamplingParams, TokenId},
+    },
     generation::TextOptions,
+    grammar::{CompiledGrammar, GrammarSpec},
     tokenizer::GenerationDefaults,
 };
 
@@ -25,6 +33,10 @@ pub const MAX_STOP_BYTES: usize = 1024;
 pub const MAX_LISTED_IDS: usize = 1024;
 /// Most log-probabilities of a position.
 pub const MAX_LOGPROBS: u32 = 20;
+/// Most entries of `bad_words`.
+pub const MAX_BAD_WORDS: usize = 128;
+/// Longest entry of `bad_words`, in bytes.
+pub const MAX_BAD_WORD_BYTES: usize = 256;
 /// Longest `cache_salt`, in bytes.
 pub const MAX_CACHE_SALT_BYTES: usize = 256;
 /// Temperatures below this are greedy: dividing by them gains nothing but infinities.
@@ -75,16 +87,17 @@ pub struct SamplingFields {
     pub cache_salt: Option<String>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
-    // Asked for and not done would be worse than refused.
     pub response_format: Option<Value>,
-    pub structured_outputs: Option<Value>,
+    pub structured_outputs: Option<StructuredFields>,
     pub guided_json: Option<Value>,
-    pub guided_regex: Option<Value>,
-    pub guided_choice: Option<Value>,
-    pub guided_grammar: Option<Value>,
-    pub prompt_logprobs: Option<Value>,
-    pub allowed_token_ids: Option<Value>,
-    pub bad_words: Option<Value>,
+    pub guided_regex: Option<String>,
+    pub guided_choice: Option<Vec<String>>,
+    pub guided_grammar: Option<String>,
+    pub prompt_logprobs: Option<u32>,
+    pub allowed_token_ids: Option<Vec<TokenId>>,
+    pub bad_words: Option<Vec<String>>,
+    pub priority: Option<i32>,
+    pub truncate_prompt_tokens: Option<u32>,
 }
 
 /// What a request may ask of this model.
@@ -113,9 +126,79 @@ pub struct Sampling {
     pub include_usage: bool,
     /// `usage` in every chunk.
     pub continuous_usage: bool,
+    /// What the output must be.
+    pub grammar: Option<GrammarSpec>,
+    /// The only ids that it may have.
+    pub allowed_token_ids: Option<Vec<TokenId>>,
+    /// Texts that it must not contain.
+    pub bad_words: Vec<String>,
+    /// Lower is sooner.
+    pub priority: i32,
+    /// Log-probabilities of the prompt, with so many alternatives.
+    pub prompt_logprobs: Option<u32>,
+    /// Keep only so many tokens at the prompt's end.
+    pub truncate_prompt_tokens: Option<u32>,
+}
+
+/// What limits a request's output, ready to be given to each of its sequences.
+#[derive(Debug, Clone)]
+pub struct OutputLimits {
+    vocab_size: u32,
+    allowed_token_ids: Option<Vec<TokenId>>,
+    bad_words: Vec<Vec<TokenId>>,
+    grammar: Option<CompiledGrammar>,
+}
+
+impl OutputLimits {
+    /// For one sequence.
+    #[must_use]
+    pub fn constraint(&self) -> Constraint {
+        let grammar = self.grammar.as_ref().map(CompiledGrammar::session);
+        if grammar.is_none() && self.bad_words.is_empty() && self.allowed_token_ids.is_none() {
+            return Constraint::default();
+        }
+        Constraint::new(
+            self.vocab_size,
+            self.allowed_token_ids.as_deref(),
+            self.bad_words.clone(),
+            grammar,
+        )
+    }
 }
 
 impl Sampling {
+    /// Compiles the grammar and tokenises the bad words.
+    ///
+    /// # Errors
+    /// 400 when the grammar cannot be used.
+    pub(crate) async fn output_limits(&self, app: &App) -> Result<OutputLimits, ApiError> {
+        let grammar = match &self.grammar {
+            None => None,
+            Some(spec) => Some(
+                app.grammars
+                    .compile(spec)
+                    .await
+                    .map_err(|error| structured::refused(&error))?,
+            ),
+        };
+        let mut bad_words = Vec::new();
+        for word in &self.bad_words {
+            // In the middle of a text it begins with a space.
+            for text in [word.clone(), format!(" {word}")] {
+                let tokens = app.model.tokenizer.encode(&text, false)?;
+                if !tokens.is_empty() && !bad_words.contains(&tokens) {
+                    bad_words.push(tokens);
+                }
+            }
+        }
+        Ok(OutputLimits {
+            vocab_size: app.limits.vocab_size,
+            allowed_token_ids: self.allowed_token_ids.clone(),
+            bad_words,
+            grammar,
+        })
+    }
+
     /// `max_tokens` for a prompt of this length.
     ///
     /// # Errors
@@ -189,7 +272,20 @@ impl SamplingFields {
         limits: Limits,
         logprobs: Option<u32>,
     ) -> Result<Sampling, ApiError> {
-        self.refuse_unsupported()?;
+        if self.best_of.is_some_and(|best| best != self.n.unwrap_or(1)) {
+            return Err(ApiError::invalid(
+                "best_of",
+                "best_of is not supported by this server: ask for n and choose",
+            ));
+        }
+        let grammar = structured::grammar_of(&self)?;
+        if grammar.is_some() && self.min_tokens.unwrap_or(0) > 0 {
+            return Err(ApiError::invalid(
+                "min_tokens",
+                "min_tokens contradicts structured output, which ends where its grammar does: leave one out",
+            ));
+        }
+        self.check_lists(limits)?;
         let n = self.n.unwrap_or(1);
         if n == 0 || n > MAX_N {
             return Err(ApiError::invalid(
@@ -220,41 +316,61 @@ impl SamplingFields {
             stream,
             include_usage: options.include_usage.unwrap_or(false),
             continuous_usage: options.continuous_usage_stats.unwrap_or(false),
+            grammar,
+            allowed_token_ids: self.allowed_token_ids.clone().filter(|ids| !ids.is_empty()),
+            bad_words: self.bad_words.clone().unwrap_or_default(),
+            priority: self.priority.unwrap_or(0),
+            prompt_logprobs: self.prompt_logprobs,
+            truncate_prompt_tokens: self.truncate_prompt_tokens,
             cache_salt: self.cache_salt.clone(),
             params: self.params(defaults, limits, logprobs)?,
         })
     }
 
-    fn refuse_unsupported(&self) -> Result<(), ApiError> {
-        let refuse = |name: &str| {
-            Err(ApiError::invalid(
-                name,
-                format!("{name} is not supported by this server: leave it out"),
-            ))
-        };
-        if let Some(format) = &self.response_format
-            && format["type"] != "text"
+    fn check_lists(&self, limits: Limits) -> Result<(), ApiError> {
+        let allowed = self.allowed_token_ids.as_deref().unwrap_or_default();
+        if allowed.len() > limits.vocab_size as usize {
+            at_most(
+                "allowed_token_ids",
+                "ids",
+                allowed.len(),
+                limits.vocab_size as usize,
+            )?;
+        }
+        for &id in allowed {
+            check_id("allowed_token_ids", id, limits)?;
+        }
+        let bad_words = self.bad_words.as_deref().unwrap_or_default();
+        at_most("bad_words", "words", bad_words.len(), MAX_BAD_WORDS)?;
+        if bad_words
+            .iter()
+            .any(|word| word.is_empty() || word.len() > MAX_BAD_WORD_BYTES)
         {
-            return refuse("response_format");
+            return Err(ApiError::invalid(
+                "bad_words",
+                format!("a bad word must have from 1 to {MAX_BAD_WORD_BYTES} bytes"),
+            ));
         }
-        let unsupported = [
-            ("structured_outputs", &self.structured_outputs),
-            ("guided_json", &self.guided_json),
-            ("guided_regex", &self.guided_regex),
-            ("guided_choice", &self.guided_choice),
-            ("guided_grammar", &self.guided_grammar),
-            ("prompt_logprobs", &self.prompt_logprobs),
-            ("allowed_token_ids", &self.allowed_token_ids),
-            ("bad_words", &self.bad_words),
-        ];
-        for (name, value) in unsupported {
-            let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty);
-            if value.as_ref().is_some_and(|value| !is_empty(value)) {
-                return refuse(name);
-            }
+        if self
+            .prompt_logprobs
+            .is_some_and(|count| count > MAX_LOGPROBS)
+        {
+            return Err(ApiError::invalid(
+                "prompt_logprobs",
+                format!("at most {MAX_LOGPROBS} log-probabilities of a position can be had"),
+            ));
         }
-        if self.best_of.is_some_and(|best| best != self.n.unwrap_or(1)) {
-            return refuse("best_of");
+        if self.prompt_logprobs.is_some() && self.stream == Some(true) {
+            return Err(ApiError::invalid(
+                "prompt_logprobs",
+                "prompt_logprobs come with whole answers: leave out stream",
+            ));
+        }
+        if self.truncate_prompt_tokens == Some(0) {
+            return Err(ApiError::invalid(
+                "truncate_prompt_tokens",
+                "truncate_prompt_tokens is 0: keep at least one token",
+            ));
         }
         Ok(())
     }

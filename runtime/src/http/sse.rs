@@ -13,14 +13,19 @@ use serde_json::Value;
 use super::{
     answer::{Answer, ChoiceState},
     choices::Choices,
-    error::ApiError,
+    message::failure,
 };
-use crate::engine::request::FinishReason;
 
 /// Appends a frame.
 pub(super) fn frame(out: &mut String, value: &Value) {
     // Writing to a string cannot fail.
     let _ = write!(out, "data: {value}\n\n");
+}
+
+/// Appends a frame with an event's name.
+pub(super) fn named_frame(out: &mut String, name: &str, value: &Value) {
+    // Writing to a string cannot fail.
+    let _ = write!(out, "event: {name}\ndata: {value}\n\n");
 }
 
 /// Appends the last frame.
@@ -73,12 +78,8 @@ impl ChunkStream {
         let mut out = String::new();
         match self.choices.next().await {
             Some((index, update)) => {
-                let failed = update
-                    .finish
-                    .as_ref()
-                    .filter(|finish| finish.reason == FinishReason::Error);
-                if let Some(finish) = failed {
-                    frame(&mut out, &ApiError::from_finish(finish).body());
+                if let Some(error) = failure(&update) {
+                    frame(&mut out, &error.body());
                     done(&mut out);
                     self.ended = true;
                 } else {

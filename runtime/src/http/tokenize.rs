@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use axum::{Json, extract::State};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{
     App,
+    chat::Conversation,
     error::ApiError,
-    openai::{BodyResult, body_bytes, render_messages},
+    openai::{BodyResult, body_bytes},
     parse,
+    tools::Tools,
 };
 use crate::engine::request::TokenId;
 
@@ -22,6 +24,8 @@ struct TokenizeFields {
     add_special_tokens: Option<bool>,
     add_generation_prompt: Option<bool>,
     return_token_strs: Option<bool>,
+    tools: Option<Value>,
+    chat_template_kwargs: Option<Map<String, Value>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -41,7 +45,13 @@ pub(super) async fn tokenize(
         (Some(prompt), None) => (prompt, fields.add_special_tokens.unwrap_or(true)),
         (None, Some(messages)) => {
             let add_generation_prompt = fields.add_generation_prompt.unwrap_or(true);
-            let text = render_messages(&app, &messages, add_generation_prompt)?;
+            let mut conversation = Conversation {
+                messages,
+                tools: Tools::read(fields.tools.as_ref(), None, None)?,
+                add_generation_prompt,
+                template_kwargs: fields.chat_template_kwargs.unwrap_or_default(),
+            };
+            let text = conversation.render(&app)?;
             (text, fields.add_special_tokens.unwrap_or(false))
         }
         _ => {

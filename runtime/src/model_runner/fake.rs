@@ -230,15 +230,17 @@ impl FakeRunner {
         }
         let vocab = self.config.limits.vocab_size as usize;
         let mut all_logits = Vec::new();
+        if sample.return_logits {
+            for &row in &input.logit_rows {
+                all_logits.extend(logits_of(hidden[row as usize], vocab));
+            }
+        }
         let mut output = StepOutput::default();
         for row in &sample.rows {
             let input_row = input.logit_rows[row.logit_index as usize] as usize;
             let mut logits = logits_of(hidden[input_row], vocab);
             if nan_rows.contains(&input_row) {
                 logits[0] = f32::NAN;
-            }
-            if sample.return_logits {
-                all_logits.extend_from_slice(&logits);
             }
             let token = self.sampler.sample(row, &mut logits).ok();
             if let Some(token) = &token {

@@ -7,7 +7,7 @@ use ashlar::{
     chat_template::ChatTemplate,
     engine::{Engine, EngineConfig, EngineHandle, EngineStats},
     http::{
-        self, ApiConfig, ApiKeys,
+        self, ApiConfig,
         server::{self, Connections, Site},
     },
     llm::LoadedModel,
@@ -58,10 +58,8 @@ impl Default for Setup {
             fake,
             api: ApiConfig {
                 served_model_names: vec!["tiny".to_owned(), "alias".to_owned()],
-                api_keys: ApiKeys::default(),
                 stall_limit: Duration::from_secs(30),
-                force_include_usage: false,
-                access_log: true,
+                ..ApiConfig::default()
             },
         }
     }
@@ -73,6 +71,16 @@ impl Setup {
         let mut setup = Self::default();
         let script = text.bytes().map(u32::from).collect();
         setup.fake.model = ashlar::model_runner::fake::FakeModel::Script(script);
+        setup
+    }
+
+    /// The model says this and ends.
+    pub fn answering(text: &str) -> Self {
+        let mut setup = Self::saying(text);
+        if let ashlar::model_runner::fake::FakeModel::Script(script) = &mut setup.fake.model {
+            script.push(tiny_tokenizer::EOS);
+        }
+        setup.fake.limits.max_model_len = 2048;
         setup
     }
 
@@ -145,6 +153,30 @@ impl Reply {
             .iter()
             .map(|frame| serde_json::from_str(frame).unwrap())
             .collect()
+    }
+
+    /// The named events of a stream: names and data agree, and sequence numbers ascend where there are any.
+    pub fn events(&self) -> Vec<Value> {
+        assert!(
+            self.headers["content-type"].starts_with("text/event-stream"),
+            "{self:?}"
+        );
+        let frames = self.body.split("\n\n").filter(|frame| !frame.is_empty());
+        let events: Vec<Value> = frames
+            .map(|frame| {
+                let (name, data) = frame.split_once('\n').unwrap();
+                let data: Value =
+                    serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+                assert_eq!(data["type"], name.strip_prefix("event: ").unwrap());
+                data
+            })
+            .collect();
+        for (at, event) in events.iter().enumerate() {
+            if let Some(number) = event["sequence_number"].as_u64() {
+                assert_eq!(number, at as u64);
+            }
+        }
+        events
     }
 
     /// Checks the error envelope and returns its message.

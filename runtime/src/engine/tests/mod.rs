@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod constraints;
 mod faults;
 mod invariance;
 mod lifecycle;

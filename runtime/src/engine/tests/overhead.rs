@@ -33,7 +33,7 @@ fn a_step_of_256_decodes_costs_under_100_microseconds() {
     for step in 0..600 {
         let start = Instant::now();
         let plan = scheduler.schedule();
-        builder.prepare(&plan, &scheduler);
+        builder.prepare(&plan, &scheduler, limits.vocab_size);
         for item in plan.items.iter().filter(|item| item.samples) {
             scheduler.update(item, &[3]).unwrap();
         }
