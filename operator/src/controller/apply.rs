@@ -1,13 +1,13 @@
 //! The only writes of a reconcile besides status: server-side apply of what differs, deletion of what is no longer built.
 
-use ashlar_crds::{InferenceService, names::FIELD_MANAGER};
+use ashlar_crds::{InferenceService, conditions::reason, names::FIELD_MANAGER};
 use kube::{
     Api, Client,
     api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions},
 };
 use serde_json::Value;
 
-use super::{build::Child, fetch::LiveChild, timed};
+use super::{build::Child, fetch::LiveChild, quantity, timed};
 
 /// Why the cluster could not be brought to what was built.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +35,26 @@ pub enum ApplyError {
         #[source]
         source: kube::Error,
     },
+}
+
+impl ApplyError {
+    /// The reason to show when the user has to do something; none when trying again may help.
+    #[must_use]
+    pub fn blocks(&self) -> Option<&'static str> {
+        let code = match self {
+            Self::NameTaken { .. } => return Some(reason::NAME_TAKEN),
+            Self::Call {
+                source: kube::Error::Api(api),
+                ..
+            } => api.code,
+            Self::Call { .. } => return None,
+        };
+        match code {
+            400 | 422 => Some(reason::INVALID_SPEC),
+            403 => Some(reason::FORBIDDEN),
+            _ => None,
+        }
+    }
 }
 
 /// True when `live` already holds everything that `desired` says: nothing would change by applying it.
@@ -74,34 +94,10 @@ fn same_quantities(desired: &Value, live: &Value) -> bool {
         }
         (Value::String(desired), Value::String(live)) => {
             desired == live
-                || matches!((quantity(desired), quantity(live)), (Some(a), Some(b)) if a == b)
+                || matches!((quantity::thousandths(desired), quantity::thousandths(live)), (Some(a), Some(b)) if a == b)
         }
         (desired, live) => desired == live,
     }
-}
-
-/// A quantity in thousandths of its unit.
-fn quantity(text: &str) -> Option<f64> {
-    const SUFFIXES: [(&str, f64); 13] = [
-        ("Ki", 1024.0),
-        ("Mi", 1_048_576.0),
-        ("Gi", 1_073_741_824.0),
-        ("Ti", 1_099_511_627_776.0),
-        ("Pi", 1_125_899_906_842_624.0),
-        ("Ei", 1_152_921_504_606_846_976.0),
-        ("m", 1e-3),
-        ("k", 1e3),
-        ("M", 1e6),
-        ("G", 1e9),
-        ("T", 1e12),
-        ("P", 1e15),
-        ("E", 1e18),
-    ];
-    let (number, factor) = SUFFIXES
-        .iter()
-        .find_map(|(suffix, factor)| Some((text.strip_suffix(suffix)?, *factor)))
-        .unwrap_or((text, 1.0));
-    Some((number.parse::<f64>().ok()? * factor * 1e3).round())
 }
 
 fn is_empty(value: &Value) -> bool {

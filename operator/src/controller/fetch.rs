@@ -1,37 +1,41 @@
 //! The only reads of a reconcile, all from caches that watches keep: a reconcile asks the API server nothing.
 
-use std::{
-    hash::Hash,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
 };
 
-use ashlar_crds::{InferenceService, names::SERVICE_LABEL};
-use futures::{Stream, StreamExt as _};
-use k8s_openapi::{
-    NamespaceResourceScope,
-    api::{
-        apps::v1::{ControllerRevision, Deployment},
-        core::v1::{Pod, Service, ServiceAccount},
-        discovery::v1::EndpointSlice,
-        networking::v1::NetworkPolicy,
-        policy::v1::PodDisruptionBudget,
-    },
+use ashlar_crds::{
+    InferenceService,
+    names::{FIELD_MANAGER, SERVICE_LABEL},
+};
+use futures::{Stream, future::BoxFuture};
+use k8s_openapi::api::{
+    apps::v1::{ControllerRevision, Deployment},
+    core::v1::{ConfigMap, Pod, Service, ServiceAccount},
+    discovery::v1::EndpointSlice,
+    networking::v1::NetworkPolicy,
+    policy::v1::PodDisruptionBudget,
 };
 use kube::{
     Api, Client, Resource, ResourceExt as _,
-    runtime::{WatchStreamExt as _, reflector, reflector::Store, watcher},
+    api::{ApiResource, DynamicObject, ObjectMeta},
+    runtime::{WatchStreamExt as _, reflector, watcher},
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::build::children::SLICE_SERVICE_LABEL;
+use super::{
+    build::children::{SLICE_MANAGER_LABEL, SLICE_SERVICE_LABEL},
+    index::{Index, Reduced},
+    victims::DELETION_COST,
+};
 
 /// Changes that wait for the controller to look at their service; more make the watch wait.
 const MAX_TRIGGERS: usize = 4096;
+/// Objects of one answer when a watch lists.
+const PAGE: u32 = 250;
 
 /// What one reconcile sees of the cluster.
 #[derive(Debug, Default)]
@@ -40,7 +44,7 @@ pub struct Observed {
     pub revisions: Vec<Arc<ControllerRevision>>,
     /// Their Deployments.
     pub deployments: Vec<Arc<Deployment>>,
-    /// Pods of all revisions, terminating ones included.
+    /// Pods of all revisions, terminating ones included, without their `spec`.
     pub pods: Vec<Arc<Pod>>,
     /// The gateway's own EndpointSlices.
     pub gateway_slices: Vec<EndpointSlice>,
@@ -51,7 +55,7 @@ pub struct Observed {
 impl Observed {
     /// Forgets revisions and Deployments of an earlier service of the same name; `live` keeps them, as names in use.
     pub fn keep_owned_by(&mut self, uid: &str) {
-        let owned = |meta: &kube::api::ObjectMeta| {
+        let owned = |meta: &ObjectMeta| {
             let mut owners = meta.owner_references.iter().flatten();
             owners.any(|owner| owner.uid == uid)
         };
@@ -64,29 +68,27 @@ impl Observed {
 #[derive(Debug, Clone)]
 pub struct LiveChild {
     /// Its kind.
-    pub resource: kube::api::ApiResource,
+    pub resource: ApiResource,
     /// Its name.
     pub name: String,
     /// Owner's uid, when it has a controller.
     pub owner: Option<String>,
     /// On its way out.
     pub terminating: bool,
-    /// The whole object.
+    /// The whole object, less what the API server alone writes.
     pub value: Value,
 }
+
+/// A child at rest: its text, to be read when its service is looked at.
+#[derive(Debug, Clone, PartialEq)]
+struct Stored(Arc<str>);
 
 /// Caches of everything that carries the service label. Clones share them.
 #[derive(Clone)]
 pub struct Caches {
-    revisions: Store<ControllerRevision>,
-    deployments: Store<Deployment>,
-    pods: Store<Pod>,
-    services: Store<Service>,
-    accounts: Store<ServiceAccount>,
-    slices: Store<EndpointSlice>,
-    policies: Store<NetworkPolicy>,
-    budgets: Store<PodDisruptionBudget>,
-    gateway_slices: Store<EndpointSlice>,
+    children: Vec<(ApiResource, Index<Stored>)>,
+    pods: Index<Arc<Pod>>,
+    gateway_slices: Index<Arc<EndpointSlice>>,
     heard: Arc<AtomicBool>,
 }
 
@@ -100,6 +102,24 @@ struct Triggers {
     heard: Arc<AtomicBool>,
 }
 
+impl Triggers {
+    /// Sends one; false once nobody will ever listen.
+    async fn send(&self, trigger: Trigger) -> bool {
+        !self.heard.load(Ordering::Acquire) || self.send.send(trigger).await.is_ok()
+    }
+
+    /// What a cache calls with each service that looks different.
+    fn wake(
+        self,
+        trigger: impl Fn(String) -> Trigger,
+    ) -> impl Fn(String) -> BoxFuture<'static, bool> {
+        move |service| {
+            let (triggers, trigger) = (self.clone(), trigger(service));
+            Box::pin(async move { triggers.send(trigger).await })
+        }
+    }
+}
+
 impl Caches {
     /// Starts the watches. The stream yields the service of each changed child, or `None` when all services must look.
     pub fn start(
@@ -109,29 +129,37 @@ impl Caches {
     ) -> (Self, impl Stream<Item = Trigger> + use<>) {
         let (send, mut receive) = mpsc::channel(MAX_TRIGGERS);
         let heard = Arc::new(AtomicBool::new(false));
-        let send = Triggers {
+        let triggers = Triggers {
             send,
             heard: Arc::clone(&heard),
         };
-        let ours = watcher::Config::default().labels(SERVICE_LABEL);
+        let kinds = [
+            ApiResource::erase::<ControllerRevision>(&()),
+            ApiResource::erase::<Deployment>(&()),
+            ApiResource::erase::<Service>(&()),
+            ApiResource::erase::<ServiceAccount>(&()),
+            ApiResource::erase::<ConfigMap>(&()),
+            ApiResource::erase::<EndpointSlice>(&()),
+            ApiResource::erase::<NetworkPolicy>(&()),
+            ApiResource::erase::<PodDisruptionBudget>(&()),
+        ];
+        let children = kinds.map(|kind| {
+            let index = Index::new();
+            let api: Api<DynamicObject> = match watched {
+                Some(namespace) => Api::namespaced_with(client.clone(), namespace, &kind),
+                None => Api::all_with(client.clone(), &kind),
+            };
+            spawn_children(index.clone(), api, kind.kind.clone(), triggers.clone());
+            (kind, index)
+        });
+        let pods = Index::new();
+        spawn_pods(pods.clone(), client, watched, triggers.clone());
+        let gateway_slices = Index::new();
+        spawn_gateway(gateway_slices.clone(), client, gateway, triggers);
         let caches = Self {
-            revisions: cache(client, watched, ours.clone(), send.clone()),
-            deployments: cache(client, watched, ours.clone(), send.clone()),
-            pods: cache(client, watched, ours.clone(), send.clone()),
-            services: cache(client, watched, ours.clone(), send.clone()),
-            accounts: cache(client, watched, ours.clone(), send.clone()),
-            slices: cache(client, watched, ours.clone(), send.clone()),
-            policies: cache(client, watched, ours.clone(), send.clone()),
-            budgets: cache(client, watched, ours, send.clone()),
-            gateway_slices: cache(
-                client,
-                Some(gateway.0),
-                watcher::Config::default().labels(&format!(
-                    "{SLICE_SERVICE_LABEL}={},!{SERVICE_LABEL}",
-                    gateway.1
-                )),
-                send,
-            ),
+            children: children.into(),
+            pods,
+            gateway_slices,
             heard,
         };
         (
@@ -147,155 +175,241 @@ impl Caches {
 
     /// Waits until every cache has been filled once.
     pub async fn ready(&self) {
-        // An error means that the watch's task has ended, which happens only when the process does.
-        let _ = tokio::join!(
-            self.revisions.wait_until_ready(),
-            self.deployments.wait_until_ready(),
-            self.pods.wait_until_ready(),
-            self.services.wait_until_ready(),
-            self.accounts.wait_until_ready(),
-            self.slices.wait_until_ready(),
-            self.policies.wait_until_ready(),
-            self.budgets.wait_until_ready(),
-            self.gateway_slices.wait_until_ready(),
-        );
+        for (_, index) in &self.children {
+            index.ready().await;
+        }
+        self.pods.ready().await;
+        self.gateway_slices.ready().await;
     }
 
     /// Pods of all services.
     #[must_use]
     pub fn pods(&self) -> Vec<Arc<Pod>> {
-        self.pods.state()
+        self.pods.all()
     }
 
     /// The gateway's own EndpointSlices.
     #[must_use]
     pub fn gateway_slices(&self) -> Vec<Arc<EndpointSlice>> {
-        self.gateway_slices.state()
+        self.gateway_slices.all()
     }
 
     /// Everything of one service.
     #[must_use]
     pub fn observe(&self, namespace: &str, name: &str) -> Observed {
-        let revisions = of(&self.revisions, namespace, name);
-        let deployments = of(&self.deployments, namespace, name);
         let mut live = Vec::new();
-        add_live(&mut live, &revisions);
-        add_live(&mut live, &deployments);
-        add_live(&mut live, &of(&self.services, namespace, name));
-        add_live(&mut live, &of(&self.accounts, namespace, name));
-        // The cluster's own controller copies our labels to the slices of the headless Service: those are not ours.
-        let mut slices = of(&self.slices, namespace, name);
-        slices.retain(|slice| {
-            slice
-                .labels()
-                .get(super::build::children::SLICE_MANAGER_LABEL)
-                .is_some_and(|m| m == ashlar_crds::names::FIELD_MANAGER)
-        });
-        add_live(&mut live, &slices);
-        add_live(&mut live, &of(&self.policies, namespace, name));
-        add_live(&mut live, &of(&self.budgets, namespace, name));
+        for (resource, index) in &self.children {
+            let stored = index.of(namespace, name);
+            live.extend(stored.iter().map(|stored| live_child(resource, stored)));
+        }
         Observed {
-            revisions,
-            deployments,
-            pods: of(&self.pods, namespace, name),
+            revisions: typed(&live),
+            deployments: typed(&live),
+            pods: self.pods.of(namespace, name),
             gateway_slices: self
                 .gateway_slices
-                .state()
+                .all()
                 .iter()
                 .map(|slice| (**slice).clone())
                 .collect(),
             live,
         }
     }
+
+    /// Pods of one service, as the watch shows them now.
+    #[must_use]
+    pub fn pods_of(&self, namespace: &str, name: &str) -> Vec<Arc<Pod>> {
+        self.pods.of(namespace, name)
+    }
 }
 
-fn of<K>(store: &Store<K>, namespace: &str, name: &str) -> Vec<Arc<K>>
+/// The children of kind `K`, read whole; one that someone has damaged is as good as absent.
+fn typed<K>(live: &[LiveChild]) -> Vec<Arc<K>>
 where
-    K: Resource + Clone + 'static,
-    K::DynamicType: Hash + Eq + Clone,
+    K: Resource<DynamicType = ()> + DeserializeOwned,
 {
-    store.state_filter(|object: &K| {
-        object.meta().namespace.as_deref() == Some(namespace)
-            && object
-                .meta()
-                .labels
-                .as_ref()
-                .and_then(|labels| labels.get(SERVICE_LABEL))
-                .is_some_and(|n| n == name)
+    let kind = K::kind(&());
+    live.iter()
+        .filter(|child| child.resource.kind == kind)
+        .filter_map(|child| K::deserialize(&child.value).ok().map(Arc::new))
+        .collect()
+}
+
+fn live_child(resource: &ApiResource, stored: &Stored) -> LiveChild {
+    let mut value: Value =
+        serde_json::from_str(&stored.0).expect("text that we wrote: this is a bug");
+    value["apiVersion"] = resource.api_version.clone().into();
+    value["kind"] = resource.kind.clone().into();
+    let text = |pointer: &str| {
+        value
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .map(str::to_owned)
+    };
+    let owners = value.pointer("/metadata/ownerReferences");
+    let owner = owners.and_then(Value::as_array).and_then(|owners| {
+        let controller = owners.iter().find(|owner| owner["controller"] == true)?;
+        Some(controller["uid"].as_str()?.to_owned())
+    });
+    LiveChild {
+        resource: resource.clone(),
+        name: text("/metadata/name").unwrap_or_default(),
+        owner,
+        terminating: text("/metadata/deletionTimestamp").is_some(),
+        value,
+    }
+}
+
+/// Children: all that somebody could have edited, nothing that only the cluster writes.
+fn reduce_child(mut object: DynamicObject) -> Option<Reduced<Stored>> {
+    let service = service_of(&object.metadata)?;
+    // The cluster's own controller copies our labels to the slices of the headless Service: those are not ours.
+    let manager = object.labels().get(SLICE_MANAGER_LABEL);
+    if manager.is_some_and(|manager| manager != FIELD_MANAGER) {
+        return None;
+    }
+    let meta = &mut object.metadata;
+    meta.managed_fields = None;
+    meta.resource_version = None;
+    meta.generation = None;
+    meta.creation_timestamp = None;
+    meta.namespace = None;
+    let name = meta.name.clone()?;
+    let mut data = object.data;
+    data["metadata"] = serde_json::to_value(meta).expect("metadata is plain data: this is a bug");
+    if let Some(fields) = data.as_object_mut() {
+        let failure = fields.remove("status").and_then(replica_failure);
+        if let Some(failure) = failure {
+            fields.insert("status".into(), failure);
+        }
+    }
+    Some(Reduced {
+        service,
+        name,
+        value: Stored(data.to_string().into()),
     })
 }
 
-fn add_live<K>(live: &mut Vec<LiveChild>, objects: &[Arc<K>])
-where
-    K: Resource<DynamicType = ()> + serde::Serialize,
-{
-    live.extend(objects.iter().map(|object| {
-        LiveChild {
-            resource: kube::api::ApiResource::erase::<K>(&()),
-            name: object.meta().name.clone().unwrap_or_default(),
-            owner: object
-                .meta()
-                .owner_references
-                .iter()
-                .flatten()
-                .find(|o| o.controller == Some(true))
-                .map(|o| o.uid.clone()),
-            terminating: object.meta().deletion_timestamp.is_some(),
-            value: serde_json::to_value(&**object)
-                .expect("Kubernetes objects are plain data: this is a bug"),
-        }
-    }));
+/// The part of a Deployment's status that says why no pod is created.
+fn replica_failure(mut status: Value) -> Option<Value> {
+    let conditions = status.get_mut("conditions")?.as_array_mut()?;
+    conditions.retain(|c| c["type"] == "ReplicaFailure" && c["status"] == "True");
+    for condition in conditions.iter_mut().filter_map(Value::as_object_mut) {
+        condition.remove("lastUpdateTime");
+    }
+    let failed = !conditions.is_empty();
+    failed.then(|| serde_json::json!({ "conditions": status["conditions"] }))
 }
 
-fn cache<K>(
-    client: &Client,
-    namespace: Option<&str>,
-    config: watcher::Config,
-    triggers: Triggers,
-) -> Store<K>
-where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-        + Clone
-        + DeserializeOwned
-        + std::fmt::Debug
-        + Send
-        + Sync
-        + 'static,
-{
-    let api: Api<K> = match namespace {
+/// Pods: identity, labels and state.
+fn reduce_pod(mut pod: Pod) -> Option<Reduced<Arc<Pod>>> {
+    let service = service_of(&pod.metadata)?;
+    let meta = std::mem::take(&mut pod.metadata);
+    let name = meta.name.clone()?;
+    pod.spec = None;
+    if let Some(status) = pod.status.as_mut() {
+        for container in status
+            .init_container_statuses
+            .iter_mut()
+            .chain(status.container_statuses.iter_mut())
+            .flatten()
+        {
+            container.container_id = None;
+            container.image_id = String::new();
+            container.allocated_resources = None;
+            container.resources = None;
+            container.volume_mounts = None;
+            container.user = None;
+        }
+        status.pod_ips = None;
+        status.host_ips = None;
+        status.host_ip = None;
+        status.resource_claim_statuses = None;
+    }
+    pod.metadata = ObjectMeta {
+        annotations: meta.annotations.and_then(|mut annotations| {
+            annotations.retain(|key, _| key == DELETION_COST);
+            (!annotations.is_empty()).then_some(annotations)
+        }),
+        name: meta.name,
+        namespace: meta.namespace,
+        uid: meta.uid,
+        labels: meta.labels.map(|mut labels| {
+            labels.retain(|key, _| key.starts_with("serving.ashlar.dev/"));
+            labels
+        }),
+        creation_timestamp: meta.creation_timestamp,
+        deletion_timestamp: meta.deletion_timestamp,
+        ..ObjectMeta::default()
+    };
+    Some(Reduced {
+        service,
+        name,
+        value: Arc::new(pod),
+    })
+}
+
+fn service_of(meta: &ObjectMeta) -> Option<String> {
+    let service = meta.labels.as_ref()?.get(SERVICE_LABEL)?;
+    Some(format!("{}/{service}", meta.namespace.as_deref()?))
+}
+
+fn ours() -> watcher::Config {
+    watcher::Config::default()
+        .labels(SERVICE_LABEL)
+        .page_size(PAGE)
+}
+
+fn reference(service: String) -> Trigger {
+    let (namespace, name) = service.split_once('/')?;
+    Some(reflector::ObjectRef::new(name).within(namespace))
+}
+
+fn spawn_children(index: Index<Stored>, api: Api<DynamicObject>, kind: String, triggers: Triggers) {
+    tokio::spawn(async move {
+        let events = watcher(api, ours()).default_backoff();
+        let wake = triggers.wake(reference);
+        index.follow(events, &kind, reduce_child, wake).await;
+    });
+}
+
+fn spawn_pods(index: Index<Arc<Pod>>, client: &Client, watched: Option<&str>, triggers: Triggers) {
+    let api: Api<Pod> = match watched {
         Some(namespace) => Api::namespaced(client.clone(), namespace),
         None => Api::all(client.clone()),
     };
-    let (reader, writer) = reflector::store();
-    let stream = watcher(api, config)
-        .default_backoff()
-        .modify(|object| object.meta_mut().managed_fields = None)
-        .reflect(writer)
-        .touched_objects();
     tokio::spawn(async move {
-        let mut stream = std::pin::pin!(stream);
-        while let Some(event) = stream.next().await {
-            match event {
-                Ok(_) if !triggers.heard.load(Ordering::Acquire) => {}
-                Ok(object) => {
-                    let service = object
-                        .meta()
-                        .labels
-                        .as_ref()
-                        .and_then(|labels| labels.get(SERVICE_LABEL))
-                        .cloned();
-                    let namespace = object.meta().namespace.clone().unwrap_or_default();
-                    let trigger =
-                        service.map(|name| reflector::ObjectRef::new(&name).within(&namespace));
-                    if triggers.send.send(trigger).await.is_err() {
-                        return;
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(kind = %K::kind(&()), %error, "a watch broke and starts again")
-                }
-            }
-        }
+        let events = watcher(api, ours()).default_backoff();
+        let wake = triggers.wake(reference);
+        index.follow(events, "Pod", reduce_pod, wake).await;
     });
-    reader
+}
+
+/// A change of the gateway's endpoints concerns every service's alias.
+fn spawn_gateway(
+    index: Index<Arc<EndpointSlice>>,
+    client: &Client,
+    (namespace, service): (&str, &str),
+    triggers: Triggers,
+) {
+    let api: Api<EndpointSlice> = Api::namespaced(client.clone(), namespace);
+    let selector = format!("{SLICE_SERVICE_LABEL}={service},!{SERVICE_LABEL}");
+    let config = watcher::Config::default().labels(&selector);
+    let reduce = |mut slice: EndpointSlice| {
+        let name = slice.metadata.name.take()?;
+        slice.metadata = ObjectMeta {
+            name: Some(name.clone()),
+            ..ObjectMeta::default()
+        };
+        Some(Reduced {
+            service: String::new(),
+            name,
+            value: Arc::new(slice),
+        })
+    };
+    tokio::spawn(async move {
+        let events = watcher(api, config).default_backoff();
+        let wake = triggers.wake(|_| None);
+        index.follow(events, "EndpointSlice", reduce, wake).await;
+    });
 }

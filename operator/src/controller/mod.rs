@@ -7,20 +7,33 @@
 //!
 //! Invariants:
 //! - a reconcile reads caches only; `apply` writes only what differs; an unchanged status is never written;
+//! - caches hold what a reconcile needs and no more (`index`): memory grows with our services, not with the cluster;
+//! - nodes and pods of others are known as sums only (`capacity`), and only as a hint;
+//! - a replica count goes down only after the least busy pods have been marked (`victims`);
 //! - a revision's template is rendered once, into its ControllerRevision: an upgrade of the operator renders nothing;
 //! - workloads are applied last, after everything they need;
 //! - only the leader writes, and it stops when its Lease cannot be renewed.
 
 pub mod apply;
+mod backoff;
 pub mod build;
+mod capacity;
+mod endpoint;
 pub mod fetch;
+mod index;
 pub mod leader;
 pub mod metrics;
+mod placement;
 pub mod pods;
+pub mod probe;
+mod quantity;
 mod reconcile;
+mod report;
+mod revisions;
 pub mod rollout;
 pub mod status;
 pub mod validate;
+mod victims;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -28,7 +41,7 @@ use ashlar_crds::InferenceService;
 use futures::StreamExt as _;
 use kube::{
     Api, Client, Config,
-    runtime::{Controller, watcher},
+    runtime::{Controller, WatchStreamExt as _, reflector, watcher},
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -41,10 +54,12 @@ use metrics::Metrics;
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 /// Watches are answered slowly by design: the API server ends one after at most this long.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(295);
-/// Reconciles at once.
-const CONCURRENCY: u16 = 16;
 /// Services with a new number of replicas that wait for a reconcile; more make the autoscaler wait.
 const MAX_RESCALED: usize = 1024;
+/// Reconciles at once.
+const CONCURRENCY: u16 = 32;
+/// Objects of one answer when a watch lists.
+const PAGE: u32 = 250;
 /// Changes within this time are looked at together.
 const DEBOUNCE: Duration = Duration::from_millis(20);
 
@@ -89,6 +104,14 @@ pub struct ControllerArgs {
         value_name = "DOMAIN"
     )]
     pub cluster_domain: String,
+    /// Who may scrape the metrics of model pods beside the operator: NetworkPolicy peers as a JSON list.
+    #[arg(
+        long,
+        env = "ASHLAR_METRICS_FROM",
+        default_value = "[]",
+        value_name = "JSON"
+    )]
+    pub metrics_from: Peers,
     /// Where /metrics, /healthz and /readyz are served.
     #[arg(
         long,
@@ -111,6 +134,26 @@ pub struct ControllerArgs {
     /// This process among its peers; the pod's name.
     #[arg(long, env = "ASHLAR_POD_NAME", default_value = "ashlar-operator")]
     pub identity: String,
+}
+
+/// NetworkPolicy peers, given as a JSON list.
+#[derive(Debug, Clone)]
+pub struct Peers(pub Vec<k8s_openapi::api::networking::v1::NetworkPolicyPeer>);
+
+impl std::str::FromStr for Peers {
+    type Err = serde_json::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        serde_json::from_str(text).map(Self)
+    }
+}
+
+/// Drops what no reconcile looks at.
+fn slim(service: &mut InferenceService) {
+    service.metadata.managed_fields = None;
+    if let Some(annotations) = &mut service.metadata.annotations {
+        annotations.retain(|key, _| key.starts_with("serving.ashlar.dev/"));
+    }
 }
 
 /// Why the controller ended or could not start.
@@ -153,6 +196,13 @@ pub(crate) struct Context {
     pub(crate) events: kube::runtime::events::Recorder,
     pub(crate) written: status::Written,
     pub(crate) autoscaler: Arc<Autoscaler>,
+    /// All services, for what they share: host names.
+    services: reflector::Store<InferenceService>,
+    capacity: capacity::Capacity,
+    victims: victims::Victims,
+    downloads: probe::Downloads,
+    key_answers: endpoint::KeyAnswers,
+    failures: backoff::Failures,
 }
 
 /// An answer of the API server, or an error after [`CALL_TIMEOUT`].
@@ -194,6 +244,7 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     let watched = args.watch_namespace.as_deref();
     let (caches, triggers) =
         Caches::start(&client, watched, (&args.namespace, &args.gateway_service));
+    let capacity = capacity::Capacity::start(&client);
     let mut elector = leader::Elector::new(
         client.clone(),
         &args.namespace,
@@ -221,7 +272,7 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
             .await
             .expect("waiting for caches does not panic: this is a bug");
         caches.listen();
-        control(client, args, caches.clone(), triggers, metrics).await;
+        control(client, args, caches.clone(), capacity, triggers, metrics).await;
     };
     let ended = tokio::select! {
         lost = elector.hold() => return Err(lost.into()),
@@ -237,6 +288,7 @@ async fn control(
     client: Client,
     args: ControllerArgs,
     caches: Caches,
+    capacity: capacity::Capacity,
     triggers: impl futures::Stream<Item = fetch::Trigger> + Send + 'static,
     metrics: Arc<Metrics>,
 ) {
@@ -244,18 +296,30 @@ async fn control(
         Some(namespace) => Api::namespaced(client.clone(), namespace),
         None => Api::all(client.clone()),
     };
-    let controller = Controller::new(services, watcher::Config::default()).with_config(
+    let (store, writer) = reflector::store();
+    let config = watcher::Config::default().page_size(PAGE);
+    let services = watcher(services, config)
+        .default_backoff()
+        .modify(slim)
+        .reflect(writer)
+        .touched_objects();
+    let controller = Controller::for_stream(services, store.clone()).with_config(
         kube::runtime::controller::Config::default()
             .debounce(DEBOUNCE)
             .concurrency(CONCURRENCY),
     );
-    let store = controller.store();
     let reporter = kube::runtime::events::Reporter {
         controller: "ashlar-operator".into(),
         instance: Some(args.identity.clone()),
     };
     let context = Arc::new(Context {
         events: kube::runtime::events::Recorder::new(client.clone(), reporter),
+        services: store.clone(),
+        capacity,
+        victims: victims::Victims::default(),
+        downloads: probe::Downloads::default(),
+        key_answers: endpoint::KeyAnswers::default(),
+        failures: backoff::Failures::default(),
         client,
         caches,
         defaults: Defaults {
@@ -266,6 +330,7 @@ async fn control(
             namespace: args.namespace,
             gateway_service: args.gateway_service,
             cluster_domain: args.cluster_domain,
+            metrics_from: args.metrics_from.0,
         },
         gateway_account: args.gateway_service_account,
         autoscaler: Arc::new(

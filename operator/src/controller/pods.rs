@@ -56,6 +56,22 @@ pub fn has_ended(pod: &Pod) -> bool {
     matches!(phase, Some("Failed" | "Succeeded"))
 }
 
+/// True when the pod is on a node.
+#[must_use]
+pub fn is_scheduled(pod: &Pod) -> bool {
+    condition(pod, "PodScheduled").is_some_and(|c| c.0 == "True")
+}
+
+/// True while the pod's first step fetches the model.
+#[must_use]
+pub fn is_downloading(pod: &Pod) -> bool {
+    !is_over(pod)
+        && statuses(pod).any(|status| {
+            let running = status.state.as_ref().is_some_and(|s| s.running.is_some());
+            status.name == PULL_CONTAINER && running
+        })
+}
+
 /// True when the pod has waited so long for a node that a rollout should not count on one.
 #[must_use]
 pub fn is_unschedulable(pod: &Pod, now: Timestamp) -> bool {
@@ -156,8 +172,10 @@ fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
             8,
             reason::OUT_OF_MEMORY,
             format!(
-                "container {} was killed for memory; raise spec.resources.limits.memory or lower --max-model-len",
-                status.name
+                "container {} of pod {} was killed for memory (restarts: {}); raise spec.resources.limits.memory or lower --max-model-len",
+                status.name,
+                pod.name_any(),
+                status.restart_count
             ),
         ));
     }
@@ -169,7 +187,13 @@ fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
                 return Some(blocker(
                     7,
                     reason::IMAGE_PULL_FAILED,
-                    format!("image {} cannot be pulled: {message}", status.image),
+                    // The image may be the container's own or the model's, mounted as a volume: the kubelet's words name it.
+                    format!(
+                        "an image of container {} ({}) cannot be pulled: {}",
+                        status.name,
+                        status.image,
+                        if message.is_empty() { why } else { &message }
+                    ),
                 ));
             }
             "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => {
@@ -203,7 +227,7 @@ fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
         ));
     }
     let running = state.is_some_and(|s| s.running.is_some());
-    if pull && running {
+    if pull && running && !status.ready {
         return Some(blocker(
             3,
             reason::MODEL_DOWNLOADING,

@@ -15,6 +15,8 @@ pub struct RevisionState {
     pub pods: i32,
     /// Pods that are ready and not terminating.
     pub ready: i32,
+    /// Pods that are on a node.
+    pub scheduled: i32,
     /// All its replicas were ready once.
     pub proven: bool,
     /// A pod has waited ten seconds for a node.
@@ -36,17 +38,31 @@ pub struct RolloutPlan {
     pub halted: bool,
 }
 
+/// What a step depends on besides the revisions.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Circumstances {
+    /// Replicas wanted in all.
+    pub wanted: i32,
+    /// Whether a new pod may start before an old one ends.
+    pub surge: Surge,
+    /// How many pods more nodes have room for; none when that is not known.
+    pub room: Option<i32>,
+    /// This rollout has been going on in place.
+    pub in_place: bool,
+}
+
 /// Decides the next step.
 ///
 /// Surge: one new pod more, and when it is ready one old pod less. In place: one old pod less, and when it is gone one
-/// new pod more: never a pending pod. A revision that fails to start stops the rollout, and the one before serves again.
+/// new pod more: never a pending pod. An old revision never gets more replicas, so that the two ways cannot take turns,
+/// with one exception: a new revision that fails to start stops the rollout, and the one before serves again.
 #[must_use]
 pub fn plan(
-    wanted: i32,
-    surge: Surge,
+    circumstances: &Circumstances,
     newest: &RevisionState,
     older: &[RevisionState],
 ) -> RolloutPlan {
+    let wanted = circumstances.wanted;
     let previous = older
         .iter()
         .filter(|r| r.replicas > 0 || r.pods > 0 || newest.failed.is_some())
@@ -57,56 +73,77 @@ pub fn plan(
             ..RolloutPlan::default()
         };
     };
-    if wanted == 0 {
-        return RolloutPlan {
-            newest: 0,
-            previous: Some((previous.hash.clone(), 0)),
-            ..RolloutPlan::default()
-        };
-    }
-    let in_place = match surge {
-        Surge::Never => Some("surge is Never"),
-        Surge::Auto if newest.unschedulable => Some("no node has room for one pod more"),
-        Surge::Auto | Surge::Always => None,
+    let step = |newest, old, rollout| RolloutPlan {
+        newest,
+        previous: Some((previous.hash.clone(), old)),
+        rollout,
+        halted: false,
     };
+    // Pods of every old revision hold their places until they are gone.
+    let old_pods: i32 = older.iter().map(|r| r.pods).sum();
+    let in_place = why_in_place(circumstances, newest, old_pods);
+    if wanted == 0 {
+        return step(0, 0, None);
+    }
     if let Some(failure) = &newest.failed {
-        // Keep one failing pod to look at where there is room for it; otherwise give its place back.
-        let newest_keeps = if in_place.is_some() {
-            newest.ready
-        } else {
-            newest.ready.max(1).min(newest.replicas)
-        };
         return RolloutPlan {
-            newest: newest_keeps,
-            previous: Some((previous.hash.clone(), wanted - newest.ready.min(wanted))),
-            rollout: Some(format!("Halted: {failure}")),
             halted: true,
+            ..step(
+                kept_of_failed(newest, in_place.is_some()),
+                wanted - newest.ready.min(wanted),
+                Some(format!("Halted: {failure}")),
+            )
         };
     }
     let ready = newest.ready.min(wanted);
-    if ready == wanted && previous.pods == 0 {
-        return RolloutPlan {
-            newest: wanted,
-            previous: Some((previous.hash.clone(), 0)),
-            ..RolloutPlan::default()
-        };
+    if ready == wanted && old_pods == 0 {
+        return step(wanted, 0, None);
     }
     if let Some(reason) = in_place {
-        let old = (wanted - ready - 1).max(0);
-        // A place is free when its pod object is gone, not when it has been asked to go.
-        let places = wanted - previous.pods.min(wanted);
-        return RolloutPlan {
-            newest: places.max(ready).min(wanted),
-            previous: Some((previous.hash.clone(), old)),
-            rollout: Some(format!("InPlace: {reason}")),
-            halted: false,
-        };
+        return step(
+            // A place is free when its pod object is gone, not when it has been asked to go.
+            (wanted - old_pods).max(ready).min(wanted),
+            previous.replicas.min((wanted - ready - 1).max(0)),
+            Some(format!("InPlace: {reason}")),
+        );
     }
-    RolloutPlan {
-        newest: (ready + 1).min(wanted).max(newest.replicas.min(wanted)),
-        previous: Some((previous.hash.clone(), wanted - ready)),
-        rollout: Some("Surge: a new pod starts before an old one ends".to_owned()),
-        halted: false,
+    let room = circumstances
+        .room
+        .filter(|_| circumstances.surge == Surge::Auto);
+    let up =
+        (wanted + 1 - old_pods).min(room.map_or(wanted, |room| newest.pods.saturating_add(room)));
+    step(
+        up.max(newest.replicas).clamp(0, wanted),
+        previous.replicas.min(wanted - ready),
+        Some("Surge: a new pod starts before an old one ends".to_owned()),
+    )
+}
+
+/// Why the rollout goes on in place; none when it surges.
+fn why_in_place(
+    circumstances: &Circumstances,
+    newest: &RevisionState,
+    old_pods: i32,
+) -> Option<&'static str> {
+    // The surge pod that exists has taken the room that was found for it.
+    let surging = newest.pods > 0 && newest.pods + old_pods > circumstances.wanted;
+    match circumstances.surge {
+        Surge::Never => Some("surge is Never"),
+        Surge::Auto if newest.unschedulable => Some("the scheduler finds no node for one pod more"),
+        Surge::Auto if circumstances.in_place => Some("no node had room for one pod more"),
+        Surge::Auto if !surging && circumstances.room.is_some_and(|room| room <= 0) => {
+            Some("no node has room for one pod more")
+        }
+        Surge::Auto | Surge::Always => None,
+    }
+}
+
+/// Keeps one failing pod to look at where there is room for it; otherwise its place is given back.
+fn kept_of_failed(newest: &RevisionState, in_place: bool) -> i32 {
+    if in_place {
+        newest.ready
+    } else {
+        newest.ready.max(1).min(newest.replicas)
     }
 }
 
@@ -128,32 +165,64 @@ mod tests {
         }
     }
 
+    fn auto(wanted: i32, room: Option<i32>) -> Circumstances {
+        Circumstances {
+            wanted,
+            room,
+            ..Circumstances::default()
+        }
+    }
+
+    fn never(wanted: i32) -> Circumstances {
+        Circumstances {
+            surge: Surge::Never,
+            ..auto(wanted, None)
+        }
+    }
+
     #[test]
     fn the_first_revision_gets_all_replicas() {
         assert_eq!(
-            plan(3, Surge::Auto, &RevisionState::default(), &[]).newest,
+            plan(&auto(3, None), &RevisionState::default(), &[]).newest,
             3
         );
     }
 
     #[test]
     fn an_old_revision_without_pods_is_left_alone() {
-        let plan = plan(2, Surge::Auto, &state("b", 2, 2, 1), &[state("a", 1, 0, 0)]);
+        let plan = plan(&auto(2, None), &state("b", 2, 2, 1), &[state("a", 1, 0, 0)]);
         assert_eq!((plan.newest, plan.previous), (2, None));
     }
 
     #[test]
     fn surge_never_has_fewer_ready_pods_than_wanted() {
-        let old = state("a", 1, 2, 2);
-        let first = plan(
-            2,
-            Surge::Auto,
-            &state("b", 2, 0, 0),
-            std::slice::from_ref(&old),
-        );
+        let old = [state("a", 1, 2, 2)];
+        let first = plan(&auto(2, Some(1)), &state("b", 2, 0, 0), &old);
         assert_eq!((first.newest, first.previous), (1, Some(("a".into(), 2))));
-        let second = plan(2, Surge::Auto, &state("b", 2, 1, 1), &[old]);
-        assert_eq!((second.newest, second.previous), (2, Some(("a".into(), 1))));
+        // Its own pod has taken the room: that does not turn the rollout.
+        let second = plan(&auto(2, Some(0)), &state("b", 2, 1, 1), &old);
+        assert_eq!((second.newest, second.previous), (1, Some(("a".into(), 1))));
+        assert!(second.rollout.unwrap().starts_with("Surge"));
+    }
+
+    #[test]
+    fn without_room_an_old_pod_goes_first_and_room_it_leaves_does_not_bring_it_back() {
+        let newest = state("b", 2, 0, 0);
+        let start = plan(&auto(1, Some(0)), &newest, &[state("a", 1, 1, 1)]);
+        assert_eq!((start.newest, start.previous), (0, Some(("a".into(), 0))));
+        assert!(start.rollout.unwrap().starts_with("InPlace"));
+        let half = RevisionState {
+            pods: 1,
+            ..state("a", 1, 1, 1)
+        };
+        for in_place in [false, true] {
+            let circumstances = Circumstances {
+                in_place,
+                ..auto(2, Some(1))
+            };
+            let next = plan(&circumstances, &newest, std::slice::from_ref(&half));
+            assert_eq!((next.newest, next.previous), (1, Some(("a".into(), 1))));
+        }
     }
 
     #[test]
@@ -163,18 +232,15 @@ mod tests {
             replicas: 0,
             ..state("a", 1, 0, 0)
         };
-        let waiting = plan(1, Surge::Never, &state("b", 2, 0, 0), &[going]);
+        let waiting = plan(&never(1), &state("b", 2, 0, 0), &[going]);
         assert_eq!(
             (waiting.newest, waiting.previous),
             (0, Some(("a".into(), 0)))
         );
-        let gone = plan(
-            1,
-            Surge::Never,
-            &state("b", 2, 0, 0),
-            &[state("a", 1, 0, 0)],
+        assert_eq!(
+            plan(&never(1), &state("b", 2, 0, 0), &[state("a", 1, 0, 0)]).newest,
+            1
         );
-        assert_eq!(gone.newest, 1);
     }
 
     #[test]
@@ -183,7 +249,7 @@ mod tests {
             unschedulable: true,
             ..state("b", 2, 1, 0)
         };
-        let plan = plan(1, Surge::Auto, &stuck, &[state("a", 1, 1, 1)]);
+        let plan = plan(&auto(1, None), &stuck, &[state("a", 1, 1, 1)]);
         assert_eq!((plan.newest, plan.previous), (0, Some(("a".into(), 0))));
         assert!(plan.rollout.unwrap().contains("InPlace"));
     }
@@ -194,44 +260,105 @@ mod tests {
             failed: Some("exit 1".into()),
             ..state("b", 2, 1, 0)
         };
-        let serving = plan(2, Surge::Auto, &failed, &[state("a", 1, 2, 2)]);
+        let serving = plan(&auto(2, None), &failed, &[state("a", 1, 2, 2)]);
         assert_eq!(
             (serving.previous, serving.halted),
             (Some(("a".into(), 2)), true)
         );
-        let gone = plan(1, Surge::Never, &failed, &[state("a", 1, 0, 0)]);
+        let in_place = Circumstances {
+            in_place: true,
+            ..auto(1, Some(0))
+        };
+        for circumstances in [never(1), in_place] {
+            let gone = plan(&circumstances, &failed, &[state("a", 1, 0, 0)]);
+            assert_eq!(
+                (gone.newest, gone.previous, gone.halted),
+                (0, Some(("a".into(), 1)), true)
+            );
+        }
+    }
+
+    #[test]
+    fn a_revert_goes_back_to_the_old_revision_at_once() {
+        let failing = RevisionState {
+            failed: Some("exit 1".into()),
+            ..state("b", 2, 1, 0)
+        };
+        let back = plan(&auto(2, Some(0)), &state("a", 3, 2, 2), &[failing]);
         assert_eq!(
-            (gone.newest, gone.previous, gone.halted),
-            (0, Some(("a".into(), 1)), true)
+            (back.newest, back.previous, back.halted),
+            (2, Some(("b".into(), 0)), false)
         );
     }
 
-    proptest! {
-        /// Played against pods that become ready and go away, every rollout ends, and with surge the ready pods never
-        /// fall below what is wanted.
-        #[test]
-        fn rollouts_end(wanted in 1..6i32, never in any::<bool>()) {
-            let surge = if never { Surge::Never } else { Surge::Auto };
-            let mut newest = state("b", 2, 0, 0);
-            let mut old = state("a", 1, wanted, wanted);
-            for step in 0..100 {
-                let plan = plan(wanted, surge, &newest, &[old.clone()]);
-                let old_wanted = plan.previous.clone().map_or(0, |(_, replicas)| replicas);
-                prop_assert!(never || newest.ready + old.ready >= wanted);
-                prop_assert!(plan.newest + old_wanted <= wanted + i32::from(!never));
-                if plan.newest == wanted && newest.ready == wanted && old.pods == 0 {
-                    return Ok(());
+    /// A cluster with so many places, played one event at a time.
+    struct Cluster {
+        places: i32,
+        newest: RevisionState,
+        old: RevisionState,
+    }
+
+    impl Cluster {
+        fn free(&self) -> i32 {
+            self.places - self.newest.scheduled - self.old.pods
+        }
+
+        /// Pods come and go as asked; the `event`-th kind of thing happens next.
+        fn happen(&mut self, event: u8) {
+            self.newest.pods = self
+                .newest
+                .replicas
+                .max(self.newest.ready.min(self.newest.replicas));
+            self.newest.scheduled = self.newest.scheduled.min(self.newest.pods);
+            self.newest.ready = self.newest.ready.min(self.newest.replicas);
+            self.old.ready = self.old.ready.min(self.old.replicas);
+            match event % 4 {
+                0 => self.old.pods = (self.old.pods - 1).max(self.old.replicas),
+                1 if self.newest.scheduled < self.newest.pods && self.free() > 0 => {
+                    self.newest.scheduled += 1
                 }
-                // One thing happens at a time: a pod leaves, or a pod becomes ready.
-                newest.replicas = plan.newest;
-                old.replicas = old_wanted;
-                old.ready = old.ready.min(old_wanted);
-                if step % 2 == 0 { old.pods = (old.pods - 1).max(old_wanted) } else {
-                    newest.pods = plan.newest;
-                    newest.ready = (newest.ready + 1).min(plan.newest);
-                }
+                2 if self.newest.ready < self.newest.scheduled => self.newest.ready += 1,
+                _ => {}
             }
-            prop_assert!(false, "did not end");
+            self.newest.unschedulable =
+                self.newest.scheduled < self.newest.pods && self.free() <= 0 && event % 4 == 3;
+        }
+    }
+
+    proptest! {
+        /// Whatever room there is and in whatever order things happen: every rollout ends; with surge the ready pods never
+        /// fall below what is wanted; in place they are never more than one below; there is never more than one pod too many.
+        #[test]
+        fn rollouts_end_and_serve_all_along(
+            wanted in 1..6i32,
+            spare in 0..3i32,
+            known in any::<bool>(),
+            surge in prop::sample::select(vec![Surge::Auto, Surge::Never]),
+            events in prop::collection::vec(any::<u8>(), 400),
+        ) {
+            let mut cluster = Cluster {
+                places: wanted + spare,
+                newest: state("b", 2, 0, 0),
+                old: state("a", 1, wanted, wanted),
+            };
+            let mut in_place = false;
+            let orderly = (0..60).flat_map(|_| 0..4u8);
+            for event in events.into_iter().chain(orderly) {
+                let room = known.then(|| (cluster.free() - (cluster.newest.pods - cluster.newest.scheduled)).max(0));
+                let now = Circumstances { wanted, surge, room, in_place };
+                let plan = plan(&now, &cluster.newest, std::slice::from_ref(&cluster.old));
+                let rollout = plan.rollout.clone().unwrap_or_default();
+                in_place |= rollout.starts_with("InPlace");
+                prop_assert!(!plan.halted);
+                cluster.newest.replicas = plan.newest;
+                cluster.old.replicas = plan.previous.map_or(0, |(_, replicas)| replicas);
+                prop_assert!(cluster.newest.replicas + cluster.old.replicas <= wanted + 1);
+                let serving = cluster.newest.ready.min(plan.newest) + cluster.old.ready.min(cluster.old.replicas);
+                prop_assert!(serving >= wanted - i32::from(in_place), "{serving} of {wanted} serve");
+                prop_assert!(!known || surge == Surge::Never || spare == 0 || serving >= wanted, "there was room");
+                cluster.happen(event);
+            }
+            prop_assert_eq!((cluster.newest.ready, cluster.old.pods), (wanted, 0));
         }
     }
 }

@@ -21,6 +21,7 @@ use crate::autoscaler::Outcome;
 use super::{
     build::Defaults,
     pods::{self, Blocker},
+    probe::Download,
     rollout::{RevisionState, RolloutPlan},
     validate::ValidatedService,
 };
@@ -58,6 +59,14 @@ pub struct Facts<'a> {
     pub keys: KeyAccess,
     /// What the autoscaler decided, for a scaled service.
     pub scaling: Option<&'a Outcome>,
+    /// Why one of the hosts does not lead here.
+    pub host_conflict: Option<&'a str>,
+    /// How far the download is, while there is one.
+    pub download: Option<Download>,
+    /// The commit that the newest revision downloads, once known.
+    pub resolved_revision: Option<&'a str>,
+    /// The most GPUs that any node has in all, when nodes are known.
+    pub largest_node: Option<f64>,
     /// Now.
     pub now: Timestamp,
 }
@@ -141,7 +150,8 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
         .iter()
         .filter_map(|pod| pods::why_not_ready(pod))
         .chain(refused)
-        .max();
+        .max()
+        .map(|blocker| explained(facts, blocker));
     let endpoint = endpoint_verdict(facts);
     let workloads = workloads_verdict(facts, worst.as_ref());
     let model = model_verdict(facts, ready, worst.as_ref());
@@ -187,10 +197,7 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
             outdated: facts.outdated,
             rollout: facts.plan.rollout.clone(),
         }),
-        model: Some(ModelStatus {
-            phase: phase.to_owned(),
-            ..old.model.unwrap_or_default()
-        }),
+        model: Some(model_status(facts, phase)),
         scaling: Some(ScalingStatus {
             desired_replicas: service.wanted,
             last_decision: match (&service.service.spec.scaling, facts.scaling) {
@@ -211,6 +218,58 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
             facts.now,
         )
     }
+}
+
+fn model_status(facts: &Facts<'_>, phase: &str) -> ModelStatus {
+    let old = facts.service.service.status.as_ref();
+    // What an earlier revision downloaded says nothing of this one.
+    let same = old
+        .and_then(|s| s.revision.as_ref())
+        .is_some_and(|r| r.current == facts.newest.hash);
+    let old = old
+        .and_then(|s| s.model.clone())
+        .filter(|_| same)
+        .unwrap_or_default();
+    let total = facts
+        .download
+        .map(|d| d.total_bytes)
+        .filter(|total| *total > 0)
+        .or(old.total_bytes);
+    let downloaded = match facts.download {
+        Some(download) => Some(download.downloaded_bytes),
+        None if phase == "Loading" || phase == "Ready" => total,
+        None => old.downloaded_bytes,
+    };
+    ModelStatus {
+        phase: phase.to_owned(),
+        resolved_revision: facts.resolved_revision.map(str::to_owned),
+        downloaded_bytes: downloaded,
+        total_bytes: total,
+    }
+}
+
+/// A blocker with what is known beyond its pod.
+fn explained(facts: &Facts<'_>, mut blocker: Blocker) -> Blocker {
+    let parallelism = &facts.service.service.spec.parallelism;
+    if blocker.reason == reason::MODEL_DOWNLOADING
+        && let Some(download) = facts.download.filter(|download| download.total_bytes > 0)
+    {
+        let percent = download.downloaded_bytes.saturating_mul(100) / download.total_bytes;
+        blocker.message = format!(
+            "the model is being downloaded: {percent} % ({} of {} bytes)",
+            download.downloaded_bytes, download.total_bytes
+        );
+    }
+    if blocker.reason == reason::INSUFFICIENT_GPU
+        && let Some(largest) = facts.largest_node
+        && largest < f64::from(parallelism.tensor)
+    {
+        blocker.message = format!(
+            "a pod needs {} {} on one node, and the largest node has {largest}; lower spec.parallelism.tensor or add a node: {}",
+            parallelism.tensor, parallelism.resource_name, blocker.message
+        );
+    }
+    blocker
 }
 
 /// The status of a service that could not be built or applied: what it had, and why it is not ready for the new spec.
@@ -258,6 +317,10 @@ fn endpoint_verdict(facts: &Facts<'_>) -> Verdict {
                 facts.defaults.gateway_service, facts.defaults.namespace
             ),
         );
+    }
+    if let Some(conflict) = facts.host_conflict {
+        // By its other addresses the service answers, but not by all that the user asked for.
+        return verdict(false, reason::HOST_CONFLICT, conflict);
     }
     match (spec.auth, facts.keys) {
         (Auth::Keys, KeyAccess::Denied) => verdict(
@@ -367,7 +430,8 @@ fn ready_verdict(
     workloads: &Verdict,
     worst: Option<&Blocker>,
 ) -> Verdict {
-    if !endpoint.ok {
+    // A host that belongs to another service does not keep `status.url` from answering.
+    if !endpoint.ok && endpoint.reason != reason::HOST_CONFLICT {
         return verdict(false, endpoint.reason, endpoint.message.clone());
     }
     if ready > 0 {

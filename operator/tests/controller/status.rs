@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ashlar_crds::{InferenceService, InferenceServiceStatus, ScalingDecision};
 use ashlar_operator::autoscaler::Outcome;
 use ashlar_operator::controller::{
+    probe::Download,
     rollout::{RevisionState, RolloutPlan},
     status::{Facts, KeyAccess, blocked, compute},
 };
@@ -25,6 +26,9 @@ struct Scene {
     scaling: Option<Outcome>,
     /// Instead of what the spec and its status ask for.
     wanted: Option<i32>,
+    host_conflict: Option<&'static str>,
+    download: Option<Download>,
+    largest_node: Option<f64>,
     now: Timestamp,
 }
 
@@ -57,6 +61,9 @@ impl Scene {
             keys: KeyAccess::Allowed,
             scaling: None,
             wanted: None,
+            host_conflict: None,
+            download: None,
+            largest_node: None,
             now: "2026-01-01T00:01:00Z".parse().unwrap(),
         }
     }
@@ -75,6 +82,10 @@ impl Scene {
             gateway_endpoints: self.gateway_endpoints,
             keys: self.keys,
             scaling: self.scaling.as_ref(),
+            host_conflict: self.host_conflict,
+            download: self.download,
+            resolved_revision: None,
+            largest_node: self.largest_node,
             now: self.now,
         })
     }
@@ -136,6 +147,60 @@ fn missing_gpus_are_named_in_the_schedulers_words() {
         assert_eq!(verdict, "False InsufficientGPU");
         assert!(message.contains(words), "{message}");
     }
+}
+
+#[test]
+fn a_pod_larger_than_any_node_says_so() {
+    let words = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.";
+    let mut scene = Scene::new("valid-mistral-gpu", &[unscheduled(words)]);
+    scene.service.spec.parallelism.tensor = 8;
+    scene.service.spec.resources = None;
+    scene.largest_node = Some(4.0);
+    let (_, message) = said(&scene.status(), "Ready");
+    assert!(
+        message.contains("needs 8 nvidia.com/gpu") && message.contains("has 4"),
+        "{message}"
+    );
+    assert!(message.contains(words), "{message}");
+}
+
+#[test]
+fn a_download_says_how_far_it_is() {
+    let pulling = json!({"initContainerStatuses": [{"name": "pull", "image": "i", "imageID": "", "ready": false, "restartCount": 0, "state": {"running": {}}}]});
+    let mut scene = Scene::new("valid-mistral-gpu", &[pulling]);
+    scene.download = Some(Download {
+        downloaded_bytes: 250,
+        total_bytes: 1000,
+    });
+    let status = scene.status();
+    let (verdict, message) = said(&status, "ModelReady");
+    assert_eq!(verdict, "False ModelDownloading");
+    assert!(message.contains("25 % (250 of 1000 bytes)"), "{message}");
+    let model = status.model.clone().unwrap();
+    assert_eq!(
+        (model.downloaded_bytes, model.total_bytes),
+        (Some(250), Some(1000))
+    );
+    // Loading after it: the bytes are all there. A later revision starts from nothing.
+    let loading = json!({"containerStatuses": [{"name": "runtime", "image": "i", "imageID": "", "ready": false, "restartCount": 0, "state": {"running": {}}}]});
+    let mut later = Scene::new("valid-mistral-gpu", &[loading]);
+    later.service.status = Some(status);
+    let model = later.status().model.unwrap();
+    assert_eq!(
+        (model.phase.as_str(), model.downloaded_bytes),
+        ("Loading", Some(1000))
+    );
+    later.newest.hash = "89abcdef".into();
+    assert_eq!(later.status().model.unwrap().total_bytes, None);
+}
+
+#[test]
+fn a_host_of_another_service_is_said_and_the_rest_answers() {
+    let mut scene = Scene::new("valid-smollm2", &[ready()]);
+    scene.host_conflict = Some("host x belongs to InferenceService y");
+    let status = scene.status();
+    assert_eq!(said(&status, "EndpointReady").0, "False HostConflict");
+    assert_eq!(said(&status, "Ready").0, "True Available");
 }
 
 #[test]

@@ -35,6 +35,7 @@ pub fn defaults() -> Defaults {
         namespace: "ashlar-system".into(),
         gateway_service: "ashlar-gateway".into(),
         cluster_domain: "cluster.local".into(),
+        metrics_from: vec![],
     }
 }
 

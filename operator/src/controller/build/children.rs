@@ -146,7 +146,7 @@ fn disruption_budget(service: &ValidatedService) -> PodDisruptionBudget {
     }
 }
 
-/// In: gateway and operator on the runtime's port, and whom the user allows. Out: DNS, and the web for models that are
+/// In: gateway, operator and monitoring on the runtime's port, and whom the user allows. Out: DNS, and the web for models that are
 /// downloaded.
 fn network_policy(
     service: &ValidatedService,
@@ -166,6 +166,7 @@ fn network_policy(
         ip_block: None,
     };
     let mut from = vec![peer("gateway"), peer("operator")];
+    from.extend(defaults.metrics_from.iter().cloned());
     for allowed in &service.service.spec.endpoint.allow_from {
         let peer = serde_json::from_value(allowed.clone())
             .map_err(|error| InvalidSpec::new("spec.endpoint.allowFrom", error.to_string()))?;

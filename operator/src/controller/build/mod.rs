@@ -5,6 +5,7 @@ pub mod revision;
 pub mod template;
 
 use ashlar_crds::names::{FIELD_MANAGER, SERVICE_LABEL};
+use k8s_openapi::api::networking::v1::NetworkPolicyPeer;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{
     Resource,
@@ -30,6 +31,8 @@ pub struct Defaults {
     pub gateway_service: String,
     /// The cluster's DNS domain.
     pub cluster_domain: String,
+    /// Who may scrape the metrics of model pods, beside the operator.
+    pub metrics_from: Vec<NetworkPolicyPeer>,
 }
 
 /// Annotation of every child: a digest of what was applied.

@@ -5,7 +5,10 @@ use ashlar_crds::{
     names::{RESTART_ANNOTATION, REVISION_LABEL},
 };
 use k8s_openapi::{
-    api::{apps::v1::ControllerRevision, core::v1::PodTemplateSpec},
+    api::{
+        apps::v1::ControllerRevision,
+        core::v1::{ConfigMap, PodTemplateSpec},
+    },
     apimachinery::pkg::runtime::RawExtension,
 };
 use kube::ResourceExt as _;
@@ -53,6 +56,23 @@ pub fn controller_revision(
         metadata: meta,
         revision: number,
         data: Some(RawExtension(serde_json::json!({ "template": template }))),
+    }
+}
+
+/// Key of what a revision's pods download.
+pub const PIN_KEY: &str = "revision";
+
+/// What a revision's pods download: a branch or tag until one of them has resolved it, then a commit.
+#[must_use]
+pub fn pin(service: &ValidatedService, hash: &str, revision: &str) -> ConfigMap {
+    let mut meta = metadata(service, service.service.revision_name(hash));
+    meta.labels
+        .get_or_insert_default()
+        .insert(REVISION_LABEL.to_owned(), hash.to_owned());
+    ConfigMap {
+        metadata: meta,
+        data: Some([(PIN_KEY.to_owned(), revision.to_owned())].into()),
+        ..ConfigMap::default()
     }
 }
 

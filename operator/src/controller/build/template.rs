@@ -11,11 +11,11 @@ use ashlar_crds::{
 use k8s_openapi::{
     DeepMerge as _,
     api::core::v1::{
-        Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
-        EnvVarSource, HTTPGetAction, ImageVolumeSource, Lifecycle, LifecycleHandler,
-        PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
-        ResourceRequirements, SeccompProfile, SecretKeySelector, SecurityContext, SleepAction,
-        Volume, VolumeMount,
+        Affinity, Capabilities, ConfigMapKeySelector, Container, ContainerPort,
+        EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction, ImageVolumeSource, Lifecycle,
+        LifecycleHandler, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec,
+        PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile, SecretKeySelector,
+        SecurityContext, SleepAction, Volume, VolumeMount,
     },
     apimachinery::pkg::{
         api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString,
@@ -26,7 +26,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     super::validate::{InvalidSpec, ModelSource, ValidatedService},
-    Defaults, labels,
+    Defaults, labels, revision,
 };
 
 /// User and group of every container.
@@ -35,6 +35,8 @@ const USER: i64 = 65532;
 const MODELS: &str = "/models";
 /// Seconds past the drain before the kubelet kills.
 const KILL_MARGIN_SECONDS: i64 = 15;
+/// Variable of `pull` that holds what to download.
+const PIN_VARIABLE: &str = "ASHLAR_PINNED_REVISION";
 /// Memory-backed share for tensor parallelism.
 const SHARED_MEMORY: &str = "/dev/shm";
 
@@ -398,22 +400,36 @@ fn pull(service: &ValidatedService, defaults: &Defaults) -> Option<Container> {
         repository.clone(),
         format!("--dest={}", model_path(service)),
         "--result-file=/dev/termination-log".to_owned(),
+        // The runtime is not there yet: its port, which the NetworkPolicy opens to the operator, says how far this is.
+        format!("--status-port={RUNTIME_PORT}"),
+        format!("--revision=$({PIN_VARIABLE})"),
     ];
-    if let Some(revision) = &model.revision {
-        command.push(format!("--revision={revision}"));
-    }
-    let mut env = vec![EnvVar {
-        name: "HOME".into(),
-        value: Some("/tmp".into()),
-        ..EnvVar::default()
-    }];
-    if let Some(endpoint) = &model.endpoint {
-        env.push(EnvVar {
-            name: "HF_ENDPOINT".into(),
-            value: Some(endpoint.clone()),
+    command.extend(
+        model
+            .endpoint
+            .iter()
+            .map(|endpoint| format!("--endpoint={endpoint}")),
+    );
+    let hash = revision::hash(&service.service);
+    let mut env = vec![
+        EnvVar {
+            name: "HOME".into(),
+            value: Some("/tmp".into()),
             ..EnvVar::default()
-        });
-    }
+        },
+        EnvVar {
+            name: PIN_VARIABLE.into(),
+            value_from: Some(EnvVarSource {
+                config_map_key_ref: Some(ConfigMapKeySelector {
+                    name: service.service.revision_name(&hash),
+                    key: revision::PIN_KEY.into(),
+                    optional: None,
+                }),
+                ..EnvVarSource::default()
+            }),
+            ..EnvVar::default()
+        },
+    ];
     if let Some(token) = &model.token_secret_ref {
         env.push(EnvVar {
             name: "HF_TOKEN".into(),
