@@ -13,7 +13,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell (cat rust-toolchain.toml; pwd
 CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
 
-.PHONY: help demo demo-down check unit e2e test deny generate chart-test bench-peer clean
+.PHONY: help demo demo-down check unit clients e2e test deny generate chart-test bench-peer clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ check: ## formatting and lints, in a minute or two
 
 unit: ## unit, property and snapshot tests: no cluster, no root
 	ASHLAR_TEST_MODEL=$$(e2e/cluster/model.sh) cargo test --release --workspace
+
+clients: ## OpenAI's and Anthropic's own Python clients against `ashlar serve` with the default model
+	e2e/clients/tour.sh
 
 e2e: ## only the end-to-end tests, on a cluster of their own or on that of KUBECONFIG
 	CLUSTER=$(CLUSTER) e2e/test.sh e2e

@@ -122,6 +122,7 @@ else
 fi
 
 if [ "$what" = all ]; then
+    stage "official clients" env ASHLAR_BIN="${CARGO_TARGET_DIR:-target}/release/ashlar" e2e/clients/tour.sh || true
     if [ "$ready" = yes ]; then
         stage "unit and API-server tests" workspace_tests || true
         stage "chart" inside charts/tests/render.sh || true
