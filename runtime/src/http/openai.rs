@@ -63,6 +63,7 @@ struct ChatFields {
     tools: Option<Value>,
     tool_choice: Option<Value>,
     parallel_tool_calls: Option<bool>,
+    chat_template: Option<Value>,
 }
 
 /// A prompt of a text completion, in any of its four forms.
@@ -98,6 +99,12 @@ pub(super) async fn chat(
     let sampling: SamplingFields = parse(&body)?;
     drop(body);
     app.check_model(fields.model.as_deref())?;
+    if fields.chat_template.is_some() {
+        return Err(ApiError::invalid(
+            "chat_template",
+            "templates come with the model, not with a request: leave it out",
+        ));
+    }
     let logprobs = match (fields.logprobs.unwrap_or(false), fields.top_logprobs) {
         (true, top) => Some(top.unwrap_or(0)),
         (false, None | Some(0)) => None,
