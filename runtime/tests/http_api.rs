@@ -627,3 +627,43 @@ async fn special_tokens_of_the_model_end_answers() {
     assert_eq!(on["choices"][0]["text"], "heyheyh");
     assert_eq!(on["choices"][0]["finish_reason"], "length");
 }
+
+#[tokio::test]
+async fn the_api_s_description_is_true() {
+    let server = Setup::saying("x").start().await;
+    let document = server.get("/openapi.json").await.json();
+    assert_eq!(document["openapi"], "3.1.0");
+    let text = document.to_string();
+    // Every reference has its target.
+    for reference in text.split("\"$ref\":\"#").skip(1) {
+        let target = reference.split('"').next().unwrap();
+        assert!(document.pointer(target).is_some(), "{target}");
+    }
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        for (method, operation) in operations.as_object().unwrap() {
+            let path = path.replace("{model}", "tiny");
+            let has_body = operation["requestBody"].is_object();
+            let reply = server
+                .send(
+                    &method.to_uppercase(),
+                    &path,
+                    &[],
+                    if has_body { "{}" } else { "" },
+                )
+                .await;
+            assert!(![404, 405].contains(&reply.status), "{method} {path}");
+            let described = &operation["responses"][reply.status.to_string()];
+            assert!(described.is_object(), "{method} {path}: {}", reply.status);
+            let kind = reply.headers["content-type"].split(';').next().unwrap();
+            assert!(
+                described["content"][kind].is_object(),
+                "{method} {path}: {kind}"
+            );
+        }
+    }
+    // A field of the code is in the description.
+    let fields = &document["components"]["schemas"]["SamplingFields"]["properties"];
+    for field in ["temperature", "bad_words", "structured_outputs"] {
+        assert!(fields[field].is_object(), "{field}");
+    }
+}

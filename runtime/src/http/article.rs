@@ -10,6 +10,7 @@ use axum::{
     extract::{Query, State, rejection::QueryRejection},
     response::Response,
 };
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -28,13 +29,13 @@ use super::{
 /// `max_tokens` of a request that does not say; lowered to the room that the prompt leaves.
 const DEFAULT_TOKENS: u32 = 256;
 
-#[derive(Debug, Deserialize)]
-struct GenerateFields {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct GenerateFields {
     prompt: String,
 }
 
 /// Query of `/stream`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct StreamQuery {
     prompt: String,
     max_tokens: Option<u32>,

@@ -8,6 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::StatusCode;
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -27,8 +28,8 @@ use super::{
 use crate::{engine::request::FinishReason, output::MessageEvent};
 
 /// Fields that are used; others are ignored.
-#[derive(Debug, Deserialize)]
-struct MessagesFields {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct MessagesFields {
     model: Option<String>,
     messages: Vec<Value>,
     system: Option<Value>,

@@ -24,6 +24,7 @@ mod health;
 mod message;
 mod messages;
 mod openai;
+mod openapi;
 mod responses;
 pub mod sampling;
 pub mod server;
@@ -307,6 +308,7 @@ pub fn router(
         .route("/generate_measured", post(article::generate_measured))
         .route("/stream", get(article::stream))
         .route("/version", get(health::version))
+        .route("/openapi.json", get(openapi::document))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(

@@ -9,6 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::StatusCode;
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -52,8 +53,8 @@ pub(super) fn body_bytes(body: BodyResult) -> Result<Bytes, ApiError> {
 }
 
 /// Fields of a chat request beside [`SamplingFields`].
-#[derive(Debug, Deserialize)]
-struct ChatFields {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct ChatFields {
     model: Option<String>,
     messages: Vec<Value>,
     logprobs: Option<bool>,
@@ -67,9 +68,9 @@ struct ChatFields {
 }
 
 /// A prompt of a text completion, in any of its four forms.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(untagged)]
-enum PromptField {
+pub(super) enum PromptField {
     Text(String),
     Texts(Vec<String>),
     Tokens(Vec<TokenId>),
@@ -77,8 +78,8 @@ enum PromptField {
 }
 
 /// Fields of a text completion beside [`SamplingFields`].
-#[derive(Debug, Deserialize)]
-struct CompletionFields {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct CompletionFields {
     model: Option<String>,
     prompt: PromptField,
     logprobs: Option<u32>,

@@ -7,6 +7,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -27,8 +28,8 @@ use super::{
 use crate::{engine::request::FinishReason, output::MessageEvent};
 
 /// Fields that are used; others are ignored.
-#[derive(Debug, Deserialize)]
-struct ResponseFields {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct ResponseFields {
     model: Option<String>,
     input: Value,
     instructions: Option<String>,
@@ -47,8 +48,8 @@ struct ResponseFields {
     chat_template_kwargs: Option<Map<String, Value>>,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
-struct TextFields {
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+pub(super) struct TextFields {
     format: Option<Value>,
 }
 

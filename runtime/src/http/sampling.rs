@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -43,7 +44,7 @@ pub const MAX_CACHE_SALT_BYTES: usize = 256;
 const MIN_TEMPERATURE: f64 = 1e-5;
 
 /// One string or a list of them.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum OneOrMany {
     /// One.
@@ -53,7 +54,7 @@ pub enum OneOrMany {
 }
 
 /// `stream_options`.
-#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
 pub struct StreamOptions {
     /// A last chunk with `usage` and no choices.
     pub include_usage: Option<bool>,
@@ -62,7 +63,7 @@ pub struct StreamOptions {
 }
 
 /// Fields of every generating request. Unknown ones are ignored; `null` is the same as absent.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[allow(missing_docs)] // The names are OpenAI's and vLLM's.
 pub struct SamplingFields {
     pub n: Option<u32>,

@@ -1,5 +1,6 @@
 //! What an output must be: `response_format`, `structured_outputs` and their older names.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -7,7 +8,7 @@ use super::{error::ApiError, sampling::SamplingFields};
 use crate::grammar::{GrammarError, GrammarSpec};
 
 /// `structured_outputs`: one of its fields.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[allow(missing_docs)] // The names are vLLM's.
 pub struct StructuredFields {
     pub json: Option<Value>,

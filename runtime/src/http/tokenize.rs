@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::{Json, extract::State};
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -16,8 +17,8 @@ use super::{
 };
 use crate::engine::request::TokenId;
 
-#[derive(Debug, Deserialize)]
-struct TokenizeFields {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct TokenizeFields {
     model: Option<String>,
     prompt: Option<String>,
     messages: Option<Vec<Value>>,
@@ -28,8 +29,8 @@ struct TokenizeFields {
     chat_template_kwargs: Option<Map<String, Value>>,
 }
 
-#[derive(Debug, Deserialize)]
-struct DetokenizeFields {
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct DetokenizeFields {
     model: Option<String>,
     tokens: Vec<TokenId>,
 }

@@ -1,0 +1,365 @@
+//! `/openapi.json`: what the routes take is derived from the types that read it.
+
+use std::sync::LazyLock;
+
+use axum::Json;
+use schemars::{JsonSchema, generate::SchemaSettings};
+use serde_json::{Map, Value, json};
+
+use super::{
+    article::GenerateFields,
+    messages::MessagesFields,
+    openai::{ChatFields, CompletionFields},
+    responses::ResponseFields,
+    sampling::SamplingFields,
+    tokenize::{DetokenizeFields, TokenizeFields},
+};
+
+static DOCUMENT: LazyLock<Value> = LazyLock::new(build);
+
+/// `GET /openapi.json`.
+pub(super) async fn document() -> Json<&'static Value> {
+    Json(&DOCUMENT)
+}
+
+/// Schemas of request bodies, gathered under `components`.
+struct Schemas {
+    generator: schemars::SchemaGenerator,
+}
+
+impl Schemas {
+    fn of<T: JsonSchema>(&mut self) -> Value {
+        self.generator.subschema_for::<T>().to_value()
+    }
+
+    /// A body that two types read, each its own fields.
+    fn both<A: JsonSchema, B: JsonSchema>(&mut self) -> Value {
+        json!({"allOf": [self.of::<A>(), self.of::<B>()]})
+    }
+}
+
+/// An object that has at least these fields, each of its type.
+fn object(fields: &[(&str, &str)]) -> Value {
+    let properties: Map<String, Value> = fields
+        .iter()
+        .map(|(name, kind)| ((*name).to_owned(), json!({"type": kind})))
+        .collect();
+    let required: Vec<&str> = fields.iter().map(|(name, _)| *name).collect();
+    json!({"type": "object", "properties": properties, "required": required})
+}
+
+fn json_body(schema: Value) -> Value {
+    json!({"application/json": {"schema": schema}})
+}
+
+/// One operation.
+struct Operation {
+    summary: &'static str,
+    body: Option<Value>,
+    parameters: Value,
+    answer: Value,
+    /// It may answer as server-sent events.
+    streams: bool,
+    /// The error's envelope.
+    error: &'static str,
+}
+
+impl Operation {
+    fn get(summary: &'static str, answer: Value) -> Self {
+        Self {
+            summary,
+            body: None,
+            parameters: json!([]),
+            answer: json_body(answer),
+            streams: false,
+            error: "Error",
+        }
+    }
+
+    fn post(summary: &'static str, body: Value, answer: Value) -> Self {
+        Self {
+            body: Some(body),
+            ..Self::get(summary, answer)
+        }
+    }
+
+    fn streaming(mut self) -> Self {
+        self.streams = true;
+        self
+    }
+
+    fn into_value(self, guarded: bool) -> Value {
+        let mut content = self.answer;
+        if self.streams {
+            content["text/event-stream"] = json!({"schema": {"type": "string"}});
+        }
+        let mut responses = Map::new();
+        responses.insert(
+            "200".to_owned(),
+            json!({"description": "The answer", "content": content}),
+        );
+        let error = |description: &str, envelope: &str| {
+            let schema = json!({"$ref": format!("#/components/schemas/{envelope}")});
+            json!({"description": description, "content": json_body(schema)})
+        };
+        let mut add = |status: &str, text: &str, envelope: &str| {
+            responses.insert(status.to_owned(), error(text, envelope));
+        };
+        if guarded {
+            add("401", "The API key is missing or wrong", "Error");
+        }
+        if self.body.is_some() || self.streams {
+            add(
+                "400",
+                "The request is not valid: the message names the field",
+                self.error,
+            );
+            add("404", "The model is not served here", self.error);
+            add(
+                "408",
+                "The request took longer than the server allows",
+                self.error,
+            );
+            add("413", "The body is too large", self.error);
+            add(
+                "429",
+                "Too many requests wait: retry after the time that Retry-After says",
+                self.error,
+            );
+            add("500", "The request failed", self.error);
+        }
+        add(
+            "503",
+            "The server is shutting down, or not ready",
+            self.error,
+        );
+        let mut operation =
+            json!({"summary": self.summary, "responses": responses, "parameters": self.parameters});
+        if let Some(body) = self.body {
+            operation["requestBody"] = json!({"required": true, "content": json_body(body)});
+        }
+        if !guarded {
+            operation["security"] = json!([]);
+        }
+        operation
+    }
+}
+
+fn build() -> Value {
+    let settings = SchemaSettings::draft2020_12().with(|settings| {
+        settings.definitions_path = "/components/schemas".into();
+    });
+    let mut schemas = Schemas {
+        generator: settings.into_generator(),
+    };
+    let paths = paths(&mut schemas);
+    let mut components: Map<String, Value> = schemas.generator.take_definitions(true);
+    components.insert(
+        "Error".to_owned(),
+        json!({
+            "type": "object", "required": ["error"], "properties": {"error": {
+                "type": "object", "required": ["message", "type", "param", "code"], "properties": {
+                    "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
+                    "code": {"type": "integer"},
+                },
+            }},
+        }),
+    );
+    components.insert(
+        "MessagesError".to_owned(),
+        json!({
+            "type": "object", "required": ["type", "error"], "properties": {
+                "type": {"const": "error"},
+                "error": object(&[("type", "string"), ("message", "string")]),
+            },
+        }),
+    );
+    json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Ashlar", "version": env!("CARGO_PKG_VERSION"), "license": {"name": "Apache-2.0"},
+            "description": "Large language models over OpenAI's and Anthropic's API.",
+        },
+        "security": [{}, {"bearer": []}, {"key": []}],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    })
+}
+
+fn paths(schemas: &mut Schemas) -> Map<String, Value> {
+    let mut paths = Map::new();
+    let mut add = |path: &str, method: &str, operation: Operation, guarded: bool| {
+        paths.insert(
+            path.to_owned(),
+            json!({method: operation.into_value(guarded)}),
+        );
+    };
+    let list = [("object", "string"), ("data", "array")];
+    let model = [
+        ("id", "string"),
+        ("object", "string"),
+        ("max_model_len", "integer"),
+    ];
+    let answer = [
+        ("id", "string"),
+        ("object", "string"),
+        ("model", "string"),
+        ("choices", "array"),
+        ("usage", "object"),
+    ];
+    let chat = schemas.both::<ChatFields, SamplingFields>();
+    let chat = Operation::post("Continue a conversation", chat, object(&answer)).streaming();
+    add("/v1/chat/completions", "post", chat, true);
+    let text = schemas.both::<CompletionFields, SamplingFields>();
+    let text = Operation::post("Continue a text", text, object(&answer)).streaming();
+    add("/v1/completions", "post", text, true);
+    let response = [
+        ("id", "string"),
+        ("object", "string"),
+        ("status", "string"),
+        ("output", "array"),
+        ("usage", "object"),
+    ];
+    let body = schemas.both::<ResponseFields, SamplingFields>();
+    let operation = Operation::post(
+        "Continue a conversation, as OpenAI's Responses",
+        body,
+        object(&response),
+    );
+    add("/v1/responses", "post", operation.streaming(), true);
+    let message = [
+        ("id", "string"),
+        ("type", "string"),
+        ("role", "string"),
+        ("content", "array"),
+        ("usage", "object"),
+    ];
+    let body = schemas.of::<MessagesFields>();
+    let mut operation = Operation::post(
+        "Continue a conversation, as Anthropic's Messages",
+        body.clone(),
+        object(&message),
+    );
+    operation.error = "MessagesError";
+    add("/v1/messages", "post", operation.streaming(), true);
+    let mut operation = Operation::post(
+        "Count a conversation's tokens",
+        body,
+        object(&[("input_tokens", "integer")]),
+    );
+    operation.error = "MessagesError";
+    add("/v1/messages/count_tokens", "post", operation, true);
+    add(
+        "/v1/models",
+        "get",
+        Operation::get("The models", object(&list)),
+        true,
+    );
+    let mut one = Operation::get("A model", object(&model));
+    one.parameters =
+        json!([{"name": "model", "in": "path", "required": true, "schema": {"type": "string"}}]);
+    // A name that is not served is a 404.
+    one.streams = false;
+    let mut one = one.into_value(true);
+    one["responses"]["404"] = json!({
+        "description": "The model is not served here", "content": json_body(json!({"$ref": "#/components/schemas/Error"})),
+    });
+    let tokens = [
+        ("count", "integer"),
+        ("max_model_len", "integer"),
+        ("tokens", "array"),
+    ];
+    let body = schemas.of::<TokenizeFields>();
+    add(
+        "/tokenize",
+        "post",
+        Operation::post(
+            "The tokens of a text or a conversation",
+            body,
+            object(&tokens),
+        ),
+        true,
+    );
+    let body = schemas.of::<DetokenizeFields>();
+    add(
+        "/detokenize",
+        "post",
+        Operation::post("The text of tokens", body, object(&[("prompt", "string")])),
+        true,
+    );
+    let body = schemas.both::<GenerateFields, SamplingFields>();
+    let generate = Operation::post(
+        "Continue a text, in the plainest form",
+        body.clone(),
+        object(&[("response", "string")]),
+    );
+    add("/generate", "post", generate, true);
+    let measured = [
+        ("response", "string"),
+        ("generation_seconds", "number"),
+        ("tokens", "integer"),
+    ];
+    let generate = Operation::post("The same, measured", body, object(&measured));
+    add("/generate_measured", "post", generate, true);
+    let mut stream = Operation::get("Continue a text, token by token", json!({})).streaming();
+    let query = |name: &str, kind: &str, required: bool| json!({"name": name, "in": "query", "required": required, "schema": {"type": kind}});
+    stream.parameters = json!([
+        query("prompt", "string", true),
+        query("max_tokens", "integer", false),
+        query("temperature", "number", false),
+        query("top_p", "number", false),
+        query("top_k", "integer", false),
+        query("min_p", "number", false),
+        query("seed", "integer", false),
+        query("stop", "string", false),
+    ]);
+    add("/stream", "get", stream, true);
+    add(
+        "/version",
+        "get",
+        Operation::get("The version", object(&[("version", "string")])),
+        true,
+    );
+    let any = || json!({"type": "object"});
+    add(
+        "/openapi.json",
+        "get",
+        Operation::get("This document", any()),
+        true,
+    );
+    add(
+        "/health",
+        "get",
+        Operation::get(
+            "A request sent now would be answered",
+            object(&[("status", "string")]),
+        ),
+        false,
+    );
+    add(
+        "/ping",
+        "get",
+        Operation::get("The same as /health", object(&[("status", "string")])),
+        false,
+    );
+    add(
+        "/health/live",
+        "get",
+        Operation::get(
+            "The process is worth keeping",
+            object(&[("status", "string")]),
+        ),
+        false,
+    );
+    let mut metrics = Operation::get("Metrics for Prometheus", any());
+    metrics.answer = json!({"text/plain": {"schema": {"type": "string"}}});
+    add("/metrics", "get", metrics, false);
+    paths.insert("/v1/models/{model}".to_owned(), json!({"get": one}));
+    paths
+}
