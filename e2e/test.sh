@@ -123,6 +123,8 @@ fi
 
 if [ "$what" = all ]; then
     stage "official clients" env ASHLAR_BIN="${CARGO_TARGET_DIR:-target}/release/ashlar" e2e/clients/tour.sh || true
+    stage "requests made up" env EXAMPLES=10 ASHLAR_BIN="${CARGO_TARGET_DIR:-target}/release/ashlar" \
+        e2e/clients/schemathesis.sh || true
     if [ "$ready" = yes ]; then
         stage "unit and API-server tests" workspace_tests || true
         stage "chart" inside charts/tests/render.sh || true

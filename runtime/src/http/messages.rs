@@ -31,6 +31,7 @@ use crate::{engine::request::FinishReason, output::MessageEvent};
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct MessagesFields {
     model: Option<String>,
+    #[schemars(schema_with = "super::openapi::messages")]
     messages: Vec<Value>,
     system: Option<Value>,
     max_tokens: Option<u32>,

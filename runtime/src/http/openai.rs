@@ -56,8 +56,10 @@ pub(super) fn body_bytes(body: BodyResult) -> Result<Bytes, ApiError> {
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct ChatFields {
     model: Option<String>,
+    #[schemars(schema_with = "super::openapi::messages")]
     messages: Vec<Value>,
     logprobs: Option<bool>,
+    #[schemars(range(max = 20))]
     top_logprobs: Option<u32>,
     add_generation_prompt: Option<bool>,
     chat_template_kwargs: Option<Map<String, Value>>,
@@ -82,6 +84,7 @@ pub(super) enum PromptField {
 pub(super) struct CompletionFields {
     model: Option<String>,
     prompt: PromptField,
+    #[schemars(range(max = 20))]
     logprobs: Option<u32>,
     echo: Option<bool>,
     suffix: Option<String>,

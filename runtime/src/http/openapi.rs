@@ -3,7 +3,7 @@
 use std::sync::LazyLock;
 
 use axum::Json;
-use schemars::{JsonSchema, generate::SchemaSettings};
+use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, json_schema};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -17,6 +17,43 @@ use super::{
 
 static DOCUMENT: LazyLock<Value> = LazyLock::new(build);
 
+/// Messages: a role, and a text or a list of text parts.
+pub(super) fn messages(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "array", "minItems": 1, "maxItems": 4096, "items": {
+            "type": "object", "required": ["role", "content"], "properties": {
+                "role": {"enum": ["user", "assistant"]},
+                "content": {"anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "minItems": 1, "items": {
+                        "type": "object", "required": ["type", "text"],
+                        "properties": {"type": {"enum": ["text", "tool_use", "tool_result"]}, "text": {"type": "string"}},
+                    }},
+                ]},
+            },
+        },
+    })
+}
+
+/// OpenAI's `response_format`.
+pub(super) fn response_format(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": ["object", "null"], "required": ["type"], "properties": {
+            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "json_schema": {"type": "object", "properties": {"schema": {"type": "object"}}},
+        },
+    })
+}
+
+/// Token ids in decimal with what is added to their logits.
+pub(super) fn logit_bias(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": ["object", "null"], "maxProperties": 1024,
+        "propertyNames": {"pattern": "^[0-9]{1,3}$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    })
+}
+
 /// `GET /openapi.json`.
 pub(super) async fn document() -> Json<&'static Value> {
     Json(&DOCUMENT)
@@ -24,7 +61,7 @@ pub(super) async fn document() -> Json<&'static Value> {
 
 /// Schemas of request bodies, gathered under `components`.
 struct Schemas {
-    generator: schemars::SchemaGenerator,
+    generator: SchemaGenerator,
 }
 
 impl Schemas {
@@ -91,7 +128,7 @@ impl Operation {
     fn into_value(self, guarded: bool) -> Value {
         let mut content = self.answer;
         if self.streams {
-            content["text/event-stream"] = json!({"schema": {"type": "string"}});
+            content["text/event-stream"] = json!({});
         }
         let mut responses = Map::new();
         responses.insert(

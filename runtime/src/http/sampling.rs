@@ -66,38 +66,55 @@ pub struct StreamOptions {
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[allow(missing_docs)] // The names are OpenAI's and vLLM's.
 pub struct SamplingFields {
+    #[schemars(range(min = 1, max = 128))]
     pub n: Option<u32>,
     pub best_of: Option<u32>,
+    #[schemars(range(min = 0, max = 100))]
     pub temperature: Option<f64>,
+    #[schemars(range(min = 0.000001, max = 1))]
     pub top_p: Option<f64>,
+    #[schemars(range(min = -1, max = 1000000))]
     pub top_k: Option<i64>,
+    #[schemars(range(min = 0, max = 1))]
     pub min_p: Option<f64>,
     pub seed: Option<i64>,
+    #[schemars(range(min = 0.01, max = 100))]
     pub repetition_penalty: Option<f64>,
+    #[schemars(range(min = -2, max = 2))]
     pub presence_penalty: Option<f64>,
+    #[schemars(range(min = -2, max = 2))]
     pub frequency_penalty: Option<f64>,
+    #[schemars(schema_with = "super::openapi::logit_bias")]
     pub logit_bias: Option<BTreeMap<String, f64>>,
+    #[schemars(range(min = 1))]
     pub max_tokens: Option<u32>,
+    #[schemars(range(min = 1))]
     pub max_completion_tokens: Option<u32>,
     pub min_tokens: Option<u32>,
     pub stop: Option<OneOrMany>,
+    #[schemars(length(max = 1024))]
     pub stop_token_ids: Option<Vec<TokenId>>,
     pub include_stop_str_in_output: Option<bool>,
     pub ignore_eos: Option<bool>,
     pub skip_special_tokens: Option<bool>,
+    #[schemars(length(max = 256))]
     pub cache_salt: Option<String>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
+    #[schemars(schema_with = "super::openapi::response_format")]
     pub response_format: Option<Value>,
     pub structured_outputs: Option<StructuredFields>,
     pub guided_json: Option<Value>,
     pub guided_regex: Option<String>,
     pub guided_choice: Option<Vec<String>>,
     pub guided_grammar: Option<String>,
+    #[schemars(range(max = 20))]
     pub prompt_logprobs: Option<u32>,
     pub allowed_token_ids: Option<Vec<TokenId>>,
+    #[schemars(length(max = 128))]
     pub bad_words: Option<Vec<String>>,
     pub priority: Option<i32>,
+    #[schemars(range(min = 1))]
     pub truncate_prompt_tokens: Option<u32>,
 }
 
