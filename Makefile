@@ -13,7 +13,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell (cat rust-toolchain.toml; pwd
 CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
 
-.PHONY: help demo demo-down check unit clients schemathesis e2e test deny generate chart-test bench-peer clean
+.PHONY: help demo demo-down check unit clients schemathesis e2e test deny generate chart-test bench-peer bench-front-end clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ chart-test: ## renders the chart with several values and checks the result; need
 
 bench-peer: ## speed against llama.cpp's server, in turns on this machine; prints the ratios
 	e2e/bench/peer.sh
+
+bench-front-end: ## what HTTP costs: 1,000 streams against the engine's own rate, memory of 10,000 connections
+	ulimit -n "$$(ulimit -Hn)" && cargo bench -p ashlar --bench front_end
 
 clean: ## ends the test cluster and empties the cache
 	e2e/cluster/down.sh $(CLUSTER)
