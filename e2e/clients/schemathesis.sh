@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$REPO"
 
 install_tool() {
-    python3 -m pip install --quiet --disable-pip-version-check --target "$1/site" schemathesis==4.32.5
+    python3 -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --root-user-action ignore --target "$1/site" schemathesis==4.32.5
 }
 
 tool=$(cached schemathesis "$(hash_of schemathesis==4.32.5 "$(python3 --version)")" install_tool)

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$REPO"
 
 install_clients() {
-    python3 -m pip install --quiet --disable-pip-version-check --target "$1/site" -r e2e/clients/requirements.txt
+    python3 -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --root-user-action ignore --target "$1/site" -r e2e/clients/requirements.txt
 }
 
 clients=$(cached clients "$(hash_of e2e/clients/requirements.txt "$(python3 --version)")" install_clients)
