@@ -273,7 +273,6 @@ fn reduce_child(mut object: DynamicObject) -> Option<Reduced<Stored>> {
     meta.resource_version = None;
     meta.generation = None;
     meta.creation_timestamp = None;
-    meta.namespace = None;
     let name = meta.name.clone()?;
     let mut data = object.data;
     data["metadata"] = serde_json::to_value(meta).expect("metadata is plain data: this is a bug");
