@@ -110,6 +110,10 @@ struct ServerArgs {
     /// Reuse the KV cache of equal prompt beginnings only among the requests of one tenant
     #[arg(long, env = "ASHLAR_ISOLATE_PREFIX_CACHE")]
     isolate_prefix_cache: bool,
+    /// Who is served first: fcfs goes by arrival, priority by the requests' own `priority` (lower is sooner) before
+    /// that; both share places fairly between tenants
+    #[arg(long, env = "ASHLAR_SCHEDULING_POLICY", value_enum, default_value_t)]
+    scheduling_policy: SchedulingPolicy,
     /// Form of log lines
     #[arg(long, env = "ASHLAR_LOG_FORMAT", value_enum, default_value_t)]
     log_format: LogFormat,
@@ -121,6 +125,14 @@ struct ServerArgs {
         default_value = "info"
     )]
     log: String,
+}
+
+/// Whether requests may say how urgent they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+enum SchedulingPolicy {
+    #[default]
+    Fcfs,
+    Priority,
 }
 
 /// Runs `ashlar serve` until SIGTERM or SIGINT.
@@ -217,6 +229,7 @@ fn api_config(args: &ServeArgs) -> ApiConfig {
         request_timeout: args.server.request_timeout.map(Duration::from_secs),
         tenant_header: args.server.tenant_header.clone(),
         isolate_prefix_cache: args.server.isolate_prefix_cache,
+        honour_priority: args.server.scheduling_policy == SchedulingPolicy::Priority,
     }
 }
 

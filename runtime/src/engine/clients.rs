@@ -50,6 +50,8 @@ pub(super) struct Clients {
     clients: HashMap<SeqId, Client>,
     deliveries: Vec<Delivery>,
     tally: Tally,
+    /// Tokens counted and then found to lie behind a stop string: taken off what is counted next, as counters only grow.
+    overcounted: u32,
     shared: Arc<Shared>,
     observer: Arc<dyn EngineObserver>,
 }
@@ -60,6 +62,7 @@ impl Clients {
             clients: HashMap::new(),
             deliveries: Vec::new(),
             tally: Tally::default(),
+            overcounted: 0,
             shared,
             observer,
         }
@@ -139,6 +142,7 @@ impl Clients {
         let Some(client) = self.clients.remove(&sequence.id) else {
             return;
         };
+        self.overcounted += sequence.num_generated().saturating_sub(kept);
         self.observer.on_finished(&FinishedRequest {
             seq: sequence.id,
             reason: finish.reason,
@@ -166,6 +170,9 @@ impl Clients {
     pub(super) fn report_step(&mut self, plan: &SchedulerOutput, duration: Duration) {
         let stats = &self.shared.stats;
         let tally = &mut self.tally;
+        let taken_off = self.overcounted.min(tally.generation_tokens);
+        self.overcounted -= taken_off;
+        tally.generation_tokens -= taken_off;
         stats.steps.fetch_add(1, Relaxed);
         for (counter, count) in [
             (&stats.prompt_tokens, tally.prompt_tokens),

@@ -98,7 +98,11 @@ impl Choices {
                     choice_index,
                     cache_salt: cache_salt.clone(),
                     constraint: limits.constraint(),
-                    priority: sampling.priority,
+                    priority: if app.config.honour_priority {
+                        sampling.priority
+                    } else {
+                        0
+                    },
                     tenant: tenant.map_or(0, |tenant| tenant.id),
                     deadline: info.deadline.get().copied(),
                     // The choices of a prompt share it.

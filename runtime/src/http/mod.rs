@@ -88,6 +88,8 @@ pub struct ApiConfig {
     pub tenant_header: Option<HeaderName>,
     /// Keep prefix-cache hits among the requests of one tenant.
     pub isolate_prefix_cache: bool,
+    /// Requests may say how urgent they are (`priority`); otherwise that is ignored.
+    pub honour_priority: bool,
 }
 
 impl Default for ApiConfig {
@@ -103,6 +105,7 @@ impl Default for ApiConfig {
             request_timeout: None,
             tenant_header: None,
             isolate_prefix_cache: false,
+            honour_priority: false,
         }
     }
 }

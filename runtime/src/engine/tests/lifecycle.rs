@@ -162,6 +162,9 @@ fn a_stop_string_ends_the_sequence_at_its_token() {
     let finished = recorder.finished.lock().unwrap()[0].clone();
     assert_eq!(finished.reason, FinishReason::Stop);
     assert_eq!(finished.num_generation_tokens, 2);
+    // What was counted past the stop string is taken off the next tokens.
+    collect(handle.submit(request(&[1], 50)).unwrap());
+    assert_eq!(handle.stats().generation_tokens, 2 + 50);
     stop(&handle);
 }
 
