@@ -412,3 +412,64 @@ fn spawn_gateway(
         index.follow(events, "EndpointSlice", reduce, wake).await;
     });
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use serde_json::json;
+
+    use super::*;
+    use crate::controller::apply::is_current;
+
+    fn through_the_cache(mut stored: Value) -> LiveChild {
+        let resource = ApiResource::erase::<Service>(&());
+        // As in a list: kind and version are said once for all.
+        for field in ["apiVersion", "kind"] {
+            stored.as_object_mut().unwrap().remove(field);
+        }
+        let reduced = reduce_child(serde_json::from_value(stored).unwrap()).unwrap();
+        assert_eq!(
+            (reduced.service.as_str(), reduced.name.as_str()),
+            ("chat/m", "m-pods")
+        );
+        live_child(&resource, &reduced.value)
+    }
+
+    #[test]
+    fn a_child_as_applied_is_current_when_the_watch_shows_it() {
+        let applied = json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {
+                "name": "m-pods", "namespace": "chat", "labels": {(SERVICE_LABEL): "m"},
+                "annotations": {"serving.ashlar.dev/applied": "0123"},
+                "ownerReferences": [{"apiVersion": "a/v1", "kind": "K", "name": "m", "uid": "u", "controller": true, "blockOwnerDeletion": true}],
+            },
+            "spec": {"clusterIP": "None", "ports": [{"port": 8000}]},
+        });
+        let mut stored = applied.clone();
+        stored["metadata"]["resourceVersion"] = "7".into();
+        stored["metadata"]["managedFields"] = json!([{"manager": "ashlar-operator"}]);
+        stored["status"] = json!({"loadBalancer": {}});
+        let live = through_the_cache(stored.clone());
+        assert!(is_current(&applied, &live.value), "{}", live.value);
+        assert_eq!(
+            (live.owner.as_deref(), live.terminating),
+            (Some("u"), false)
+        );
+        assert_eq!(live.value.get("status"), None);
+        stored["spec"]["ports"][0]["port"] = 1.into();
+        assert!(!is_current(&applied, &through_the_cache(stored).value));
+    }
+
+    #[test]
+    fn of_a_deployments_status_only_a_refusal_is_kept() {
+        let refusal = json!({"type": "ReplicaFailure", "status": "True", "message": "quota", "lastUpdateTime": "t"});
+        let other = json!({"type": "Available", "status": "True"});
+        let kept = replica_failure(json!({"replicas": 3, "conditions": [other, refusal]})).unwrap();
+        assert_eq!(
+            kept,
+            json!({"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "quota"}]})
+        );
+        assert_eq!(replica_failure(json!({"conditions": [other]})), None);
+    }
+}

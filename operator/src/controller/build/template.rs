@@ -206,13 +206,13 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
         image: Some(image),
         image_pull_policy: Some("IfNotPresent".into()),
         args: Some(arguments(service)),
-        env: vllm.then(|| {
-            vec![EnvVar {
-                name: "HOME".into(),
-                value: Some("/tmp".into()),
-                ..EnvVar::default()
-            }]
-        }),
+        env: Some(vec![if vllm {
+            variable("HOME", "/tmp")
+        } else {
+            // The gateways watch pods and try elsewhere what a leaving one refuses: they need no longer. Whoever lets other
+            // clients in (endpoint.allowFrom) can give their address caches more time with --drain-delay.
+            variable("ASHLAR_DRAIN_DELAY", "1")
+        }]),
         ports: Some(vec![ContainerPort {
             name: Some(RUNTIME_PORT_NAME.into()),
             container_port: RUNTIME_PORT,
@@ -234,6 +234,14 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
         termination_message_policy: Some("FallbackToLogsOnError".into()),
         volume_mounts: Some(mounts),
         ..Container::default()
+    }
+}
+
+fn variable(name: &str, value: &str) -> EnvVar {
+    EnvVar {
+        name: name.to_owned(),
+        value: Some(value.to_owned()),
+        ..EnvVar::default()
     }
 }
 
@@ -412,11 +420,7 @@ fn pull(service: &ValidatedService, defaults: &Defaults) -> Option<Container> {
     );
     let hash = revision::hash(&service.service);
     let mut env = vec![
-        EnvVar {
-            name: "HOME".into(),
-            value: Some("/tmp".into()),
-            ..EnvVar::default()
-        },
+        variable("HOME", "/tmp"),
         EnvVar {
             name: PIN_VARIABLE.into(),
             value_from: Some(EnvVarSource {
