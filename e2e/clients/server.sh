@@ -11,8 +11,8 @@ start_server() {
         binary=${CARGO_TARGET_DIR:-target}/release/ashlar
     fi
     LOG=$(mktemp)
-    "$binary" serve "$model" --host 127.0.0.1 --port 0 --served-model-name smol --kv-cache-memory-bytes 256M \
-        --log-format json "$@" 2> "$LOG" &
+    "$binary" serve "$model" --host 127.0.0.1 --port 0 --served-model-name smol \
+        --kv-cache-memory-bytes "${KV_BYTES:-256M}" --log-format json "$@" 2> "$LOG" &
     SERVER=$!
     trap 'kill "$SERVER" 2> /dev/null || true; wait "$SERVER" || true; rm -f "$LOG"' EXIT
     for _ in $(seq 600); do
