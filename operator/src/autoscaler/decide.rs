@@ -4,7 +4,8 @@
 //! load     per ready replica max(KV cache ÷ target, waiting ÷ target); requests held at the gateways count as waiting
 //! demand   sum of the loads = replicas that would carry them at target; what starting replicas will take is counted,
 //!          because demand is compared with all replicas wanted, not with those that are ready
-//! bound    a queue asks for no more than what sustains the arrivals and clears the queue, once a replica's rate is known
+//! rate     once a replica's rate is known: no less than what sustains the arrivals, and a queue asks for no more than
+//!          that and what clears it
 //! windows  up on the mean of 4 s, at once in panic (demand twice the replicas); down on the mean of 60 s, never within
 //!          60 s of a panic, and only if the replicas that stay could hold the load
 //! behavior the user's, word for word; then minReplicas and maxReplicas
@@ -70,6 +71,8 @@ pub struct Replica {
     pub id: u64,
     /// What it says of itself.
     pub load: Signal<PodLoad>,
+    /// When it said so, on the clock of [`Observation::now`].
+    pub read_at: f64,
 }
 
 /// What is seen now.
@@ -274,6 +277,7 @@ fn read(policy: &Policy, seen: &Observation<'_>, history: &mut History) -> Figur
         rates.replicas_for(waiting + held.unwrap_or(0.0))
     });
     let demand = asked.min(bound.max(kv_demand));
+    let demand = demand.max(rates.map_or(0.0, |rates| rates.sustaining()));
 
     history.demands.push_back((seen.now, demand));
     while history.demands.len() > MAX_DEMANDS
@@ -383,10 +387,8 @@ fn could_hold(policy: &Policy, figures: &Figures, history: &History, count: f64)
     let kv = figures.kv_cache * total / count <= policy.kv_target * spare;
     let queue =
         (figures.waiting + figures.held.unwrap_or(0.0)) / count <= policy.waiting_target * spare;
-    let rate = history
-        .capacity
-        .known()
-        .is_none_or(|known| known.sustained_by(count));
+    let rate = history.capacity.known();
+    let rate = rate.is_none_or(|known| known.sustaining() <= count);
     kv && queue && rate
 }
 

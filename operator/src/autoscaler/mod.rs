@@ -5,6 +5,7 @@
 //! ```
 //!
 //! - `signal`, `decide`, `behavior`, `capacity`: pure. `scrape`: HTTP. This module: the leader's loop.
+//! - `simulate`: the same decisions on a modelled fleet.
 //!
 //! Invariants: only the leader scrapes and decides; nothing between a pod's metrics and a decision (no Prometheus); a
 //! missing figure is never zero; after a change of leader nothing is scaled down within the down window; a service's
@@ -15,6 +16,7 @@ pub mod capacity;
 pub mod decide;
 pub mod scrape;
 pub mod signal;
+pub mod simulate;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -132,14 +134,6 @@ impl Autoscaler {
         (Some(&tracked.uid) == service.metadata.uid.as_ref()).then(|| tracked.outcome.clone())
     }
 
-    /// Requests that a runtime pod has, running and waiting, unless it has been silent.
-    #[must_use]
-    pub fn in_flight(&self, pod: &Pod) -> Option<f64> {
-        let (load, age) = self.scraper.pod(pod_target(pod)?.id)?;
-        let load = Signal::of_age(load, age).known()?;
-        Some(load.running + load.waiting)
-    }
-
     /// Scrapes and decides until the future is dropped; a service whose outcome changes is sent to `changed`.
     pub async fn run(
         &self,
@@ -195,12 +189,15 @@ impl Autoscaler {
                 .get(&key)
                 .into_iter()
                 .flatten()
-                .map(|target| Replica {
-                    id: target.id,
-                    load: self
-                        .scraper
-                        .pod(target.id)
-                        .map_or(Signal::Absent, |(load, age)| Signal::of_age(load, age)),
+                .map(|target| {
+                    let reading = self.scraper.pod(target.id);
+                    let age = reading.map_or(0.0, |(_, age)| age);
+                    Replica {
+                        id: target.id,
+                        load: reading
+                            .map_or(Signal::Absent, |(load, age)| Signal::of_age(load, age)),
+                        read_at: now - age,
+                    }
                 })
                 .collect();
             let uid = service.uid().unwrap_or_default();
