@@ -58,6 +58,8 @@ const WATCH_TIMEOUT: Duration = Duration::from_secs(295);
 const MAX_RESCALED: usize = 1024;
 /// Reconciles at once.
 const CONCURRENCY: u16 = 32;
+/// Services with a cluster address that are created at one time.
+const NEW_ADDRESSES: usize = 8;
 /// Objects of one answer when a watch lists.
 const PAGE: u32 = 250;
 /// Changes within this time are looked at together.
@@ -203,6 +205,8 @@ pub(crate) struct Context {
     downloads: probe::Downloads,
     key_answers: endpoint::KeyAnswers,
     failures: backoff::Failures,
+    /// Turns for a new Service with a cluster address.
+    new_addresses: tokio::sync::Semaphore,
 }
 
 /// An answer of the API server, or an error after [`CALL_TIMEOUT`].
@@ -320,6 +324,7 @@ async fn control(
         downloads: probe::Downloads::default(),
         key_answers: endpoint::KeyAnswers::default(),
         failures: backoff::Failures::default(),
+        new_addresses: tokio::sync::Semaphore::new(NEW_ADDRESSES),
         client,
         caches,
         defaults: Defaults {

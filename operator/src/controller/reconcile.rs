@@ -136,13 +136,25 @@ async fn steps(
     let around = children::children(&validated, &context.defaults, &gateway_slices)?;
     let records = revisions::records(&validated, &view, &observed);
     let workloads = revisions::deployments(&validated, &view, &asked, &observed);
+    let (alias, around): (Vec<_>, Vec<_>) = around
+        .into_iter()
+        .partition(|child| child.resource.kind == "Service" && child.name == name);
     // What pods need is there before pods are; within a group the order does not matter.
     apply_all(&around, &observed, service, context).await?;
     apply_all(&records, &observed, service, context).await?;
     for child in &workloads {
         apply_one(child, &observed, service, context).await?;
     }
-    let built: Vec<Child> = around.into_iter().chain(records).chain(workloads).collect();
+    let mut alias_waits = false;
+    for child in &alias {
+        alias_waits |= !apply_alias(child, &observed, service, context).await?;
+    }
+    let built: Vec<Child> = around
+        .into_iter()
+        .chain(records)
+        .chain(workloads)
+        .chain(alias)
+        .collect();
     revisions::prune(service, &view, &plan, &built, &observed, context).await?;
 
     let keys = endpoint::key_access(&validated, context).await;
@@ -175,10 +187,15 @@ async fn steps(
         && plan.rollout.is_none()
         && keys == KeyAccess::Allowed
         && conflict.is_none();
-    let again = match (waiting, settled) {
-        (true, _) => LOOK_SOON,
-        (false, true) => RESYNC,
-        (false, false) => LOOK_AGAIN,
+    let again = if waiting {
+        LOOK_SOON
+    } else if alias_waits {
+        // Not all at one time.
+        LOOK_AGAIN.mul_f64(0.4 + 0.6 * rand::random::<f64>())
+    } else if settled {
+        RESYNC
+    } else {
+        LOOK_AGAIN
     };
     Ok((status, Action::requeue(again)))
 }
@@ -255,6 +272,24 @@ async fn lower_gently(
         }
     }
     (asked, waiting)
+}
+
+/// The alias comes last and waits for its turn: the API server gives out cluster addresses slowly, some ten a second, and a
+/// thousand new services that all asked at one time would only see each other time out. False when it is not its turn.
+async fn apply_alias(
+    alias: &Child,
+    observed: &Observed,
+    service: &InferenceService,
+    context: &Context,
+) -> Result<bool, ApplyError> {
+    let mut live = observed.live.iter();
+    let exists = live.any(|live| live.resource.kind == "Service" && live.name == alias.name);
+    let turn = context.new_addresses.try_acquire();
+    if !exists && turn.is_err() {
+        return Ok(false);
+    }
+    apply_one(alias, observed, service, context).await?;
+    Ok(true)
 }
 
 async fn apply_all(
