@@ -1,24 +1,64 @@
-//! Waiting for a replica: a request for a service with none is kept, within bounds of number and time.
+//! Waiting for a replica: a request for a service with none is kept, within bounds of number, bytes and time, and goes
+//! on in the order of arrival.
 //!
 //! A held request costs a task and its head; its body stays unread in the socket, apart from the prefix that was
-//! read to find `model`.
+//! read to find `model` or the prompt. Requests of a service form one line: the first takes the first replica, and the
+//! next one follows when the first has its connection, so that replicas see them in order too. Who comes while others
+//! wait goes behind them. Only a request that is tried again waits beside the line: what it may not use others may.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore, watch};
 use tokio::time::Instant;
 
+use super::affinity::Prefix;
 use super::error::GatewayError;
 use super::metrics::Meter;
 use super::resolve::Unresolved;
-use super::route;
-use super::snapshot::{InFlight, Replica, ServiceId, Snapshot};
+use super::route::{self, Choice};
+use super::snapshot::{InFlight, Replica, Service, ServiceId, Snapshot};
+
+/// Bytes in one unit of the bound on held bytes.
+const UNIT: usize = 1024;
 
 /// Bounds of holding.
 pub struct Holds {
     slots: Semaphore,
+    units: Semaphore,
     limit: Duration,
+}
+
+/// The held requests of one service, in order of arrival.
+#[derive(Debug, Default)]
+pub struct Line {
+    /// Its waiters are served in the order in which they came.
+    first: Arc<Mutex<()>>,
+    waiting: AtomicUsize,
+}
+
+/// A place in a line; the next one moves up when it is dropped.
+#[derive(Debug)]
+pub struct Turn {
+    line: Arc<Line>,
+    first: Option<OwnedMutexGuard<()>>,
+}
+
+impl Turn {
+    fn join(line: &Arc<Line>) -> Self {
+        line.waiting.fetch_add(1, Ordering::AcqRel);
+        Self {
+            line: Arc::clone(line),
+            first: None,
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.line.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// A replica and the guard that counts the request on it.
@@ -27,14 +67,31 @@ pub struct Picked {
     pub replica: Arc<Replica>,
     /// Keeps it counted.
     pub in_flight: InFlight,
+    /// Its place in the line, to be given up when it has its connection.
+    pub turn: Option<Turn>,
+}
+
+/// What a request asks for.
+pub struct Ask<'a> {
+    /// The service.
+    pub id: &'a ServiceId,
+    /// Incarnations that already failed it.
+    pub excluded: &'a [String],
+    /// Its prompt.
+    pub prefix: Option<&'a Prefix>,
+    /// Bytes of its body that the gateway keeps.
+    pub bytes: usize,
+    /// Until when it may wait.
+    pub deadline: Instant,
 }
 
 impl Holds {
-    /// At most `count` requests wait at one time, each at most `limit` in all its waits.
+    /// At most `count` requests with `bytes` kept in all wait at one time, each at most `limit` in all its waits.
     #[must_use]
-    pub fn new(count: usize, limit: Duration) -> Self {
+    pub fn new(count: usize, bytes: usize, limit: Duration) -> Self {
         Self {
             slots: Semaphore::new(count.min(Semaphore::MAX_PERMITS)),
+            units: Semaphore::new((bytes / UNIT).min(Semaphore::MAX_PERMITS)),
             limit,
         }
     }
@@ -45,57 +102,84 @@ impl Holds {
         Instant::now() + self.limit
     }
 
-    /// Picks a replica of `id` outside `excluded`, waiting for one until `deadline` if there is none.
+    /// Picks a replica for a request, waiting for one until its deadline if there is none.
     ///
     /// # Errors
     /// Too many requests wait already, the time is over, or the service was deleted.
     pub async fn replica(
         &self,
         snapshots: &mut watch::Receiver<Arc<Snapshot>>,
-        id: &ServiceId,
-        excluded: &[String],
-        deadline: Instant,
+        ask: &Ask<'_>,
         meter: &Meter,
     ) -> Result<Picked, GatewayError> {
-        if let Some(picked) = try_pick(snapshots, id, excluded)? {
+        let again = !ask.excluded.is_empty();
+        let service = current(snapshots, ask.id)?;
+        let line = &service.state.line;
+        if (again || line.waiting.load(Ordering::Acquire) == 0)
+            && let Some(picked) = pick(&service, ask)
+        {
             return Ok(picked);
         }
-        let Ok(_slot) = self.slots.try_acquire() else {
-            return Err(GatewayError::TooManyHeld {
-                service: id.clone(),
-            });
+        let crowded = || GatewayError::TooManyHeld {
+            service: ask.id.clone(),
+        };
+        let units = u32::try_from(ask.bytes.div_ceil(UNIT)).map_err(|_| crowded())?;
+        let _slot = self.slots.try_acquire().map_err(|_| crowded())?;
+        let _units = self.units.try_acquire_many(units).map_err(|_| crowded())?;
+        let late = || GatewayError::NoReplica {
+            service: ask.id.clone(),
+            held: self.limit,
         };
         let _held = meter.hold();
+        let mut turn = (!again).then(|| Turn::join(line));
+        if let Some(turn) = &mut turn {
+            let first = Arc::clone(&line.first).lock_owned();
+            let first = tokio::time::timeout_at(ask.deadline, first).await;
+            turn.first = Some(first.map_err(|_| late())?);
+        }
         loop {
-            let changed = tokio::time::timeout_at(deadline, snapshots.changed()).await;
-            if !matches!(changed, Ok(Ok(()))) {
-                return Err(GatewayError::NoReplica {
-                    service: id.clone(),
-                    held: self.limit,
-                });
+            let service = current(snapshots, ask.id)?;
+            if let Some(picked) = pick(&service, ask) {
+                return Ok(Picked { turn, ..picked });
             }
-            if let Some(picked) = try_pick(snapshots, id, excluded)? {
-                return Ok(picked);
+            let changed = tokio::time::timeout_at(ask.deadline, snapshots.changed()).await;
+            if !matches!(changed, Ok(Ok(()))) {
+                return Err(late());
             }
         }
     }
 }
 
-fn try_pick(
+/// The service in the newest picture.
+fn current(
     snapshots: &mut watch::Receiver<Arc<Snapshot>>,
     id: &ServiceId,
-    excluded: &[String],
-) -> Result<Option<Picked>, GatewayError> {
+) -> Result<Arc<Service>, GatewayError> {
     let snapshot = Arc::clone(&snapshots.borrow_and_update());
     let service = snapshot.get(id).ok_or_else(|| Unresolved::NoSuchService {
         namespace: id.namespace.clone(),
         name: id.name.clone(),
     })?;
-    let picked = route::pick(&service.replicas, excluded, &mut rand::rng());
-    Ok(picked.map(|replica| Picked {
+    Ok(Arc::clone(service))
+}
+
+fn pick(service: &Service, ask: &Ask<'_>) -> Option<Picked> {
+    let choice = Choice {
+        excluded: ask.excluded,
+        prefix: ask.prefix,
+    };
+    // What is remembered is replaced whole, so a panic elsewhere leaves nothing half-written.
+    let prompts = service.state.prompts.lock();
+    let mut prompts = prompts.unwrap_or_else(std::sync::PoisonError::into_inner);
+    let replica = route::pick(&service.replicas, &choice, &prompts, &mut rand::rng())?;
+    if let Some(prefix) = ask.prefix {
+        prompts.sent(prefix, replica.id);
+    }
+    Some(Picked {
         in_flight: replica.enter(),
         replica: Arc::clone(replica),
-    }))
+        turn: None,
+    })
 }
 
 #[cfg(test)]
@@ -121,6 +205,16 @@ mod tests {
         ))
     }
 
+    fn ask<'a>(holds: &Holds, id: &'a ServiceId, excluded: &'a [String]) -> Ask<'a> {
+        Ask {
+            id,
+            excluded,
+            prefix: None,
+            bytes: 0,
+            deadline: holds.deadline(),
+        }
+    }
+
     async fn until_held(metrics: &Metrics, count: u32) {
         let line = format!("ashlar_gateway_held_requests{{name=\"s\",namespace=\"a\"}} {count}");
         tokio::time::timeout(LONG, async {
@@ -134,12 +228,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_held_request_goes_on_when_a_replica_comes() {
-        let holds = Holds::new(1, LONG);
+        let holds = Holds::new(1, 1 << 20, LONG);
         let (sender, mut receiver) = watch::channel(with(&["failed"]));
         let (metrics, meter) = meter();
         let id = ServiceId::new("a", "s");
         let excluded = ["failed@t0".to_owned()];
-        let waiting = holds.replica(&mut receiver, &id, &excluded, holds.deadline(), &meter);
+        let ask = ask(&holds, &id, &excluded);
+        let waiting = holds.replica(&mut receiver, &ask, &meter);
         let arrival = async {
             until_held(&metrics, 1).await;
             sender.send(with(&["failed"])).unwrap(); // the excluded one does not count
@@ -154,18 +249,17 @@ mod tests {
 
     #[tokio::test]
     async fn number_and_time_are_bounded() {
-        let holds = Holds::new(1, Duration::from_millis(20));
+        let holds = Holds::new(1, 1 << 20, Duration::from_millis(20));
         let (_sender, receiver) = watch::channel(with(&[]));
         let (metrics, meter) = meter();
         let id = ServiceId::new("a", "s");
         let mut first = receiver.clone();
         let mut second = receiver.clone();
-        let waiting = holds.replica(&mut first, &id, &[], holds.deadline(), &meter);
+        let ask = ask(&holds, &id, &[]);
+        let waiting = holds.replica(&mut first, &ask, &meter);
         let crowded = async {
             until_held(&metrics, 1).await;
-            holds
-                .replica(&mut second, &id, &[], holds.deadline(), &meter)
-                .await
+            holds.replica(&mut second, &ask, &meter).await
         };
         let (waited, crowded) = tokio::join!(waiting, crowded);
         assert!(matches!(waited, Err(GatewayError::NoReplica { .. })));
@@ -175,16 +269,68 @@ mod tests {
 
     #[tokio::test]
     async fn a_deleted_service_ends_the_wait() {
-        let holds = Holds::new(1, LONG);
+        let holds = Holds::new(1, 1 << 20, LONG);
         let (sender, mut receiver) = watch::channel(with(&[]));
         let (metrics, meter) = meter();
         let id = ServiceId::new("a", "s");
-        let waiting = holds.replica(&mut receiver, &id, &[], holds.deadline(), &meter);
+        let ask = ask(&holds, &id, &[]);
+        let waiting = holds.replica(&mut receiver, &ask, &meter);
         let deletion = async {
             until_held(&metrics, 1).await;
             sender.send(Arc::new(snapshot([], []))).unwrap();
         };
         let (outcome, ()) = tokio::join!(waiting, deletion);
         assert!(matches!(outcome, Err(GatewayError::Unresolved(_))));
+    }
+
+    #[tokio::test]
+    async fn held_requests_go_on_in_the_order_of_arrival() {
+        let holds = Holds::new(100, 1 << 20, LONG);
+        let asleep = with(&[]);
+        let (sender, receiver) = watch::channel(Arc::clone(&asleep));
+        let (metrics, _) = meter();
+        let id = ServiceId::new("a", "s");
+        let order = std::sync::Mutex::new(Vec::new());
+        let one = |number: u32| {
+            let (holds, id, order) = (&holds, &id, &order);
+            let mut receiver = receiver.clone();
+            let meter = metrics.meter(id, std::time::Instant::now());
+            async move {
+                let picked = holds
+                    .replica(&mut receiver, &ask(holds, id, &[]), &meter)
+                    .await;
+                order.lock().unwrap().push(number);
+                // The next one waits until this one has its connection, however long that takes.
+                for _ in 0..number % 3 {
+                    tokio::task::yield_now().await;
+                }
+                drop(picked.unwrap().turn);
+            }
+        };
+        let waiting = futures::future::join_all((0..50).map(one));
+        let arrival = async {
+            until_held(&metrics, 50).await;
+            let fresh = replica("a", "s", "fresh", "10.0.0.1:8000");
+            let awake = Snapshot::build(&asleep, [service("a", "s", "m")], [fresh]);
+            sender.send(Arc::new(awake)).unwrap();
+            // Who comes now goes behind them.
+            one(50).await;
+        };
+        tokio::join!(waiting, arrival);
+        assert_eq!(*order.lock().unwrap(), (0..=50).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn kept_bytes_are_bounded() {
+        let holds = Holds::new(10, 4 * UNIT, LONG);
+        let (_sender, mut receiver) = watch::channel(with(&[]));
+        let (_, meter) = meter();
+        let id = ServiceId::new("a", "s");
+        let ask = Ask {
+            bytes: 4 * UNIT + 1,
+            ..ask(&holds, &id, &[])
+        };
+        let refused = holds.replica(&mut receiver, &ask, &meter).await;
+        assert!(matches!(refused, Err(GatewayError::TooManyHeld { .. })));
     }
 }

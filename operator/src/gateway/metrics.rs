@@ -29,6 +29,7 @@ pub struct Metrics {
     held: IntGaugeVec,
     retries: IntCounterVec,
     cut: IntCounterVec,
+    ejections: IntCounterVec,
     ready_replicas: IntGaugeVec,
     /// Open connections of clients.
     pub connections: IntGauge,
@@ -133,6 +134,11 @@ impl Metrics {
                 "Responses that ended before their last byte, by who ended them.",
                 &["namespace", "name", "by"],
             ),
+            ejections: counter(
+                "ashlar_gateway_ejections_total",
+                "Times that a replica was left out for a while because its answers failed.",
+                &["namespace", "name"],
+            ),
             ready_replicas: gauge(
                 "ashlar_gateway_ready_replicas",
                 "Replicas that this gateway would send requests to.",
@@ -164,6 +170,12 @@ impl Metrics {
             .encode(&families, &mut out)
             .expect("writing metrics to memory does not fail: this is a bug");
         String::from_utf8(out).expect("metrics are UTF-8: this is a bug")
+    }
+
+    /// Counts a replica's ejection.
+    pub fn ejected(&self, service: &ServiceId) {
+        let labels = [service.namespace.as_str(), service.name.as_str()];
+        self.ejections.with_label_values(&labels).inc();
     }
 
     /// Counts a request that no service was found for.
@@ -229,6 +241,7 @@ impl Metrics {
             let labels = [labels[0], labels[1], by.label()];
             let _ = self.cut.remove_label_values(&labels);
         }
+        let _ = self.ejections.remove_label_values(&labels);
         for gauge in [&self.in_flight, &self.held, &self.ready_replicas] {
             let _ = gauge.remove_label_values(&labels);
         }

@@ -7,7 +7,7 @@
 //!                      └──────────── response_body ◀────────────────────┘
 //! ```
 //!
-//! - `resolve`, `route`, `auth`, `headers`, `model_field`, `models`, `snapshot`: pure.
+//! - `resolve`, `route`, `affinity`, `health`, `auth`, `headers`, `model_field`, `models`, `snapshot`: pure.
 //! - `keys`: the cache of users' keys. `hold`: waiting for a replica. `request_body`: sending again.
 //! - `watch`: the only place that talks to the API server. `server`: sockets, probes, draining.
 //!
@@ -15,10 +15,12 @@
 //! before the key is checked; nothing is sent twice after a replica has answered; every buffer, queue and wait has a
 //! bound; the gateway keeps no state that another gateway would need.
 
+pub mod affinity;
 pub mod auth;
 pub mod error;
 pub mod grant;
 pub mod headers;
+pub mod health;
 pub mod hold;
 pub mod keys;
 pub mod metrics;
@@ -131,6 +133,14 @@ pub struct GatewayArgs {
         value_name = "COUNT"
     )]
     pub max_held_requests: usize,
+    /// Most bytes of bodies kept for requests that wait for a replica; with more, requests are answered 503.
+    #[arg(
+        long,
+        env = "ASHLAR_GATEWAY_MAX_HELD_BYTES",
+        default_value_t = 64 << 20,
+        value_name = "BYTES"
+    )]
+    pub max_held_bytes: usize,
     /// Most open connections of clients; more wait in the kernel.
     #[arg(long, env = "ASHLAR_GATEWAY_MAX_CONNECTIONS", default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=1_000_000), value_name = "COUNT")]
     pub max_connections: u32,
@@ -209,7 +219,11 @@ pub async fn run(args: GatewayArgs) -> Result<(), GatewayRunError> {
         snapshots_seen,
         synced_seen.clone(),
         Arc::clone(&keys),
-        Holds::new(args.max_held_requests, args.hold_timeout),
+        Holds::new(
+            args.max_held_requests,
+            args.max_held_bytes,
+            args.hold_timeout,
+        ),
         Arc::clone(&metrics),
         args.limits(),
     ));

@@ -20,10 +20,11 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::sync::watch;
 
+use super::affinity::{self, Prefix};
 use super::auth::{self, KeyDigest};
 use super::error::GatewayError;
 use super::headers;
-use super::hold::Holds;
+use super::hold::{Ask, Holds, Picked};
 use super::keys::{KeyStore, OnMiss, Verdict};
 use super::metrics::{Cause, Meter, Metrics};
 use super::models;
@@ -341,30 +342,46 @@ impl Proxy {
         } = admitted;
         let id = &service.spec.id;
         let mut snapshots = self.snapshots.clone();
+        let prefix = match prompt(&service, outgoing, &body).await {
+            Ok(prefix) => prefix,
+            Err(error) => return Err(Failure(error, Some(meter))),
+        };
         let deadline = self.holds.deadline();
         let mut excluded = Vec::new();
         let mut resets = 0;
         let mut reason = String::new();
         for _ in 0..MAX_ATTEMPTS {
-            let picked = self
-                .holds
-                .replica(&mut snapshots, id, &excluded, deadline, &meter)
-                .await;
-            let picked = match picked {
+            let ask = Ask {
+                id,
+                excluded: &excluded,
+                prefix: prefix.as_ref(),
+                bytes: body.kept_bytes(),
+                deadline,
+            };
+            let picked = self.holds.replica(&mut snapshots, &ask, &meter).await;
+            let Picked {
+                replica,
+                in_flight,
+                turn,
+            } = match picked {
                 Ok(picked) => picked,
                 Err(error) => return Err(Failure(error, Some(meter))),
             };
-            let replica = &picked.replica;
-            let cause = match self.send(outgoing, replica, &body).await {
+            let body_of_attempt = body.attempt(outgoing.length, turn);
+            let cause = match self.send(outgoing, &replica, body_of_attempt).await {
                 Ok(response) if is_draining(&response) && body.can_replay() => {
                     "the replica is draining".clone_into(&mut reason);
                     Cause::Draining
                 }
-                Ok(response) => return Ok(respond(response, meter, picked.in_flight)),
+                Ok(response) => {
+                    self.judge(&service, &replica, !is_fault(response.status()));
+                    return Ok(respond(response, meter, in_flight));
+                }
                 Err(error) => {
                     if let Some(failure) = body.failure() {
                         return Err(Failure(failure, Some(meter)));
                     }
+                    self.judge(&service, &replica, false);
                     reason = root_cause(&error);
                     if error.is_connect() {
                         Cause::Connect
@@ -388,11 +405,22 @@ impl Proxy {
         ))
     }
 
+    /// Takes an attempt into the replica's record.
+    fn judge(&self, service: &Service, replica: &Replica, good: bool) {
+        if good {
+            replica.succeeded();
+        } else if replica.failed() {
+            let service = &service.spec.id;
+            tracing::warn!(%service, replica = %replica.address, "ejected: its answers fail one after another");
+            self.metrics.ejected(service);
+        }
+    }
+
     async fn send(
         &self,
         outgoing: &Outgoing,
         replica: &Replica,
-        body: &ReplayBody<Incoming>,
+        body: AttemptBody<Incoming>,
     ) -> Result<Response<Incoming>, hyper_util::client::legacy::Error> {
         let uri = Uri::builder()
             .scheme("http")
@@ -400,12 +428,34 @@ impl Proxy {
             .path_and_query(outgoing.path.clone())
             .build()
             .expect("an address and a path make a URI: this is a bug");
-        let mut request = Request::new(body.attempt(outgoing.length));
+        let mut request = Request::new(body);
         *request.method_mut() = outgoing.method.clone();
         *request.uri_mut() = uri;
         *request.headers_mut() = outgoing.headers.clone();
         self.client.request(request).await
     }
+}
+
+/// Answers that speak against the replica, not against the request.
+fn is_fault(status: StatusCode) -> bool {
+    matches!(
+        status,
+        StatusCode::INTERNAL_SERVER_ERROR | StatusCode::BAD_GATEWAY
+    )
+}
+
+/// The request's prompt, where there is a choice between replicas to make by it.
+async fn prompt(
+    service: &Service,
+    outgoing: &Outgoing,
+    body: &ReplayBody<Incoming>,
+) -> Result<Option<Prefix>, GatewayError> {
+    let single = service.replicas.len() == 1;
+    if single || outgoing.method != Method::POST || outgoing.length == Some(0) {
+        return Ok(None);
+    }
+    let beginning = body.beginning(affinity::MAX_BODY_BYTES).await?;
+    Ok(Prefix::of_body(&beginning))
 }
 
 fn is_draining(response: &Response<Incoming>) -> bool {

@@ -17,6 +17,7 @@ use hyper::body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
 
 use super::error::GatewayError;
+use super::hold::Turn;
 use super::model_field::{ModelScanner, Scan};
 
 /// The error type of bodies.
@@ -59,6 +60,8 @@ pub struct AttemptBody<B> {
     next: usize,
     done: bool,
     length: Option<u64>,
+    /// The place in the line of held requests, given up when the replica's connection asks for the body.
+    turn: Option<Turn>,
 }
 
 impl<B> ReplayBody<B>
@@ -99,7 +102,7 @@ where
 
     /// The body for the next attempt, whose `Content-Length` is `length`; earlier attempts end.
     #[must_use]
-    pub fn attempt(&self, length: Option<u64>) -> AttemptBody<B> {
+    pub fn attempt(&self, length: Option<u64>, turn: Option<Turn>) -> AttemptBody<B> {
         let mut inner = lock(&self.0);
         inner.attempt += 1;
         AttemptBody {
@@ -107,6 +110,7 @@ where
             next: 0,
             done: false,
             length,
+            turn,
             shared: Arc::clone(&self.0),
         }
     }
@@ -119,17 +123,7 @@ where
         let mut scanner = ModelScanner::default();
         let mut seen = BytesMut::new();
         loop {
-            let chunk = std::future::poll_fn(|cx| {
-                let mut inner = lock(&self.0);
-                let chunk = inner.poll_chunk(cx);
-                if let Poll::Ready(Some(Ok(chunk))) = &chunk {
-                    inner.kept_bytes += chunk.len();
-                    inner.kept.push(chunk.clone());
-                }
-                chunk
-            })
-            .await
-            .transpose()?;
+            let chunk = self.keep_chunk().await?;
             let complete = chunk.is_none();
             seen.extend_from_slice(&chunk.unwrap_or_default());
             match scanner.scan(&seen, complete) {
@@ -143,6 +137,43 @@ where
                 Scan::NeedMore => {}
             }
         }
+    }
+
+    /// The client's next chunk, kept for the attempts.
+    async fn keep_chunk(&self) -> Result<Option<Bytes>, GatewayError> {
+        std::future::poll_fn(|cx| {
+            let mut inner = lock(&self.0);
+            let chunk = inner.poll_chunk(cx);
+            if let Poll::Ready(Some(Ok(chunk))) = &chunk {
+                inner.kept_bytes += chunk.len();
+                inner.kept.push(chunk.clone());
+            }
+            chunk
+        })
+        .await
+        .transpose()
+    }
+
+    /// The beginning of the body, of `bytes` or a chunk more, less if it ends before or may not be kept.
+    ///
+    /// # Errors
+    /// The body failed.
+    pub async fn beginning(&self, bytes: usize) -> Result<Bytes, GatewayError> {
+        loop {
+            let (kept, most) = {
+                let inner = lock(&self.0);
+                (inner.kept_bytes, inner.limits.replay)
+            };
+            if kept >= bytes.min(most) || self.keep_chunk().await?.is_none() {
+                return Ok(Bytes::from(lock(&self.0).kept.concat()));
+            }
+        }
+    }
+
+    /// Bytes kept for other attempts.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        lock(&self.0).kept_bytes
     }
 
     /// Puts another JSON string in place of the literal that [`Self::model`] found; returns by how many bytes the
@@ -241,6 +272,7 @@ where
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = self.get_mut();
+        this.turn = None;
         if this.done {
             return Poll::Ready(None);
         }

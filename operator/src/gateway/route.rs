@@ -1,17 +1,78 @@
-//! Which replica takes the next request: the one with the fewest open requests, ties by lot. Pure.
+//! Which replica takes the next request. Pure.
+//!
+//! Without a prompt to go by: the one with the fewest open requests, ties by lot. With one: the replica that was sent
+//! most of the prompt before, as long as its load stays within [`LOAD_FACTOR`] of the mean (bounded load); else, by
+//! the prompt's rank of the replicas, the first whose load does. Replicas that fail again and again are left out for a
+//! while ([`super::health`]), but never all of them.
 
 use std::sync::Arc;
 
 use rand::Rng;
 
+use super::affinity::{Index, Prefix};
 use super::snapshot::Replica;
 
-/// Picks the least loaded replica that is not excluded; among equals each is as likely as the others.
-///
-/// `excluded` holds the incarnations that already failed this request. `None` means that no replica is left.
+/// A replica that knows the prompt may have this many times the mean load.
+const LOAD_FACTOR: f64 = 1.25;
+
+/// What there is to go by.
+pub struct Choice<'a> {
+    /// Incarnations that already failed this request.
+    pub excluded: &'a [String],
+    /// The prompt, if the request has one.
+    pub prefix: Option<&'a Prefix>,
+}
+
+/// Picks a replica that is not excluded. `None` means that none is left.
 pub fn pick<'a>(
     replicas: &'a [Arc<Replica>],
-    excluded: &[String],
+    choice: &Choice<'_>,
+    index: &Index,
+    rng: &mut impl Rng,
+) -> Option<&'a Arc<Replica>> {
+    let allowed = |replica: &&Arc<Replica>| !choice.excluded.contains(&replica.incarnation);
+    let healthy: Vec<_> = replicas
+        .iter()
+        .filter(|replica| allowed(replica) && !replica.is_ejected())
+        .collect();
+    // When most are ejected the fault is elsewhere: all are asked.
+    let candidates = if healthy.len() * 2 >= replicas.len() && !healthy.is_empty() {
+        healthy
+    } else {
+        replicas.iter().filter(allowed).collect()
+    };
+    let known = choice
+        .prefix
+        .and_then(|prefix| by_prompt(&candidates, prefix, index));
+    known.or_else(|| least_loaded(&candidates, rng))
+}
+
+fn by_prompt<'a>(
+    candidates: &[&'a Arc<Replica>],
+    prefix: &Prefix,
+    index: &Index,
+) -> Option<&'a Arc<Replica>> {
+    let total: usize = candidates.iter().map(|replica| replica.in_flight()).sum();
+    let bound = ((total + 1) as f64 * LOAD_FACTOR / candidates.len() as f64).ceil() as usize;
+    let has_room = |replica: &Replica| replica.in_flight() < bound;
+    for block in prefix.blocks().iter().rev() {
+        let knowing = index.replicas(*block);
+        let knowing = knowing.filter_map(|id| candidates.iter().find(|r| r.id == id).copied());
+        let best = knowing
+            .filter(|replica| has_room(replica))
+            .min_by_key(|replica| replica.in_flight());
+        if best.is_some() {
+            return best;
+        }
+    }
+    let ranked = candidates.iter().filter(|replica| has_room(replica));
+    ranked
+        .max_by_key(|replica| prefix.rank(replica.id))
+        .copied()
+}
+
+fn least_loaded<'a>(
+    candidates: &[&'a Arc<Replica>],
     rng: &mut impl Rng,
 ) -> Option<&'a Arc<Replica>> {
     use rand::RngExt as _;
@@ -19,10 +80,7 @@ pub fn pick<'a>(
     let mut best: Option<&Arc<Replica>> = None;
     let mut best_load = usize::MAX;
     let mut ties: u32 = 0;
-    for replica in replicas {
-        if excluded.contains(&replica.incarnation) {
-            continue;
-        }
+    for &replica in candidates {
         let load = replica.in_flight();
         if load < best_load || best.is_none() {
             (best, best_load, ties) = (Some(replica), load, 1);
@@ -38,72 +96,5 @@ pub fn pick<'a>(
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a panic is a test's way to fail")]
-    use super::super::snapshot::testing::{replica, service, snapshot};
-    use super::super::snapshot::{InFlight, Snapshot};
-    use super::*;
-    use proptest::prelude::*;
-    use rand::SeedableRng;
-    use rand::rngs::StdRng;
-
-    fn with_loads(loads: &[usize]) -> (Snapshot, Vec<InFlight>) {
-        let snapshot = snapshot(
-            [service("a", "s", "m")],
-            (0..loads.len())
-                .map(|i| replica("a", "s", &format!("u{i}"), &format!("10.0.0.{i}:8000"))),
-        );
-        let guards = snapshot
-            .service("a", "s")
-            .unwrap()
-            .replicas
-            .iter()
-            .zip(loads)
-            .flat_map(|(replica, &n)| (0..n).map(|_| replica.enter()).collect::<Vec<_>>())
-            .collect();
-        (snapshot, guards)
-    }
-
-    proptest! {
-        #[test]
-        fn the_pick_is_allowed_and_least_loaded(
-            loads in prop::collection::vec(0usize..6, 0..12),
-            excluded_mask in any::<u16>(),
-            seed in any::<u64>(),
-        ) {
-            let (snapshot, _guards) = with_loads(&loads);
-            let replicas = &snapshot.service("a", "s").unwrap().replicas;
-            let is_excluded = |i: usize| excluded_mask >> i & 1 == 1;
-            let excluded: Vec<String> = replicas.iter().enumerate()
-                .filter(|(i, _)| is_excluded(*i)).map(|(_, r)| r.incarnation.clone()).collect();
-            let least = replicas.iter().enumerate()
-                .filter(|(i, _)| !is_excluded(*i)).map(|(_, r)| r.in_flight()).min();
-            let picked = pick(replicas, &excluded, &mut StdRng::seed_from_u64(seed));
-            prop_assert_eq!(picked.map(|r| r.in_flight()), least);
-            if let Some(picked) = picked {
-                prop_assert!(!excluded.contains(&picked.incarnation));
-            }
-        }
-    }
-
-    #[test]
-    fn ties_are_drawn_evenly() {
-        let (snapshot, _guards) = with_loads(&[1, 0, 0, 0, 2]);
-        let replicas = &snapshot.service("a", "s").unwrap().replicas;
-        let mut rng = StdRng::seed_from_u64(7);
-        let mut counts = [0u32; 5];
-        for _ in 0..30_000 {
-            let picked = pick(replicas, &[], &mut rng).unwrap();
-            let index = replicas
-                .iter()
-                .position(|r| Arc::ptr_eq(r, picked))
-                .unwrap();
-            counts[index] += 1;
-        }
-        assert_eq!((counts[0], counts[4]), (0, 0));
-        for count in &counts[1..4] {
-            // 10,000 expected, standard deviation 82.
-            assert!((9_600..10_400).contains(count), "{counts:?}");
-        }
-    }
-}
+#[path = "tests/route.rs"]
+mod tests;

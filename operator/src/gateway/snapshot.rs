@@ -2,13 +2,20 @@
 //!
 //! A [`Snapshot`] is built from plain inputs by [`Snapshot::build`], swapped in whole, and never changed
 //! afterwards: a request looks at one picture from beginning to end, and routing never waits for the API server.
-//! Only the in-flight counters live on from picture to picture, because they belong to the pods.
+//! Only what belongs to pods and services themselves lives on from picture to picture: counters, health, the line of
+//! held requests, and what is known of prompts.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use super::affinity::Index;
+use super::health::Health;
+use super::hold::Line;
 
 /// Namespace and name of an `InferenceService`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -85,33 +92,60 @@ pub struct ReplicaSpec {
 pub struct Replica {
     /// Pod uid and the time it last became Ready: what a failed attempt excludes.
     pub incarnation: String,
+    /// The incarnation as a number that is not 0, the same on every gateway.
+    pub id: u32,
     /// Where its runtime listens.
     pub address: SocketAddr,
-    in_flight: Arc<AtomicUsize>,
+    state: Arc<ReplicaState>,
+    epoch: Instant,
+}
+
+/// What this gateway knows of a pod, whatever the picture.
+#[derive(Debug, Default)]
+struct ReplicaState {
+    in_flight: AtomicUsize,
+    health: Health,
 }
 
 impl Replica {
     /// Requests of this gateway that are open on the pod now.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.in_flight.load(Ordering::Relaxed)
+        self.state.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is left out for its failures.
+    #[must_use]
+    pub fn is_ejected(&self) -> bool {
+        self.state.health.is_ejected(self.epoch.elapsed())
+    }
+
+    /// It has answered.
+    pub fn succeeded(&self) {
+        self.state.health.succeeded();
+    }
+
+    /// It has failed; true if that ejects it.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        self.state.health.failed(self.epoch.elapsed())
     }
 
     /// Counts one more request until the guard is dropped.
     #[must_use]
     pub fn enter(&self) -> InFlight {
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
-        InFlight(Arc::clone(&self.in_flight))
+        self.state.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight(Arc::clone(&self.state))
     }
 }
 
 /// One open request on a replica; dropped when the response body ends or the client leaves.
 #[derive(Debug)]
-pub struct InFlight(Arc<AtomicUsize>);
+pub struct InFlight(Arc<ReplicaState>);
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -122,6 +156,17 @@ pub struct Service {
     pub spec: ServiceSpec,
     /// Ready replicas, in order of address.
     pub replicas: Vec<Arc<Replica>>,
+    /// What lives on from picture to picture.
+    pub state: Arc<ServiceState>,
+}
+
+/// What this gateway knows of a service, whatever the picture.
+#[derive(Debug, Default)]
+pub struct ServiceState {
+    /// Requests that are held, in order of arrival.
+    pub line: Arc<Line>,
+    /// Which replicas were sent which prompts.
+    pub prompts: Mutex<Index>,
 }
 
 /// The names under which the gateway itself is reached, which no service may claim.
@@ -142,7 +187,9 @@ pub struct Snapshot {
     services: BTreeMap<String, BTreeMap<String, Arc<Service>>>,
     hosts: HashMap<String, Arc<Service>>,
     models: HashMap<String, Vec<Arc<Service>>>,
-    counters: HashMap<String, Arc<AtomicUsize>>,
+    counters: HashMap<String, Arc<ReplicaState>>,
+    states: HashMap<ServiceId, Arc<ServiceState>>,
+    epoch: Instant,
 }
 
 impl Snapshot {
@@ -155,6 +202,8 @@ impl Snapshot {
             hosts: HashMap::new(),
             models: HashMap::new(),
             counters: HashMap::new(),
+            states: HashMap::new(),
+            epoch: Instant::now(),
         }
     }
 
@@ -165,23 +214,29 @@ impl Snapshot {
         services: impl IntoIterator<Item = ServiceSpec>,
         replicas: impl IntoIterator<Item = ReplicaSpec>,
     ) -> Self {
-        let mut next = Self::empty(previous.names.clone());
+        let mut next = Self {
+            epoch: previous.epoch,
+            ..Self::empty(previous.names.clone())
+        };
         let mut by_service: HashMap<ServiceId, Vec<Arc<Replica>>> = HashMap::new();
         for replica in replicas {
-            let in_flight = previous
+            let state = previous
                 .counters
                 .get(&replica.uid)
                 .cloned()
                 .unwrap_or_default();
             next.counters
-                .insert(replica.uid.clone(), Arc::clone(&in_flight));
+                .insert(replica.uid.clone(), Arc::clone(&state));
+            let id = numbered(&replica);
             by_service
                 .entry(replica.service)
                 .or_default()
                 .push(Arc::new(Replica {
+                    id,
                     incarnation: format!("{}@{}", replica.uid, replica.ready_since),
                     address: replica.address,
-                    in_flight,
+                    state,
+                    epoch: next.epoch,
                 }));
         }
 
@@ -191,7 +246,13 @@ impl Snapshot {
         for spec in specs {
             let mut replicas = by_service.remove(&spec.id).unwrap_or_default();
             replicas.sort_by_key(|replica| replica.address);
-            next.insert(Arc::new(Service { spec, replicas }));
+            let state = previous.states.get(&spec.id).cloned().unwrap_or_default();
+            next.states.insert(spec.id.clone(), Arc::clone(&state));
+            next.insert(Arc::new(Service {
+                spec,
+                replicas,
+                state,
+            }));
         }
         next
     }
@@ -263,6 +324,13 @@ impl Snapshot {
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.services.values().flat_map(BTreeMap::values)
     }
+}
+
+/// The incarnation as a number that is not 0.
+fn numbered(replica: &ReplicaSpec) -> u32 {
+    let mut hasher = DefaultHasher::new();
+    (&replica.uid, &replica.ready_since).hash(&mut hasher);
+    (hasher.finish() as u32).max(1)
 }
 
 /// Lower case, without port and trailing dot: `Chat.Example.com.:8080` becomes `chat.example.com`.

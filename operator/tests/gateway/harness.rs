@@ -241,7 +241,7 @@ impl Gateway {
             snapshots_seen,
             synced_seen.clone(),
             Arc::new(KeyStore::new(source, policy)),
-            Holds::new(100, setting.hold),
+            Holds::new(100, 1 << 20, setting.hold),
             Arc::clone(&metrics),
             ProxyLimits {
                 body: setting.body,

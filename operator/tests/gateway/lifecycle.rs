@@ -101,6 +101,51 @@ async fn held_requests_are_answered_while_draining() {
 }
 
 #[tokio::test]
+async fn a_hundred_held_requests_go_on_in_order_and_none_is_lost() {
+    const HELD: usize = 100;
+    let seen = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let order = std::sync::Arc::clone(&seen);
+    let fresh = replica(move |request| {
+        order.lock().unwrap().push(request.uri().path().to_owned());
+        async move { Ok(Response::new(full("{}"))) }
+    })
+    .await;
+    let gateway = Gateway::start().await;
+    gateway.publish(&[(open_service("a/s", "m"), &[])]);
+    let ask = |number: usize| {
+        let gateway = &gateway;
+        async move {
+            // One after the other: each is held before the next one comes.
+            let line = r#"ashlar_gateway_held_requests{name="s",namespace="a"}"#;
+            gateway.metric(&format!("{line} {number}")).await;
+            gateway.post(&format!("/a/s/v1/{number}"), None, "{}").await
+        }
+    };
+    let asking = futures::future::join_all((0..HELD).map(ask));
+    let leaving = async {
+        gateway
+            .metric(&format!(
+                r#"ashlar_gateway_held_requests{{name="s",namespace="a"}} {HELD}"#
+            ))
+            .await;
+        gateway.phase.send_replace(Phase::Closed);
+        gateway.publish(&[(open_service("a/s", "m"), &[fresh.address])]);
+    };
+    let (answers, ()) = tokio::join!(asking, leaving);
+    assert!(answers.iter().all(|(status, _)| *status == 200));
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.len(), HELD);
+    for (place, path) in seen.iter().enumerate() {
+        let number: usize = path.trim_start_matches("/v1/").parse().unwrap();
+        // They leave in order; on connections of their own one may pass another by a little.
+        assert!(
+            number.abs_diff(place) <= 8,
+            "{number} came at place {place}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn what_outlasts_the_drain_is_counted() {
     let stuck = replica(|_| std::future::pending()).await;
     let gateway = Gateway::with(Setting {

@@ -201,3 +201,49 @@ async fn the_least_loaded_replica_is_chosen() {
         () = others => {}
     }
 }
+
+#[tokio::test]
+async fn a_replica_that_fails_again_and_again_is_left_out() {
+    let (broken, asked) = resetting().await;
+    let healthy = echo("healthy").await;
+    let gateway = Gateway::start().await;
+    gateway.publish(&[(open_service("a/s", "m"), &[broken.address, healthy.address])]);
+    for _ in 0..200 {
+        let (status, seen) = gateway.post(PATH, None, "{}").await;
+        assert_eq!((status, seen["replica"].as_str()), (200, Some("healthy")));
+    }
+    // By lot it would have been asked a hundred times.
+    assert_eq!(asked.load(Ordering::SeqCst), 5);
+    gateway
+        .metric(r#"ashlar_gateway_ejections_total{name="s",namespace="a"} 1"#)
+        .await;
+}
+
+#[tokio::test]
+async fn turns_of_a_chat_go_where_the_first_one_went() {
+    let replicas = [echo("a").await, echo("b").await, echo("c").await];
+    let gateway = Gateway::start().await;
+    let addresses: Vec<_> = replicas.iter().map(|replica| replica.address).collect();
+    gateway.publish(&[(open_service("a/s", "m"), &addresses)]);
+    let mut used = std::collections::HashSet::new();
+    for chat in 0..20 {
+        let mut messages = vec![];
+        let mut replica = None;
+        for turn in 0..4 {
+            let content = format!("chat {chat} turn {turn} {}", "x".repeat(200));
+            messages.push(serde_json::json!({"role": "user", "content": content}));
+            let body = serde_json::json!({"model": "m", "messages": messages}).to_string();
+            let (status, seen) = gateway.post("/a/s/v1/chat/completions", None, &body).await;
+            assert_eq!(status, 200);
+            assert_eq!(
+                seen["body"].as_str(),
+                Some(body.as_str()),
+                "the body is whole"
+            );
+            let name = seen["replica"].as_str().unwrap().to_owned();
+            used.insert(name.clone());
+            assert_eq!(replica.get_or_insert(name.clone()), &name, "chat {chat}");
+        }
+    }
+    assert_eq!(used.len(), 3);
+}
