@@ -13,7 +13,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell (cat rust-toolchain.toml; pwd
 CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
 
-.PHONY: help demo demo-down check unit clients schemathesis soak e2e test deny generate chart-test bench-peer bench-front-end clean
+.PHONY: help demo demo-down check unit clients schemathesis soak e2e test deny generate chart-test bench-peer bench-front-end operator-bench clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,11 @@ bench-peer: ## speed against llama.cpp's server, in turns on this machine; print
 
 bench-front-end: ## what HTTP costs: 1,000 streams against the engine's own rate, memory of 10,000 connections
 	ulimit -n "$$(ulimit -Hn)" && cargo bench -p ashlar --bench front_end
+
+operator-bench: ## the operator at 1,000 services on a real API server; SERVICES=5000, REST=60, SCALED=1 change it; needs root
+	e2e/bench/operator.sh --rollouts
+	e2e/bench/operator.sh --faults --services 50 --foreign 0 --rest 30
+	e2e/bench/operator.sh --services $(or $(SERVICES),1000) --rest $(or $(REST),600) $(if $(SCALED),--scaled)
 
 clean: ## ends the test cluster and empties the cache
 	e2e/cluster/down.sh $(CLUSTER)
