@@ -40,5 +40,8 @@ pub fn inference_service_crd()
 /// Never: the CRD is static data.
 #[must_use]
 pub fn inference_service_crd_yaml() -> String {
-    serde_yaml_ng::to_string(&inference_service_crd()).expect("a CRD is plain data: this is a bug")
+    let mut crd =
+        serde_json::to_value(inference_service_crd()).expect("a CRD is plain data: this is a bug");
+    crd.sort_all_objects();
+    serde_yaml_ng::to_string(&crd).expect("a CRD is plain data: this is a bug")
 }

@@ -35,6 +35,7 @@ fn everything(name: &str) -> Vec<Value> {
         .map(|child: Child| child.value)
         .collect();
     all.push(serde_json::to_value(deployment).unwrap());
+    all.iter_mut().for_each(Value::sort_all_objects);
     all
 }
 

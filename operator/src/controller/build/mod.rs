@@ -56,6 +56,7 @@ impl Child {
             serde_json::to_value(object).expect("Kubernetes objects are plain data: this is a bug");
         value["apiVersion"] = resource.api_version.clone().into();
         value["kind"] = resource.kind.clone().into();
+        value.sort_all_objects();
         // What is no longer said must go too: a difference in the digest alone makes an apply.
         let digest = hex::encode(&Sha256::digest(value.to_string())[..8]);
         value["metadata"]["annotations"][APPLIED_ANNOTATION] = digest.into();

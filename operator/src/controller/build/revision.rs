@@ -35,7 +35,8 @@ pub fn hash(service: &InferenceService) -> String {
             fields.insert("restart".into(), restart.clone().into());
         }
     }
-    // Maps print sorted, so equal specs hash equally.
+    // Equal specs hash equally, whatever the order of their fields.
+    spec.sort_all_objects();
     hex::encode(&Sha256::digest(spec.to_string())[..4])
 }
 
