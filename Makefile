@@ -13,7 +13,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell (cat rust-toolchain.toml; pwd
 CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
 
-.PHONY: help demo demo-down check unit clients schemathesis soak e2e test deny generate chart-test bench-peer bench-front-end operator-bench clean
+.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench unit clients schemathesis soak e2e test deny generate chart-test bench-peer bench-front-end operator-bench clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +27,15 @@ demo-down: ## ends the demo and leaves nothing behind
 check: ## formatting and lints, in a minute or two
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets --features ashlar-e2e/cluster -- -D warnings
+
+gpu-check: ## compiles the GPU kernels for all architectures and lints what uses them; no GPU needed, nvcc is fetched
+	. e2e/cuda.sh && cargo clippy --release -p ashlar -p ashlar-kernels --features ashlar/cuda --all-targets -- -D warnings
+
+gpu-test: ## the GPU kernels against their CPU references; needs a GPU
+	. e2e/cuda.sh && cargo test --release -p ashlar-kernels --features cuda --test cuda -- --test-threads 1
+
+gpu-bench: ## the GPU kernels' speed, as shares of the GPU's limits; needs a GPU
+	. e2e/cuda.sh && cargo run --release -p ashlar-kernels --features cuda --example gpu_bench
 
 unit: ## unit, property and snapshot tests: no cluster, no root
 	ASHLAR_TEST_MODEL=$$(e2e/cluster/model.sh) cargo test --release --workspace

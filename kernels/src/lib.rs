@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cpu         fast paths on the host: thread pool, packed matrices, int8 products, paged attention
+//! cuda        NVIDIA GPUs (feature `cuda`)
 //! reference   the truth in f32/f64, one plain loop each: for tests only
 //! ```
 //!
@@ -12,4 +13,6 @@
 //! - every `unsafe` block names the check that makes it sound.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod reference;

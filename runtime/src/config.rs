@@ -38,6 +38,16 @@ pub enum Dtype {
     Bfloat16,
 }
 
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum LoadFormat {
+    /// The model's files.
+    #[default]
+    Auto,
+    /// Nowhere: random weights in the model's shapes, to measure speed. Needs config.json and a tokenizer only.
+    Dummy,
+}
+
 /// How the checkpoint is quantised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Quantization {
@@ -70,10 +80,20 @@ pub enum KvCacheDtype {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// A flag asks for a GPU.
-    #[error("{flag} needs a GPU and this build has no CUDA: use the CUDA image, or --device cpu")]
+    #[error(
+        "{flag} needs a GPU, and this build has no CUDA or this machine no GPU: use the CUDA image on a GPU, or --device cpu"
+    )]
     NoCuda {
         /// The flag with its value.
         flag: String,
+    },
+    /// A flag asks for something that the GPU backend does not do.
+    #[error("{flag} cannot be used on the GPU: {hint}")]
+    NotOnGpu {
+        /// The flag with its value.
+        flag: String,
+        /// What to use instead.
+        hint: &'static str,
     },
     /// A flag asks for something that the CPU backend does not do.
     #[error("{flag} cannot be used on the CPU: {hint}")]
@@ -123,6 +143,9 @@ pub struct EngineArgs {
     /// Where to compute
     #[arg(long, env = "ASHLAR_DEVICE", value_enum, default_value_t)]
     pub device: Device,
+    /// Where the weights come from
+    #[arg(long, env = "ASHLAR_LOAD_FORMAT", value_enum, default_value_t)]
+    pub load_format: LoadFormat,
     /// What to compute in; float32 dequantises exactly, for comparisons
     #[arg(long, env = "ASHLAR_DTYPE", value_enum, default_value_t)]
     pub dtype: Dtype,
@@ -200,6 +223,7 @@ impl EngineArgs {
             tokenizer: None,
             chat_template: None,
             device: Device::Auto,
+            load_format: LoadFormat::Auto,
             dtype: Dtype::Auto,
             quantization: Quantization::Auto,
             max_model_len: None,
@@ -269,10 +293,57 @@ impl EngineArgs {
     }
 
     fn validate_device(&self) -> Result<(), ConfigError> {
-        let no_cuda = |flag: String| Err(ConfigError::NoCuda { flag });
-        if self.device == Device::Cuda {
-            return no_cuda("--device cuda".to_owned());
+        if cfg!(feature = "cuda") {
+            match self.device {
+                Device::Cpu => self.validate_for_cpu(),
+                Device::Cuda => self.validate_for_gpu(),
+                // Which it will be is known once a GPU was looked for.
+                Device::Auto => Ok(()),
+            }
+        } else if self.device == Device::Cuda {
+            Err(ConfigError::NoCuda {
+                flag: "--device cuda".to_owned(),
+            })
+        } else {
+            self.validate_for_cpu()
         }
+    }
+
+    /// Refuses what the GPU backend does not do.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the flag and what to use instead.
+    pub fn validate_for_gpu(&self) -> Result<(), ConfigError> {
+        let refuse = |flag: String, hint| Err(ConfigError::NotOnGpu { flag, hint });
+        if self.tensor_parallel_size > 1 {
+            let flag = format!("--tensor-parallel-size {}", self.tensor_parallel_size);
+            return refuse(flag, "one GPU serves a model; use 1");
+        }
+        if let quantization @ (Quantization::Awq | Quantization::Gptq | Quantization::Fp8) =
+            self.quantization
+        {
+            let flag = format!("--quantization {}", value_name(quantization));
+            return refuse(flag, "use a bf16, fp16 or GGUF checkpoint");
+        }
+        if self.dtype == Dtype::Float32 {
+            let flag = "--dtype float32".to_owned();
+            return refuse(flag, "use auto, bfloat16 or float16, or --device cpu");
+        }
+        if self.block_size != cpu::BLOCK_SIZE {
+            return refuse(format!("--block-size {}", self.block_size), "use 16");
+        }
+        if self.kv_cache_dtype == KvCacheDtype::Fp8 {
+            return refuse("--kv-cache-dtype fp8".to_owned(), "use auto");
+        }
+        Ok(())
+    }
+
+    /// Refuses what the CPU backend does not do.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the flag and what to use instead.
+    pub fn validate_for_cpu(&self) -> Result<(), ConfigError> {
+        let no_cuda = |flag: String| Err(ConfigError::NoCuda { flag });
         if self.tensor_parallel_size > 1 {
             return no_cuda(format!(
                 "--tensor-parallel-size {}",

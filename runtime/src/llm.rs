@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     chat_template::{ChatTemplate, ChatTemplateError},
-    config::{ConfigError, Dtype, EngineArgs, Quantization},
+    config::{ConfigError, Dtype, EngineArgs, LoadFormat, Quantization},
     engine::{
         Engine, EngineConfig, EngineHandle, EngineObserver, NoObserver, StartError, SubmitError,
         request::{FinishReason, Request, SamplingParams, TokenId},
@@ -21,7 +21,13 @@ use crate::{
         ModelRunner,
         cpu::{self, CpuRunner, CpuRunnerConfig, CpuRunnerError, KvCacheSize},
     },
+    models::loader,
     tokenizer::{Tokenizer, TokenizerError},
+};
+#[cfg(feature = "cuda")]
+use crate::{
+    config::Device,
+    model_runner::cuda::{self, CudaError, CudaRunner, CudaRunnerConfig, CudaRunnerError, Float},
 };
 
 /// Default of `--max-num-seqs`.
@@ -29,6 +35,13 @@ const MAX_NUM_SEQS: u32 = 256;
 /// Default of `--max-num-batched-tokens` on the CPU: a step of so many prompt tokens delays running outputs by a
 /// fraction of a second on a small machine, and is large enough for the weights to be read once for many rows.
 const CPU_MAX_NUM_BATCHED_TOKENS: u32 = 512;
+
+/// Default of `--max-num-seqs` on a GPU.
+#[cfg(feature = "cuda")]
+const GPU_MAX_NUM_SEQS: u32 = 1024;
+/// Default of `--max-num-batched-tokens` on a GPU: enough rows to reach its full rate.
+#[cfg(feature = "cuda")]
+const GPU_MAX_NUM_BATCHED_TOKENS: u32 = 8192;
 
 /// Why a model could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +82,10 @@ pub enum LoadError {
     /// The model cannot be run.
     #[error(transparent)]
     Runner(#[from] CpuRunnerError),
+    /// The model cannot be run on the GPU.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    GpuRunner(#[from] CudaRunnerError),
     /// The engine could not start.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -110,27 +127,13 @@ impl LoadedModel {
             args.tokenizer.as_deref().unwrap_or(&path),
         )?);
         let chat_template = load_template(args, &tokenizer)?;
-        let max_num_batched_tokens = args
-            .max_num_batched_tokens
-            .unwrap_or(CPU_MAX_NUM_BATCHED_TOKENS);
-        let max_num_seqs = args
-            .max_num_seqs
-            .unwrap_or(MAX_NUM_SEQS.min(max_num_batched_tokens));
-        let runner = CpuRunner::new(&CpuRunnerConfig {
-            path: path.clone(),
-            dtype: match args.dtype {
-                Dtype::Float32 => cpu::Dtype::Float32,
-                Dtype::Auto | Dtype::Float16 | Dtype::Bfloat16 => cpu::Dtype::Auto,
-            },
-            kv_cache: args
-                .kv_cache_memory_bytes
-                .map_or(KvCacheSize::Auto, KvCacheSize::Bytes),
-            max_num_seqs,
-            max_num_batched_tokens,
-            max_model_len: args.max_model_len,
-            ..CpuRunnerConfig::default()
-        })?;
-        let mut eos_token_ids = runner.model_config().eos_token_ids.clone();
+        let Loaded {
+            runner,
+            mut eos_token_ids,
+        } = load_runner(args, &path)?;
+        let limits = runner.limits();
+        let (max_num_seqs, max_num_batched_tokens) =
+            (limits.max_num_seqs, limits.max_num_batched_tokens);
         eos_token_ids.extend_from_slice(tokenizer.eos_token_ids());
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
@@ -144,7 +147,6 @@ impl LoadedModel {
             eos_token_ids,
             ..EngineConfig::default()
         };
-        let runner: Box<dyn ModelRunner> = Box::new(runner);
         Ok(Self {
             path,
             tokenizer,
@@ -166,6 +168,95 @@ pub fn max_length(engine: &EngineHandle) -> u32 {
     let limits = engine.limits();
     let pool = u64::from(limits.num_blocks.saturating_sub(1)) * u64::from(limits.block_size);
     u32::try_from(pool).map_or(limits.max_model_len, |pool| pool.min(limits.max_model_len))
+}
+
+/// A model on a device.
+struct Loaded {
+    runner: Box<dyn ModelRunner>,
+    eos_token_ids: Vec<TokenId>,
+}
+
+/// On the device that was asked for; `auto` is a GPU where this build and this machine have one.
+fn load_runner(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
+    #[cfg(feature = "cuda")]
+    if args.device != Device::Cpu {
+        match load_on_gpu(args, path) {
+            Err(LoadError::GpuRunner(CudaRunnerError::Cuda(
+                error @ CudaError::NoDevice { .. },
+            ))) if args.device == Device::Auto => {
+                tracing::info!(%error, "the model runs on the CPU");
+            }
+            result => return result,
+        }
+    }
+    args.validate_for_cpu()?;
+    load_on_cpu(args, path)
+}
+
+fn load_format(args: &EngineArgs) -> loader::LoadFormat {
+    match args.load_format {
+        LoadFormat::Auto => loader::LoadFormat::Auto,
+        LoadFormat::Dummy => loader::LoadFormat::Dummy,
+    }
+}
+
+fn load_on_cpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
+    let max_num_batched_tokens = args
+        .max_num_batched_tokens
+        .unwrap_or(CPU_MAX_NUM_BATCHED_TOKENS);
+    let runner = CpuRunner::new(&CpuRunnerConfig {
+        path: path.to_owned(),
+        load_format: load_format(args),
+        dtype: match args.dtype {
+            Dtype::Float32 => cpu::Dtype::Float32,
+            Dtype::Auto | Dtype::Float16 | Dtype::Bfloat16 => cpu::Dtype::Auto,
+        },
+        kv_cache: args
+            .kv_cache_memory_bytes
+            .map_or(KvCacheSize::Auto, KvCacheSize::Bytes),
+        max_num_seqs: args
+            .max_num_seqs
+            .unwrap_or(MAX_NUM_SEQS.min(max_num_batched_tokens)),
+        max_num_batched_tokens,
+        max_model_len: args.max_model_len,
+        ..CpuRunnerConfig::default()
+    })?;
+    Ok(Loaded {
+        eos_token_ids: runner.model_config().eos_token_ids.clone(),
+        runner: Box::new(runner),
+    })
+}
+
+#[cfg(feature = "cuda")]
+fn load_on_gpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
+    // Before the flags: without a GPU, `auto` goes on with the CPU's.
+    cuda::probe()?;
+    args.validate_for_gpu()?;
+    let max_num_batched_tokens = args
+        .max_num_batched_tokens
+        .unwrap_or(GPU_MAX_NUM_BATCHED_TOKENS);
+    let runner = CudaRunner::new(&CudaRunnerConfig {
+        path: path.to_owned(),
+        load_format: load_format(args),
+        dtype: match args.dtype {
+            Dtype::Float16 => Some(Float::F16),
+            Dtype::Bfloat16 => Some(Float::Bf16),
+            Dtype::Auto | Dtype::Float32 => None,
+        },
+        ordinal: 0,
+        gpu_memory_utilization: args.gpu_memory_utilization,
+        kv_cache_memory_bytes: args.kv_cache_memory_bytes,
+        max_num_seqs: args
+            .max_num_seqs
+            .unwrap_or(GPU_MAX_NUM_SEQS.min(max_num_batched_tokens)),
+        max_num_batched_tokens,
+        max_model_len: args.max_model_len,
+        enforce_eager: args.enforce_eager,
+    })?;
+    Ok(Loaded {
+        eos_token_ids: runner.model_config().eos_token_ids.clone(),
+        runner: Box::new(runner),
+    })
 }
 
 fn check_quantization(asked: Quantization, path: &Path) -> Result<(), LoadError> {

@@ -11,6 +11,7 @@ use std::{
 use super::{
     ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SampledRow, StepId,
     StepOutput, TOKEN_FROM_SLOT,
+    check::{check, refused},
     cpu_backend::{CpuBackend, CpuBackendConfig, CpuBuf},
     memory,
 };
@@ -19,7 +20,7 @@ use crate::{
     models::{
         config::ModelConfig,
         decoder::{Activations, Decoder},
-        loader,
+        loader::{self, LoadFormat},
     },
     sampler::{SampleError, Sampler},
     weights::{Checkpoint, WeightsError},
@@ -72,6 +73,8 @@ pub enum KvCacheSize {
 pub struct CpuRunnerConfig {
     /// A `.gguf` file or a Hugging Face folder.
     pub path: PathBuf,
+    /// Where the weights come from.
+    pub load_format: LoadFormat,
     /// Weights and arithmetic.
     pub dtype: Dtype,
     /// K and V.
@@ -92,6 +95,7 @@ impl Default for CpuRunnerConfig {
     fn default() -> Self {
         Self {
             path: PathBuf::new(),
+            load_format: LoadFormat::Auto,
             dtype: Dtype::Auto,
             kv_dtype: KvDtype::Auto,
             kv_cache: KvCacheSize::Auto,
@@ -172,7 +176,7 @@ impl CpuRunner {
     /// [`CpuRunnerError`] when the checkpoint cannot be used or the sizes do not fit each other.
     pub fn new(config: &CpuRunnerConfig) -> Result<Self, CpuRunnerError> {
         let started = Instant::now();
-        let checkpoint = Checkpoint::open(&config.path)?;
+        let checkpoint = Checkpoint::open_for(&config.path, config.load_format)?;
         let model = ModelConfig::from_checkpoint(&checkpoint)?;
         if !model.head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
             let message = format!(
@@ -201,7 +205,7 @@ impl CpuRunner {
             u64::from(limits.num_blocks) * u64::from(limits.block_size) * limits.kv_bytes_per_token;
         let backend = CpuBackend::new(&model, &backend_config)
             .ok_or(CpuRunnerError::CacheTooLarge { bytes })?;
-        let decoder = loader::load(&checkpoint, &model, &backend, threads)?;
+        let decoder = loader::load(&checkpoint, &model, &backend, config.load_format, threads)?;
         let buffer = |width| CpuBuf::new(width);
         let activations = Activations {
             residual: buffer(model.hidden_size),
@@ -328,101 +332,6 @@ fn limits(
             .expect("the configuration bounds sizes: this is a bug"),
         kv_bytes_per_token,
     })
-}
-
-fn refused(message: String) -> RunnerError {
-    RunnerError {
-        message,
-        fatal: false,
-    }
-}
-
-/// Checks a step against the limits: whatever passes cannot make a kernel read or write outside its buffers.
-fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), RunnerError> {
-    let rows = input.token_ids.len();
-    let need = |holds: bool, what: &str| {
-        if holds {
-            Ok(())
-        } else {
-            Err(refused(format!("invalid step: {what}")))
-        }
-    };
-    need(
-        rows > 0 && rows <= limits.max_num_batched_tokens as usize,
-        "number of rows",
-    )?;
-    need(
-        input.positions.len() == rows && input.slot_mapping.len() == rows,
-        "lengths of the row arrays",
-    )?;
-    need(
-        input
-            .token_ids
-            .iter()
-            .all(|token| *token < limits.vocab_size || *token == TOKEN_FROM_SLOT),
-        "a token is outside the vocabulary",
-    )?;
-    need(
-        input
-            .positions
-            .iter()
-            .all(|position| *position < limits.max_model_len),
-        "a position is too large",
-    )?;
-    let pool = i64::from(limits.num_blocks) * i64::from(limits.block_size);
-    need(
-        input
-            .slot_mapping
-            .iter()
-            .all(|slot| (-1..pool).contains(slot)),
-        "a cache slot is outside the pool",
-    )?;
-    need(
-        input.logit_rows.is_sorted_by(|a, b| a < b),
-        "logit rows do not ascend",
-    )?;
-    need(
-        input
-            .logit_rows
-            .last()
-            .is_none_or(|row| (*row as usize) < rows),
-        "a logit row is outside the step",
-    )?;
-    let mut next_row = 0;
-    for seq in &input.seqs {
-        need(
-            seq.query_start == next_row && seq.query_len > 0,
-            "sequences do not cover the rows in order",
-        )?;
-        next_row = seq.query_start.saturating_add(seq.query_len);
-        need(
-            seq.slot.0 < limits.max_num_seqs,
-            "a slot is outside the limits",
-        )?;
-        need(
-            (seq.query_len..=limits.max_model_len).contains(&seq.context_len),
-            "a context is too long or too short",
-        )?;
-        let blocks = seq.context_len.div_ceil(limits.block_size) as usize;
-        need(
-            seq.block_table.len() >= blocks,
-            "a block table is too short",
-        )?;
-        need(
-            seq.block_table
-                .iter()
-                .all(|block| block.0 < limits.num_blocks),
-            "a block is outside the pool",
-        )?;
-    }
-    need(next_row as usize == rows, "sequences do not cover the rows")?;
-    need(
-        input
-            .init_slots
-            .iter()
-            .all(|init| init.slot.0 < limits.max_num_seqs),
-        "a bound slot is outside the limits",
-    )
 }
 
 impl ModelRunner for CpuRunner {

@@ -19,6 +19,7 @@ use crate::{
         backend::{AdapterRows, AttentionSeq, Backend, HeadNorms, Linear, RopeArgs},
         config::ModelConfig,
     },
+    sampler::philox4x32,
     weights::{GgmlType, RawTensor},
 };
 
@@ -201,7 +202,12 @@ impl CpuBackend {
     /// [`Backend::linear`] with 16-bit activations: each row goes as what 8 bits hold of it and as what they leave over,
     /// two rows of one product, whose results are added. With 8 bits alone the default model's logits stray by up to
     /// 1.6e-2 (1 − cosine), enough to turn a greedy answer; with 16 by 1.4e-5.
-    fn linear_in_two(&mut self, x: &CpuBuf, weight: &Linear<PackedMatrix>, y: &mut [f32]) {
+    fn linear_in_two(
+        &mut self,
+        x: &CpuBuf,
+        weight: &Linear<PackedMatrix, Vec<f32>>,
+        y: &mut [f32],
+    ) {
         let (columns, width) = (x.width, weight.out_features);
         let mut split = std::mem::take(&mut self.split);
         split.resize(2 * x.rows * columns, 0.0);
@@ -328,14 +334,42 @@ impl Backend for CpuBackend {
     type Matrix = PackedMatrix;
     type Vector = Vec<f32>;
 
-    fn pack(&self, matrix: &RawTensor<'_>) -> Result<PackedMatrix, String> {
-        let format = block_format(matrix.kind)
-            .ok_or_else(|| format!("the CPU cannot compute with {:?}", matrix.kind))?;
-        pack(matrix, format, self.exact).map_err(|error| error.to_string())
+    fn pack(&self, stacked: &[RawTensor<'_>]) -> Result<Vec<PackedMatrix>, String> {
+        let of_one_type = stacked.chunk_by(|a, b| a.kind == b.kind);
+        let pack_parts = |parts: &[RawTensor<'_>]| {
+            let kind = parts[0].kind;
+            let format = block_format(kind)
+                .ok_or_else(|| format!("the CPU cannot compute with {kind:?}"))?;
+            let mut whole = parts[0].clone();
+            for part in &parts[1..] {
+                whole.rows += part.rows;
+                whole.data.to_mut().extend_from_slice(&part.data);
+            }
+            pack(&whole, format, self.exact).map_err(|error| error.to_string())
+        };
+        of_one_type.map(pack_parts).collect()
     }
 
-    fn vector(&self, values: Vec<f32>) -> Vec<f32> {
-        values
+    fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>, String> {
+        Ok(values)
+    }
+
+    fn random(&self, rows: usize, columns: usize, seed: u64) -> Result<PackedMatrix, String> {
+        let scale = 1.0 / (columns as f32).sqrt();
+        let data = (0..(rows * columns) as u64).flat_map(|index| {
+            let [word, ..] = philox4x32(
+                [index as u32, (index >> 32) as u32, 0, 0],
+                [seed as u32, (seed >> 32) as u32],
+            );
+            half::bf16::from_f32((word as f32 / 2_147_483_648.0 - 1.0) * scale).to_le_bytes()
+        });
+        let raw = RawTensor {
+            kind: GgmlType::BF16,
+            rows,
+            columns,
+            data: data.collect::<Vec<u8>>().into(),
+        };
+        pack(&raw, BlockFormat::BF16, self.exact).map_err(|error| error.to_string())
     }
 
     fn embed_norm(
@@ -364,7 +398,7 @@ impl Backend for CpuBackend {
     fn linear(
         &mut self,
         x: &CpuBuf,
-        weight: &Linear<PackedMatrix>,
+        weight: &Linear<PackedMatrix, Vec<f32>>,
         _adapters: AdapterRows,
         out: &mut CpuBuf,
     ) {
@@ -467,7 +501,7 @@ impl Backend for CpuBackend {
         buf.rows = rows.len();
     }
 
-    fn logits(&mut self, x: &CpuBuf, head: &Linear<PackedMatrix>, out: &mut CpuBuf) {
+    fn logits(&mut self, x: &CpuBuf, head: &Linear<PackedMatrix, Vec<f32>>, out: &mut CpuBuf) {
         self.linear(x, head, AdapterRows, out);
     }
 }

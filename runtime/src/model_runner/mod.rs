@@ -6,8 +6,11 @@
 
 pub mod fake;
 
+mod check;
 pub mod cpu;
 mod cpu_backend;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod memory;
 
 use std::{sync::Arc, time::Duration};

@@ -11,11 +11,11 @@ use crate::{engine::request::TokenId, weights::RawTensor};
 
 /// A matrix `[out, in]` made of stacked parts (one per storage type), with its bias.
 #[derive(Debug)]
-pub struct Linear<M> {
+pub struct Linear<M, V> {
     /// Stacked along the output.
     pub parts: Vec<M>,
     /// `[out]`
-    pub bias: Option<Vec<f32>>,
+    pub bias: Option<V>,
     /// How it was cut.
     pub shard: Shard,
     /// Rows of all parts.
@@ -72,14 +72,24 @@ pub trait Backend: Sync {
     /// A norm's weights.
     type Vector: Send + Sync;
 
-    /// Repacks a matrix for the device.
+    /// Repacks matrices of one width, stacked along their rows, for the device: one result for each storage type that the
+    /// device keeps apart.
     ///
     /// # Errors
-    /// What about its storage type or shape cannot be computed with.
-    fn pack(&self, matrix: &RawTensor<'_>) -> Result<Self::Matrix, String>;
+    /// What about a storage type or shape cannot be computed with.
+    fn pack(&self, stacked: &[RawTensor<'_>]) -> Result<Vec<Self::Matrix>, String>;
 
-    /// Takes a norm's weights.
-    fn vector(&self, values: Vec<f32>) -> Self::Vector;
+    /// Takes a norm's weights or a bias.
+    ///
+    /// # Errors
+    /// Why the device cannot hold it.
+    fn vector(&self, values: Vec<f32>) -> Result<Self::Vector, String>;
+
+    /// A matrix of random values that depend on the seed alone, for models without weights.
+    ///
+    /// # Errors
+    /// Why the device cannot hold it.
+    fn random(&self, rows: usize, columns: usize, seed: u64) -> Result<Self::Matrix, String>;
 
     /// `residual = embedding[tokens]`, `out = norm(residual)`.
     fn embed_norm(
@@ -95,7 +105,7 @@ pub trait Backend: Sync {
     fn linear(
         &mut self,
         x: &Self::Buf,
-        weight: &Linear<Self::Matrix>,
+        weight: &Linear<Self::Matrix, Self::Vector>,
         adapters: AdapterRows,
         out: &mut Self::Buf,
     );
@@ -128,5 +138,10 @@ pub trait Backend: Sync {
     fn keep_rows(&mut self, rows: &[u32], buf: &mut Self::Buf);
 
     /// `out = x · headᵀ`, in f32, `[rows, vocab]`.
-    fn logits(&mut self, x: &Self::Buf, head: &Linear<Self::Matrix>, out: &mut Self::Buf);
+    fn logits(
+        &mut self,
+        x: &Self::Buf,
+        head: &Linear<Self::Matrix, Self::Vector>,
+        out: &mut Self::Buf,
+    );
 }

@@ -10,13 +10,13 @@ use crate::model_runner::ModelInput;
 
 /// The feed-forward part of a layer.
 #[derive(Debug)]
-pub enum Mlp<M> {
+pub enum Mlp<M, V> {
     /// `down(silu(gate(x)) · up(x))`
     Dense {
         /// gate and up, stacked.
-        gate_up: Linear<M>,
+        gate_up: Linear<M, V>,
         /// down.
-        down: Linear<M>,
+        down: Linear<M, V>,
     },
 }
 
@@ -25,27 +25,27 @@ pub struct Layer<B: Backend> {
     /// Before attention.
     pub input_norm: B::Vector,
     /// q, k and v, stacked.
-    pub qkv: Linear<B::Matrix>,
+    pub qkv: Linear<B::Matrix, B::Vector>,
     /// Per-head norms of q and k.
     pub head_norms: Option<HeadNorms<B::Vector>>,
     /// After attention.
-    pub attention_output: Linear<B::Matrix>,
+    pub attention_output: Linear<B::Matrix, B::Vector>,
     /// Before the MLP.
     pub post_attention_norm: B::Vector,
     /// The MLP.
-    pub mlp: Mlp<B::Matrix>,
+    pub mlp: Mlp<B::Matrix, B::Vector>,
 }
 
 /// A whole model's weights.
 pub struct Decoder<B: Backend> {
     /// `[vocab, hidden]`, one part.
-    pub embedding: Linear<B::Matrix>,
+    pub embedding: Linear<B::Matrix, B::Vector>,
     /// At least one.
     pub layers: Vec<Layer<B>>,
     /// Before the head.
     pub final_norm: B::Vector,
     /// The head, unless it is the embedding.
-    pub head: Option<Linear<B::Matrix>>,
+    pub head: Option<Linear<B::Matrix, B::Vector>>,
 }
 
 /// Activations of a step, reused from step to step.

@@ -10,6 +10,16 @@ use super::{
 };
 use crate::weights::{Checkpoint, RawTensor, WeightsError};
 
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoadFormat {
+    /// The checkpoint.
+    #[default]
+    Auto,
+    /// Nowhere: random values in the shapes of the configuration, to measure speed without the weights.
+    Dummy,
+}
+
 /// Loads all weights of `checkpoint`, on `threads` threads.
 ///
 /// # Errors
@@ -18,6 +28,7 @@ pub fn load<B: Backend>(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
     backend: &B,
+    format: LoadFormat,
     threads: usize,
 ) -> Result<Decoder<B>, WeightsError> {
     let started = Instant::now();
@@ -26,6 +37,7 @@ pub fn load<B: Backend>(
         checkpoint,
         config,
         backend,
+        format,
         names: match checkpoint {
             Checkpoint::Gguf(_) => &GGUF_WEIGHTS,
             Checkpoint::Safetensors(_) => &HF_WEIGHTS,
@@ -53,6 +65,7 @@ struct Loader<'a, B> {
     checkpoint: &'a Checkpoint,
     config: &'a ModelConfig,
     backend: &'a B,
+    format: LoadFormat,
     names: &'static WeightMap,
 }
 
@@ -123,14 +136,23 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
+    fn vector(&self, name: &str, values: Vec<f32>) -> Result<B::Vector, WeightsError> {
+        self.backend
+            .vector(values)
+            .map_err(|reason| self.checkpoint.unsupported(format!("{name}: {reason}")))
+    }
+
     fn norm(&self, template: &str, layer: usize, len: usize) -> Result<B::Vector, WeightsError> {
         let name = template.replace("{}", &layer.to_string());
+        if self.format == LoadFormat::Dummy {
+            return self.vector(&name, vec![1.0; len]);
+        }
         let raw = self.checkpoint.tensor(&name)?;
         let raw = raw.ok_or_else(|| {
             self.checkpoint
                 .mismatch(format!("the tensor {name} is missing"))
         })?;
-        Ok(self.backend.vector(self.plain_values(&name, &raw, len)?))
+        self.vector(&name, self.plain_values(&name, &raw, len)?)
     }
 
     fn plain_values(
@@ -152,7 +174,14 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
-    fn linear(&self, entry: &MatrixEntry, layer: usize) -> Result<Linear<B::Matrix>, WeightsError> {
+    fn linear(
+        &self,
+        entry: &MatrixEntry,
+        layer: usize,
+    ) -> Result<Linear<B::Matrix, B::Vector>, WeightsError> {
+        if self.format == LoadFormat::Dummy {
+            return self.random(entry, layer);
+        }
         let mut stacked: Vec<RawTensor<'_>> = Vec::with_capacity(entry.parts.len());
         let (mut out_features, mut in_features) = (0, 0);
         let mut bias: Option<Vec<f32>> = None;
@@ -165,28 +194,46 @@ impl<B: Backend> Loader<'_, B> {
             }
             out_features += raw.rows;
             in_features = raw.columns;
-            match stacked.last_mut().filter(|last| last.kind == raw.kind) {
-                Some(last) => {
-                    last.rows += raw.rows;
-                    last.data.to_mut().extend_from_slice(&raw.data);
-                }
-                None => stacked.push(raw),
-            }
+            stacked.push(raw);
         }
+        let name = entry.parts[0].name.replace("{}", &layer.to_string());
         if let Some(bias) = &mut bias {
             bias.resize(out_features, 0.0);
         }
-        let parts = stacked
-            .iter()
-            .map(|raw| {
-                self.backend.pack(raw).map_err(|reason| {
-                    let name = entry.parts[0].name.replace("{}", &layer.to_string());
-                    self.checkpoint.unsupported(format!("{name}: {reason}"))
-                })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+        let bias = bias.map(|values| self.vector(&name, values)).transpose()?;
+        let parts = self
+            .backend
+            .pack(&stacked)
+            .map_err(|reason| self.checkpoint.unsupported(format!("{name}: {reason}")))?;
         Ok(Linear {
             parts,
+            bias,
+            shard: entry.shard,
+            out_features,
+            in_features,
+        })
+    }
+
+    /// Random values of the right shape.
+    fn random(
+        &self,
+        entry: &MatrixEntry,
+        layer: usize,
+    ) -> Result<Linear<B::Matrix, B::Vector>, WeightsError> {
+        let name = entry.parts[0].name.replace("{}", &layer.to_string());
+        let refused = |reason| self.checkpoint.unsupported(format!("{name}: {reason}"));
+        let out_features = entry.parts.iter().map(|part| self.shape(part.role).0).sum();
+        let in_features = self.shape(entry.parts[0].role).1;
+        let seed = name.bytes().fold(0u64, |hash, byte| {
+            hash.wrapping_mul(31).wrapping_add(u64::from(byte))
+        });
+        let biased = self.config.qkv_bias && entry.parts[0].role == Role::Query;
+        let bias = biased
+            .then(|| self.vector(&name, vec![0.0; out_features]))
+            .transpose()?;
+        let matrix = self.backend.random(out_features, in_features, seed);
+        Ok(Linear {
+            parts: vec![matrix.map_err(refused)?],
             bias,
             shard: entry.shard,
             out_features,

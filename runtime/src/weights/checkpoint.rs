@@ -5,6 +5,7 @@ use std::{borrow::Cow, path::Path};
 use half::{bf16, f16};
 
 use super::{GgmlType, Gguf, SafetensorsFolder, WeightsError};
+use crate::models::loader::LoadFormat;
 
 /// An open checkpoint.
 #[derive(Debug)]
@@ -107,6 +108,17 @@ impl Checkpoint {
                 ),
             }),
         }
+    }
+
+    /// As [`Self::open`]; without weights, a folder needs no more than `config.json`.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_for(path: &Path, format: LoadFormat) -> Result<Self, WeightsError> {
+        if format == LoadFormat::Dummy && path.join("config.json").is_file() {
+            return Ok(Self::Safetensors(SafetensorsFolder::open_config(path)?));
+        }
+        Self::open(path)
     }
 
     /// Where it is.

@@ -50,23 +50,35 @@ impl SafetensorsFolder {
     /// # Errors
     /// [`WeightsError`] when a file is absent, malformed, or the index names a tensor that its shard lacks.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
+        let mut folder = Self::open_config(path)?;
+        folder.open_weights()?;
+        Ok(folder)
+    }
+
+    /// Reads the JSON files only: a folder without any tensor.
+    ///
+    /// # Errors
+    /// [`WeightsError`] when `config.json` is absent or malformed.
+    pub fn open_config(path: &Path) -> Result<Self, WeightsError> {
         let config = read_json(&path.join("config.json"))?;
         let generation = path.join("generation_config.json");
         let generation_config = generation
             .is_file()
             .then(|| read_json(&generation))
             .transpose()?;
-        let mut folder = Self {
+        Ok(Self {
             path: path.to_owned(),
             config,
             generation_config,
             files: Vec::new(),
             tensors: HashMap::new(),
-        };
-        let index_path = path.join("model.safetensors.index.json");
+        })
+    }
+
+    fn open_weights(&mut self) -> Result<(), WeightsError> {
+        let index_path = self.path.join("model.safetensors.index.json");
         if !index_path.is_file() {
-            folder.add_file("model.safetensors")?;
-            return Ok(folder);
+            return self.add_file("model.safetensors");
         }
         let index = serde_json::from_value::<ShardIndex>(read_json(&index_path)?);
         let index = index.map_err(|error| malformed(&index_path, "index", error.to_string()))?;
@@ -88,12 +100,12 @@ impl SafetensorsFolder {
                     format!("{shard:?} is not a plain file name"),
                 ));
             }
-            folder.add_file(shard)?;
+            self.add_file(shard)?;
         }
         if let Some((name, shard)) = index
             .weight_map
             .iter()
-            .find(|(name, _)| !folder.tensors.contains_key(*name))
+            .find(|(name, _)| !self.tensors.contains_key(*name))
         {
             return Err(malformed(
                 &index_path,
@@ -101,7 +113,7 @@ impl SafetensorsFolder {
                 format!("{shard} does not hold the tensor {name}"),
             ));
         }
-        Ok(folder)
+        Ok(())
     }
 
     fn add_file(&mut self, name: &str) -> Result<(), WeightsError> {

@@ -1,0 +1,96 @@
+//! With the feature `cuda`: every `cuda/*.cu` becomes one fatbin in `OUT_DIR`, with machine code for each architecture and
+//! PTX for later ones. Nothing links CUDA: the driver loads the fatbins at run time.
+//!
+//! `NVCC` or `CUDA_HOME` says where the compiler is (13.0 or later; `e2e/cuda.sh` fetches one from the Python package
+//! index); `KERNEL_ARCHS` (such as `90`, or `80,90`) builds fewer architectures, for quick builds.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+};
+
+/// Architectures with machine code in a release; the last one also as PTX.
+const ARCHS: &str = "80,89,90,100,120";
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    for variable in ["NVCC", "CUDA_HOME", "KERNEL_ARCHS"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    println!("cargo::rerun-if-changed=cuda");
+    let nvcc = nvcc();
+    let archs = env::var("KERNEL_ARCHS").unwrap_or_else(|_| ARCHS.to_owned());
+    let archs: Vec<&str> = archs.split(',').map(str::trim).collect();
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let sources: Vec<PathBuf> = fs::read_dir("cuda")
+        .expect("kernels/cuda exists")
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+        .collect();
+    thread::scope(|scope| {
+        for source in &sources {
+            let (nvcc, archs, out) = (&nvcc, &archs, &out);
+            scope.spawn(move || compile(nvcc, source, archs, out));
+        }
+    });
+}
+
+fn nvcc() -> PathBuf {
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return nvcc.into();
+    }
+    let folders = env::var_os("CUDA_HOME")
+        .into_iter()
+        .chain([Path::new("/usr/local/cuda").into()]);
+    folders
+        .map(|folder| Path::new(&folder).join("bin/nvcc"))
+        .find(|nvcc| nvcc.is_file())
+        .unwrap_or_else(|| {
+            panic!(
+                "the feature `cuda` compiles GPU kernels and needs nvcc 13.0 or later: set CUDA_HOME or NVCC, \
+                 install the CUDA toolkit, or run `. e2e/cuda.sh`, which fetches the compiler"
+            )
+        })
+}
+
+fn compile(nvcc: &Path, source: &Path, archs: &[&str], out: &Path) {
+    let name = source
+        .file_stem()
+        .and_then(|stem| stem.to_str())
+        .expect("kernel files have plain names");
+    let mut command = Command::new(nvcc);
+    command.args([
+        "-O3",
+        "-std=c++17",
+        "-lineinfo",
+        "-fatbin",
+        "-Xfatbin=-compress-all",
+        "-o",
+    ]);
+    command.arg(out.join(format!("{name}.fatbin"))).arg(source);
+    // Files of one architecture use instructions that no other has.
+    if name.ends_with("_sm90a") {
+        command.arg("-gencode=arch=compute_90a,code=sm_90a");
+    } else {
+        for arch in archs {
+            command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+        }
+        let last = archs.last().expect("KERNEL_ARCHS names an architecture");
+        command.arg(format!("-gencode=arch=compute_{last},code=compute_{last}"));
+    }
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {}: {error}", nvcc.display()));
+    assert!(
+        output.status.success(),
+        "{} does not compile:\n{}{}",
+        source.display(),
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

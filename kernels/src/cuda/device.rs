@@ -1,0 +1,545 @@
+//! One GPU: its context, its stream, memory, events and graphs.
+
+use std::{
+    ffi::c_void,
+    marker::PhantomData,
+    ptr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError, result,
+    sys::{self, CUdevice_attribute as Attribute},
+};
+
+use super::{CudaError, gemm::CublasLt, modules::Modules};
+
+/// How long an event is asked without a pause before the thread sleeps between questions.
+const SPIN: Duration = Duration::from_micros(30);
+/// Pause between questions.
+const NAP: Duration = Duration::from_micros(20);
+
+/// One GPU. Cheap to clone; all clones share the stream.
+#[derive(Clone)]
+pub struct Device {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) stream: Arc<CudaStream>,
+    pub(super) modules: Modules,
+    pub(super) cublas: Mutex<CublasLt>,
+    /// Compute capability, 90 for 9.0.
+    pub(super) capability: u32,
+    /// Multiprocessors.
+    pub(super) multiprocessors: u32,
+}
+
+impl Device {
+    /// Whether there are a driver, cuBLASLt, and a GPU.
+    ///
+    /// # Errors
+    /// [`CudaError::NoDevice`] saying what is missing.
+    pub fn probe() -> Result<(), CudaError> {
+        // SAFETY: these calls only try to load the libraries.
+        let (driver, cublas) = unsafe {
+            (
+                sys::is_culib_present(),
+                cudarc::cublaslt::sys::is_culib_present(),
+            )
+        };
+        let missing = |what: &str| {
+            Err(CudaError::NoDevice {
+                message: what.to_owned(),
+            })
+        };
+        if !driver {
+            return missing(
+                "libcuda.so cannot be loaded; install the NVIDIA driver and run the container with GPU access",
+            );
+        }
+        if !cublas {
+            return missing(
+                "libcublasLt.so (CUDA 13) cannot be loaded; use the CUDA image, or put its folder on LD_LIBRARY_PATH",
+            );
+        }
+        match CudaContext::device_count() {
+            Ok(0) => missing("the driver shows no GPU"),
+            Ok(_) => Ok(()),
+            Err(error) => missing(&driver_error("cuInit")(error).to_string()),
+        }
+    }
+
+    /// Opens a GPU and loads the kernels.
+    ///
+    /// # Errors
+    /// [`CudaError::NoDevice`] without a driver, cuBLASLt or such a GPU; [`CudaError::Driver`] when it is too old for the kernels.
+    pub fn open(ordinal: usize) -> Result<Self, CudaError> {
+        Self::probe()?;
+        let count = CudaContext::device_count().map_err(driver_error("cuDeviceGetCount"))?;
+        if i32::try_from(ordinal).map_or(true, |ordinal| ordinal >= count) {
+            return Err(CudaError::NoDevice {
+                message: format!("GPU {ordinal} was asked for and {count} are there"),
+            });
+        }
+        let context =
+            CudaContext::new(ordinal).map_err(driver_error("cuDevicePrimaryCtxRetain"))?;
+        // SAFETY: all memory is used on one stream, so no events between streams are needed.
+        unsafe { context.disable_event_tracking() };
+        let stream = context
+            .new_stream()
+            .map_err(driver_error("cuStreamCreate"))?;
+        let (major, minor) = context
+            .compute_capability()
+            .map_err(driver_error("cuDeviceGetAttribute"))?;
+        let multiprocessors = context
+            .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(driver_error("cuDeviceGetAttribute"))?;
+        let capability = (major * 10 + minor).unsigned_abs();
+        let modules = Modules::load(capability)?;
+        let cublas = CublasLt::new()?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                context,
+                stream,
+                modules,
+                cublas: Mutex::new(cublas),
+                capability,
+                multiprocessors: multiprocessors.unsigned_abs(),
+            }),
+        })
+    }
+
+    /// The GPU's name.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn name(&self) -> Result<String, CudaError> {
+        self.inner
+            .context
+            .name()
+            .map_err(driver_error("cuDeviceGetName"))
+    }
+
+    /// Compute capability, 90 for 9.0.
+    #[must_use]
+    pub fn capability(&self) -> u32 {
+        self.inner.capability
+    }
+
+    /// Multiprocessors.
+    #[must_use]
+    pub fn multiprocessors(&self) -> u32 {
+        self.inner.multiprocessors
+    }
+
+    /// Free and total memory in bytes.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn memory(&self) -> Result<(usize, usize), CudaError> {
+        self.inner
+            .context
+            .mem_get_info()
+            .map_err(driver_error("cuMemGetInfo"))
+    }
+
+    /// Makes this GPU the calling thread's.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn bind(&self) -> Result<(), CudaError> {
+        self.inner
+            .context
+            .bind_to_thread()
+            .map_err(driver_error("cuCtxSetCurrent"))
+    }
+
+    /// Device memory of `bytes` zeros.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`].
+    pub fn alloc(&self, bytes: usize) -> Result<DeviceBuffer, CudaError> {
+        self.bind()?;
+        // SAFETY: a context is current; zero bytes are not asked for.
+        let ptr = unsafe { result::malloc_sync(bytes.max(16)) }.map_err(|error| {
+            if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                let free = self.memory().map_or(0, |(free, _)| free);
+                CudaError::OutOfMemory { bytes, free }
+            } else {
+                driver_error("cuMemAlloc")(error)
+            }
+        })?;
+        let buffer = DeviceBuffer {
+            ptr,
+            bytes,
+            context: Arc::clone(&self.inner.context),
+        };
+        // SAFETY: the allocation has so many bytes.
+        unsafe { result::memset_d8_async(ptr, 0, bytes, self.inner.stream.cu_stream()) }
+            .map_err(driver_error("cuMemsetD8Async"))?;
+        Ok(buffer)
+    }
+
+    /// Page-locked host memory of `bytes`.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`] when the host has not so much.
+    pub fn alloc_pinned(&self, bytes: usize) -> Result<PinnedBuffer, CudaError> {
+        self.bind()?;
+        // SAFETY: a context is current.
+        let ptr = unsafe { result::malloc_host(bytes.max(16), 0) }
+            .map_err(driver_error("cuMemHostAlloc"))?;
+        // SAFETY: the allocation has so many bytes.
+        unsafe { ptr::write_bytes(ptr.cast::<u8>(), 0, bytes) };
+        Ok(PinnedBuffer {
+            ptr: ptr.cast(),
+            bytes,
+            context: Arc::clone(&self.inner.context),
+        })
+    }
+
+    /// Queues a copy of the first `bytes` of `from`. The buffer must not be written before an event recorded after this
+    /// call is done; [`PinnedBuffer`]'s owner sees to that.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] when it does not fit; [`CudaError::Driver`].
+    pub fn upload(&self, from: &PinnedBuffer, bytes: usize, to: View<'_>) -> Result<(), CudaError> {
+        super::need(bytes <= from.bytes && bytes <= to.bytes, "upload", || {
+            format!("{bytes} bytes of {} into {}", from.bytes, to.bytes)
+        })?;
+        // SAFETY: both sides have so many bytes, checked above; pinned memory is freed by a call that waits for copies.
+        unsafe {
+            sys::cuMemcpyHtoDAsync_v2(
+                to.ptr,
+                from.ptr.cast(),
+                bytes,
+                self.inner.stream.cu_stream(),
+            )
+        }
+        .result()
+        .map_err(driver_error("cuMemcpyHtoDAsync"))
+    }
+
+    /// Queues a copy of `from` into the beginning of `to`, which may be read once an event recorded after this is done.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] when it does not fit; [`CudaError::Driver`].
+    pub fn download(&self, from: View<'_>, to: &mut PinnedBuffer) -> Result<(), CudaError> {
+        super::need(from.bytes <= to.bytes, "download", || {
+            format!("{} bytes into {}", from.bytes, to.bytes)
+        })?;
+        // SAFETY: as in `upload`.
+        unsafe {
+            sys::cuMemcpyDtoHAsync_v2(
+                to.ptr.cast(),
+                from.ptr,
+                from.bytes,
+                self.inner.stream.cu_stream(),
+            )
+        }
+        .result()
+        .map_err(driver_error("cuMemcpyDtoHAsync"))
+    }
+
+    /// Copies host bytes into device memory and waits. For loading; not for steps.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] when it does not fit; [`CudaError::Driver`].
+    pub fn write(&self, from: &[u8], to: View<'_>) -> Result<(), CudaError> {
+        super::need(from.len() <= to.bytes, "write", || {
+            format!("{} bytes into {}", from.len(), to.bytes)
+        })?;
+        self.bind()?;
+        // On the kernels' stream: what is queued may still use the memory's former content. cuMemcpyHtoD would not do, it
+        // returns when the bytes are staged, and kernels read their weights before they wait for what is queued.
+        // SAFETY: both sides have so many bytes, and the host's live until the copy is done.
+        unsafe { result::memcpy_htod_async(to.ptr, from, self.inner.stream.cu_stream()) }
+            .map_err(driver_error("cuMemcpyHtoDAsync"))?;
+        self.synchronize()
+    }
+
+    /// Copies device memory to the host and waits.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn read(&self, from: View<'_>) -> Result<Vec<u8>, CudaError> {
+        self.synchronize()?;
+        let mut bytes = vec![0; from.bytes];
+        // SAFETY: both sides have so many bytes.
+        unsafe { result::memcpy_dtoh_sync(&mut bytes, from.ptr) }
+            .map_err(driver_error("cuMemcpyDtoH"))?;
+        Ok(bytes)
+    }
+
+    /// Queues a fill with one byte.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn fill(&self, view: View<'_>, byte: u8) -> Result<(), CudaError> {
+        // SAFETY: the view has so many bytes.
+        unsafe {
+            result::memset_d8_async(view.ptr, byte, view.bytes, self.inner.stream.cu_stream())
+        }
+        .map_err(driver_error("cuMemsetD8Async"))
+    }
+
+    /// Waits for everything queued.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`], also when an earlier kernel failed.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.inner
+            .stream
+            .synchronize()
+            .map_err(driver_error("cuStreamSynchronize"))
+    }
+
+    /// A mark behind everything queued so far.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn record(&self) -> Result<Event, CudaError> {
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        let event = self
+            .inner
+            .stream
+            .record_event(flags)
+            .map_err(driver_error("cuEventRecord"))?;
+        Ok(Event { event })
+    }
+
+    /// Records what `body` queues and makes a graph of it. Nothing of it runs.
+    ///
+    /// # Errors
+    /// The error of `body`, or [`CudaError::Driver`].
+    pub fn capture<E: From<CudaError>>(
+        &self,
+        body: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Graph, E> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.inner
+            .stream
+            .begin_capture(mode)
+            .map_err(driver_error("cuStreamBeginCapture"))?;
+        let done = body();
+        let flags = sys::CUgraphInstantiate_flags(0);
+        let graph = self.inner.stream.end_capture(flags);
+        done?;
+        let graph = graph.map_err(driver_error("cuStreamEndCapture"))?;
+        let graph = graph.ok_or_else(|| CudaError::Driver {
+            call: "cuStreamEndCapture",
+            message: "nothing was captured".to_owned(),
+        })?;
+        graph.upload().map_err(driver_error("cuGraphUpload"))?;
+        Ok(Graph { graph })
+    }
+}
+
+pub(super) fn driver_error(call: &'static str) -> impl Fn(DriverError) -> CudaError {
+    move |error| CudaError::Driver {
+        call,
+        message: error.error_string().map_or_else(
+            |_| format!("{error:?}"),
+            |text| text.to_string_lossy().into_owned(),
+        ),
+    }
+}
+
+/// Device memory; freed when dropped, after everything queued has run.
+pub struct DeviceBuffer {
+    ptr: sys::CUdeviceptr,
+    bytes: usize,
+    context: Arc<CudaContext>,
+}
+
+impl DeviceBuffer {
+    /// All of it.
+    #[must_use]
+    pub fn view(&self) -> View<'_> {
+        View {
+            ptr: self.ptr,
+            bytes: self.bytes,
+            memory: PhantomData,
+        }
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// No byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        // SAFETY: the pointer came from cuMemAlloc and is freed once; cuMemFree waits for the device.
+        let _ = unsafe { result::free_sync(self.ptr) };
+    }
+}
+
+/// A part of a [`DeviceBuffer`]. Kernels may write through it: it is an address, never a Rust reference to memory.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    pub(super) ptr: sys::CUdeviceptr,
+    pub(super) bytes: usize,
+    memory: PhantomData<&'a DeviceBuffer>,
+}
+
+impl<'a> View<'a> {
+    /// `bytes` from `offset`.
+    ///
+    /// # Panics
+    /// When that is outside.
+    #[must_use]
+    pub fn slice(self, offset: usize, bytes: usize) -> View<'a> {
+        assert!(
+            offset
+                .checked_add(bytes)
+                .is_some_and(|end| end <= self.bytes),
+            "{bytes} bytes from {offset} of {}: this is a bug",
+            self.bytes
+        );
+        View {
+            ptr: self.ptr + offset as u64,
+            bytes,
+            memory: PhantomData,
+        }
+    }
+
+    /// From `offset` to the end.
+    ///
+    /// # Panics
+    /// When `offset` is behind the end.
+    #[must_use]
+    pub fn from(self, offset: usize) -> View<'a> {
+        self.slice(offset, self.bytes - offset)
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn len(self) -> usize {
+        self.bytes
+    }
+
+    /// No byte.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.bytes == 0
+    }
+
+    pub(super) fn address(self) -> u64 {
+        self.ptr
+    }
+}
+
+/// Page-locked host memory.
+pub struct PinnedBuffer {
+    ptr: *mut u8,
+    bytes: usize,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: the memory belongs to this value alone and has no ties to a thread.
+unsafe impl Send for PinnedBuffer {}
+
+impl PinnedBuffer {
+    /// The bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the allocation has so many bytes, all written; the device writes to it only between `download` (which
+        // borrows it mutably) and an event for which the owner waits before reading.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.bytes) }
+    }
+
+    /// The bytes, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`; the borrow is unique.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.bytes) }
+    }
+}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        // A copy may still be under way.
+        let _ = self.context.synchronize();
+        // SAFETY: the pointer came from cuMemHostAlloc and is freed once, with nothing under way.
+        let _ = unsafe { result::free_host(self.ptr.cast::<c_void>()) };
+    }
+}
+
+/// A mark in the stream.
+pub struct Event {
+    event: CudaEvent,
+}
+
+impl Event {
+    /// Whether everything before it has run, waiting for at most `wait`.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`] when something before it failed.
+    pub fn wait(&self, wait: Duration) -> Result<bool, CudaError> {
+        let started = Instant::now();
+        loop {
+            if self
+                .event
+                .try_is_complete()
+                .map_err(driver_error("cuEventQuery"))?
+            {
+                return Ok(true);
+            }
+            let waited = started.elapsed();
+            if waited >= wait {
+                return Ok(false);
+            }
+            if waited > SPIN {
+                std::thread::sleep(NAP);
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// Milliseconds from here to `end`; both must be done.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn elapsed_ms(&self, end: &Self) -> Result<f32, CudaError> {
+        self.event
+            .elapsed_ms(&end.event)
+            .map_err(driver_error("cuEventElapsedTime"))
+    }
+}
+
+/// Recorded work.
+pub struct Graph {
+    graph: CudaGraph,
+}
+
+// SAFETY: a graph has no ties to a thread; it is not `Sync`, and calls on it take turns.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Queues it.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn launch(&self) -> Result<(), CudaError> {
+        self.graph.launch().map_err(driver_error("cuGraphLaunch"))
+    }
+}
+
+/// Locks without regard to panics elsewhere: the value is replaced as a whole or not at all.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

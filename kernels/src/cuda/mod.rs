@@ -1,0 +1,111 @@
+//! Kernels for NVIDIA GPUs.
+//!
+//! ```text
+//! device      one GPU: context, stream, memory, events, graphs
+//! modules     the compiled kernels (`kernels/cuda/*.cu`) and their launch
+//! elementwise embedding, RMS norms, SiLU·up, gathering rows, random weights
+//! rope        rotary embedding and the write of K and V into their pages
+//! gemm        products with many rows: cuBLASLt, plans timed once per shape
+//! skinny      products with few rows (decode), with what stands before and after them fused in
+//! attention   paged attention: single rows (decode) and many rows (prefill)
+//! sampling    penalties, masks, top-k, top-p, min-p, draws, log-probabilities
+//! ```
+//!
+//! Invariants:
+//! - an operation is a struct of views and sizes; `launch` checks them against each other before anything is queued, so
+//!   no kernel reads or writes outside the views it was given, as long as indices in device memory are in range: those
+//!   (tokens, pages, rows) are checked on the host by whoever uploads them;
+//! - everything runs on the device's one stream, in order; host memory is only read by the device from pinned buffers;
+//! - libraries are loaded at run time: without a driver, [`Device::open`] is an error, not a crash.
+
+pub mod attention;
+pub mod device;
+pub mod elementwise;
+pub mod gemm;
+mod modules;
+pub mod rope;
+pub mod sampling;
+pub mod skinny;
+
+pub use device::{Device, DeviceBuffer, Event, Graph, PinnedBuffer, View};
+
+/// 16-bit type of weights, activations and the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Float {
+    /// Brain floats.
+    Bf16,
+    /// IEEE halves.
+    F16,
+}
+
+impl Float {
+    /// Bytes of a value.
+    pub const BYTES: usize = 2;
+
+    pub(crate) fn suffix(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+}
+
+/// Why the GPU cannot do something.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CudaError {
+    /// No driver, or no such GPU.
+    #[error("there is no usable NVIDIA GPU: {message}")]
+    NoDevice {
+        /// What is missing.
+        message: String,
+    },
+    /// A call of the driver failed.
+    #[error("{call} failed: {message}")]
+    Driver {
+        /// What was tried.
+        call: &'static str,
+        /// The driver's words.
+        message: String,
+    },
+    /// The GPU has not so much memory left.
+    #[error(
+        "{bytes} bytes cannot be allocated on the GPU; {free} are free: lower --gpu-memory-utilization or --max-num-batched-tokens, or free the GPU"
+    )]
+    OutOfMemory {
+        /// What was asked.
+        bytes: usize,
+        /// What is there.
+        free: usize,
+    },
+    /// Sizes that an operation cannot work with.
+    #[error("{op}: {message}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// What does not fit.
+        message: String,
+    },
+}
+
+impl CudaError {
+    /// The GPU is lost or in an unknown state: the process has to start anew.
+    #[must_use]
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Self::Driver { .. } | Self::NoDevice { .. })
+    }
+}
+
+pub(crate) fn shape<T>(op: &'static str, message: impl Into<String>) -> Result<T, CudaError> {
+    Err(CudaError::Shape {
+        op,
+        message: message.into(),
+    })
+}
+
+pub(crate) fn need(
+    holds: bool,
+    op: &'static str,
+    message: impl FnOnce() -> String,
+) -> Result<(), CudaError> {
+    if holds { Ok(()) } else { shape(op, message()) }
+}

@@ -1,0 +1,170 @@
+//! The compiled kernels, loaded once per process, and how one is launched.
+
+use std::{
+    collections::HashMap,
+    ffi::{CString, c_void},
+    sync::Mutex,
+};
+
+use cudarc::driver::{result, sys};
+
+use super::{
+    CudaError, Device,
+    device::{driver_error, lock},
+};
+
+macro_rules! fatbin {
+    ($name:literal) => {
+        (
+            $name,
+            include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")).as_slice(),
+        )
+    };
+}
+
+/// Every file of `kernels/cuda`.
+const IMAGES: &[(&str, &[u8])] = &[
+    fatbin!("elementwise"),
+    fatbin!("rope"),
+    fatbin!("skinny_gemm"),
+    fatbin!("decode_attention"),
+    fatbin!("prefill_attention"),
+    fatbin!("sampling"),
+];
+
+/// A kernel's handle. Modules are never unloaded, so it stays valid.
+#[derive(Clone, Copy)]
+struct Function(sys::CUfunction);
+
+// SAFETY: a function handle is an opaque id of the driver, which may be used from every thread.
+unsafe impl Send for Function {}
+
+/// A loaded file.
+struct Module(sys::CUmodule);
+
+// SAFETY: as for `Function`.
+unsafe impl Send for Module {}
+// SAFETY: as for `Function`; lookups in a module take no exclusive access.
+unsafe impl Sync for Module {}
+
+pub(super) struct Modules {
+    modules: Vec<Module>,
+    functions: Mutex<HashMap<String, Function>>,
+}
+
+/// Blocks, threads and shared memory of a launch.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) grid: (usize, usize),
+    pub(super) threads: usize,
+    /// Dynamic shared memory in bytes.
+    pub(super) shared: usize,
+}
+
+impl Modules {
+    pub(super) fn load(capability: u32) -> Result<Self, CudaError> {
+        let mut modules = Vec::new();
+        for (name, image) in IMAGES {
+            if name.ends_with("_sm90a") && capability != 90 {
+                continue;
+            }
+            // SAFETY: the image is a whole fatbin, made by nvcc.
+            let module = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) }
+                .map_err(|error| CudaError::Driver {
+                    call: "cuModuleLoadData",
+                    message: format!(
+                        "{}: the kernels need compute capability 8.0 or later and a driver for CUDA 13, and this GPU has {}.{}",
+                        driver_error(name)(error), capability / 10, capability % 10
+                    ),
+                })?;
+            modules.push(Module(module));
+        }
+        Ok(Self {
+            modules,
+            functions: Mutex::new(HashMap::new()),
+        })
+    }
+
+    fn function(&self, name: &str, shared: usize) -> Result<Function, CudaError> {
+        let mut functions = lock(&self.functions);
+        if let Some(function) = functions.get(name) {
+            return Ok(*function);
+        }
+        let c_name = CString::new(name).expect("kernel names have no zero byte: this is a bug");
+        let found = self.modules.iter().find_map(|module| {
+            // SAFETY: the module is loaded.
+            unsafe { result::module::get_function(module.0, c_name.clone()) }.ok()
+        });
+        let function = found.ok_or_else(|| CudaError::Driver {
+            call: "cuModuleGetFunction",
+            message: format!("there is no kernel {name}: this is a bug"),
+        })?;
+        if shared > 48 << 10 {
+            let attribute =
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = i32::try_from(shared).expect("shared memory fits: this is a bug");
+            // SAFETY: the function is valid; a size that the GPU lacks is refused.
+            unsafe { result::function::set_function_attribute(function, attribute, bytes) }
+                .map_err(driver_error("cuFuncSetAttribute"))?;
+        }
+        functions.insert(name.to_owned(), Function(function));
+        Ok(Function(function))
+    }
+}
+
+impl Device {
+    /// Launches a kernel behind what is queued; it may start early and waits itself (see `common.cuh`).
+    ///
+    /// # Safety
+    /// `arguments` point to values of exactly the kernel's parameter types, and whatever addresses are in them are valid
+    /// for all that the kernel does with them at this shape.
+    pub(super) unsafe fn launch(
+        &self,
+        name: &str,
+        shape: Shape,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), CudaError> {
+        let function = self.inner.modules.function(name, shape.shared)?;
+        let size = |value: usize| u32::try_from(value).expect("a launch fits: this is a bug");
+        if shape.grid.0 == 0 || shape.grid.1 == 0 {
+            return Ok(());
+        }
+        // SAFETY: all-zero bytes are a valid value of this plain C struct.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id =
+            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: size(shape.grid.0),
+            gridDimY: size(shape.grid.1),
+            gridDimZ: 1,
+            blockDimX: size(shape.threads),
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: size(shape.shared),
+            hStream: self.inner.stream.cu_stream(),
+            attrs: &raw mut attribute,
+            // Dependent launch came with 9.0.
+            numAttrs: u32::from(self.inner.capability >= 90),
+        };
+        // SAFETY: the function and the stream are valid; the arguments are the caller's promise.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                function.0,
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        }
+        .result()
+        .map_err(driver_error("cuLaunchKernelEx"))
+    }
+}
+
+/// The array of argument addresses for [`Device::launch`].
+macro_rules! arguments {
+    ($($argument:expr),+ $(,)?) => {
+        &mut [$((&raw const $argument).cast_mut().cast::<std::ffi::c_void>()),+]
+    };
+}
+pub(super) use arguments;

@@ -1,0 +1,200 @@
+//! Products with few rows (decode), bound by reading the weights once; what stands before and after them is fused in.
+
+use super::{
+    CudaError, Device, Float, View,
+    modules::{Shape, arguments},
+    need,
+};
+
+/// Most rows.
+pub const MAX_ROWS: usize = 32;
+const THREADS: usize = 256;
+
+/// What is multiplied.
+#[derive(Clone, Copy)]
+pub enum Input<'a> {
+    /// `[m, k]` as it is.
+    Plain(View<'a>),
+    /// The residual stream, RMS-normed on the way in.
+    Normed {
+        /// `[m, k]`
+        residual: View<'a>,
+        /// `[k]`
+        weight: View<'a>,
+        /// `[parts, m]` f32: parts of the rows' sums of squares.
+        sums: View<'a>,
+        /// Parts.
+        num_sums: usize,
+        /// Added to the mean square.
+        eps: f32,
+    },
+}
+
+/// What becomes of the product.
+#[derive(Clone, Copy)]
+pub enum Output<'a> {
+    /// `[m, n]`
+    Store(View<'a>),
+    /// `[m, n]` in f32.
+    StoreF32(View<'a>),
+    /// Added to the residual stream `[m, n]`, whose sums of squares go to `sums`, `[⌈n/16⌉, m]` f32.
+    AddResidual {
+        /// The stream.
+        residual: View<'a>,
+        /// Parts of its rows' sums of squares.
+        sums: View<'a>,
+    },
+    /// The matrix holds gate and up, `[2·n, k]`: `silu(gate) · up`, `[m, n]`.
+    SiluMul(View<'a>),
+}
+
+/// `x · weightᵀ + bias` for at most [`MAX_ROWS`] rows.
+#[derive(Clone, Copy)]
+pub struct SkinnyGemm<'a> {
+    /// Type of everything but sums and logits.
+    pub float: Float,
+    /// Rows.
+    pub input: Input<'a>,
+    /// `[n, k]`, or `[2·n, k]` for [`Output::SiluMul`].
+    pub weight: View<'a>,
+    /// One for each row of `weight`.
+    pub bias: Option<View<'a>>,
+    /// Where it goes.
+    pub output: Output<'a>,
+    /// Rows of x.
+    pub m: usize,
+    /// Width of the output.
+    pub n: usize,
+    /// Width of the input, a multiple of 32.
+    pub k: usize,
+}
+
+/// The kernel's parameter, as in `skinny_gemm.cu`.
+#[repr(C)]
+struct Parameters {
+    x: u64,
+    weight: u64,
+    bias: u64,
+    norm: u64,
+    sums: u64,
+    y: u64,
+    sums_out: u64,
+    m: i32,
+    n: i32,
+    k: i32,
+    num_sums: i32,
+    eps: f32,
+}
+
+impl SkinnyGemm<'_> {
+    /// Whether a product of this shape can run here.
+    #[must_use]
+    pub fn takes(m: usize, k: usize) -> bool {
+        (1..=MAX_ROWS).contains(&m) && k > 0 && k.is_multiple_of(32)
+    }
+
+    fn validate(&self) -> Result<(), CudaError> {
+        let op = "skinny_gemm";
+        let (m, n, k) = (self.m, self.n, self.k);
+        need(Self::takes(m, k) && n > 0 && n < 1 << 28, op, || {
+            format!("{m} × {n} × {k}: at most {MAX_ROWS} rows, and k a multiple of 32, are needed")
+        })?;
+        let mut weight_rows = n;
+        let out_fits = match self.output {
+            Output::Store(y) => y.bytes >= m * n * 2,
+            Output::StoreF32(y) => y.bytes >= m * n * 4,
+            Output::AddResidual { residual, sums } => {
+                residual.bytes >= m * n * 2 && sums.bytes >= n.div_ceil(16) * m * 4
+            }
+            Output::SiluMul(y) => {
+                weight_rows = 2 * n;
+                y.bytes >= m * n * 2
+            }
+        };
+        let in_fits = match self.input {
+            Input::Plain(x) => x.bytes >= m * k * 2,
+            Input::Normed {
+                residual,
+                weight,
+                sums,
+                num_sums,
+                ..
+            } => {
+                residual.bytes >= m * k * 2
+                    && weight.bytes >= k * 2
+                    && sums.bytes >= num_sums * m * 4
+            }
+        };
+        let weights_fit = self.weight.bytes >= weight_rows * k * 2
+            && self.bias.is_none_or(|bias| bias.bytes >= weight_rows * 2);
+        need(out_fits && in_fits && weights_fit, op, || {
+            format!("a view is too short for {m} × {n} × {k}")
+        })
+    }
+
+    /// Queues it.
+    ///
+    /// # Errors
+    /// [`CudaError`] when sizes do not fit or the driver refuses.
+    pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
+        self.validate()?;
+        let mut parameters = Parameters {
+            x: 0,
+            weight: self.weight.address(),
+            bias: self.bias.map_or(0, View::address),
+            norm: 0,
+            sums: 0,
+            y: 0,
+            sums_out: 0,
+            m: self.m as i32,
+            n: self.n as i32,
+            k: self.k as i32,
+            num_sums: 0,
+            eps: 0.0,
+        };
+        match self.input {
+            Input::Plain(x) => parameters.x = x.address(),
+            Input::Normed {
+                residual,
+                weight,
+                sums,
+                num_sums,
+                eps,
+            } => {
+                parameters.x = residual.address();
+                parameters.norm = weight.address();
+                parameters.sums = sums.address();
+                parameters.num_sums = num_sums as i32;
+                parameters.eps = eps;
+            }
+        }
+        let (kind, rows) = match self.output {
+            Output::Store(y) => {
+                parameters.y = y.address();
+                ("store", 16)
+            }
+            Output::StoreF32(y) => {
+                parameters.y = y.address();
+                ("f32", 16)
+            }
+            Output::AddResidual { residual, sums } => {
+                parameters.y = residual.address();
+                parameters.sums_out = sums.address();
+                ("add", 16)
+            }
+            Output::SiluMul(y) => {
+                parameters.y = y.address();
+                ("silu", 8)
+            }
+        };
+        let tiles = self.m.div_ceil(8).next_power_of_two();
+        let name = format!("skinny_{kind}_{tiles}_{}", self.float.suffix());
+        let shape = Shape {
+            grid: (self.n.div_ceil(rows), 1),
+            threads: THREADS,
+            shared: 0,
+        };
+        // SAFETY: the parameter is the kernel's own struct; all views hold what the shape needs (`validate`).
+        unsafe { device.launch(&name, shape, arguments![parameters]) }
+    }
+}

@@ -1,0 +1,9 @@
+//! GPU kernels against plain loops in f64 on the host, over shapes that hurt. Runs on a machine with a GPU (`make gpu-test`).
+#![allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
+
+mod attention;
+mod elementwise;
+mod products;
+mod rope;
+mod sampling;
+mod support;

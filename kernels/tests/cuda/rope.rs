@@ -1,0 +1,121 @@
+//! Rotation, head norms, and where K and V land.
+
+use ashlar_kernels::cuda::rope::{BLOCK_SIZE, RopeWriteKv, rope_table};
+
+use crate::support::*;
+
+#[test]
+fn rotates_norms_and_writes_pages() {
+    for float in FLOATS {
+        for (heads, kv_heads, dim, normed) in [
+            (9, 3, 64, false),
+            (4, 1, 128, true),
+            (2, 2, 96, false),
+            (3, 1, 256, true),
+        ] {
+            let mut random = Random(dim as u64);
+            let (rows, positions, blocks) = (19, 500, 6);
+            let all = heads + 2 * kv_heads;
+            let qkv = random.values(float, rows * all * dim);
+            let at: Vec<u32> = (0..rows).map(|_| random.below(positions) as u32).collect();
+            let mut slots: Vec<i64> = random.shuffled(blocks * BLOCK_SIZE)[..rows]
+                .iter()
+                .map(|s| *s as i64)
+                .collect();
+            slots[3] = -1;
+            let norms = (random.values(float, dim), random.values(float, dim));
+            let frequencies: Vec<f64> = (0..dim / 2)
+                .map(|i| 10_000f64.powf(-2.0 * i as f64 / dim as f64))
+                .collect();
+            let bytes: Vec<u8> = frequencies.iter().flat_map(|f| f.to_le_bytes()).collect();
+            let table = poisoned(positions * dim / 2 * 8);
+            rope_table(
+                device(),
+                upload_bytes(&bytes).view(),
+                table.view(),
+                dim / 2,
+                positions,
+            )
+            .unwrap();
+            let page = 2 * kv_heads * BLOCK_SIZE * dim;
+            let cache = poisoned(blocks * page * 2);
+            let slot_bytes: Vec<u8> = slots.iter().flat_map(|s| s.to_le_bytes()).collect();
+            let gpu = upload(float, &qkv);
+            let (query_norm, key_norm) = (upload(float, &norms.0), upload(float, &norms.1));
+            RopeWriteKv {
+                float,
+                qkv: gpu.view(),
+                norms: normed.then(|| (query_norm.view(), key_norm.view())),
+                table: table.view(),
+                positions: upload_u32(&at).view(),
+                slot_mapping: upload_bytes(&slot_bytes).view(),
+                cache: cache.view(),
+                rows,
+                num_heads: heads,
+                num_kv_heads: kv_heads,
+                head_dim: dim,
+                eps: 1e-6,
+            }
+            .launch(device())
+            .unwrap();
+            let turn = |row: usize, head: usize, norm: &[f32]| -> Vec<f64> {
+                let values = &qkv[(row * all + head) * dim..][..dim];
+                let mut x: Vec<f64> = values.iter().map(|v| f64::from(*v)).collect();
+                if normed {
+                    let mean = x.iter().map(|v| v * v).sum::<f64>() / dim as f64;
+                    x = x
+                        .iter()
+                        .zip(norm)
+                        .map(|(v, w)| v / (mean + 1e-6).sqrt() * f64::from(*w))
+                        .collect();
+                }
+                (0..dim)
+                    .map(|i| {
+                        let pair = i % (dim / 2);
+                        let (sin, cos) = (f64::from(at[row]) * frequencies[pair]).sin_cos();
+                        let (low, high) = (x[pair], x[pair + dim / 2]);
+                        if i < dim / 2 {
+                            low * cos - high * sin
+                        } else {
+                            high * cos + low * sin
+                        }
+                    })
+                    .collect()
+            };
+            let after = download(float, &gpu, rows * all * dim);
+            let pages = download(float, &cache, blocks * page);
+            let (mut q, mut q_expected) = (Vec::new(), Vec::new());
+            let (mut k, mut k_expected) = (Vec::new(), Vec::new());
+            for row in 0..rows {
+                for head in 0..heads {
+                    q.extend_from_slice(&after[(row * all + head) * dim..][..dim]);
+                    q_expected.extend(turn(row, head, &norms.0));
+                }
+                if slots[row] < 0 {
+                    continue;
+                }
+                let (block, offset) = (
+                    slots[row] as usize / BLOCK_SIZE,
+                    slots[row] as usize % BLOCK_SIZE,
+                );
+                for kv_head in 0..kv_heads {
+                    let keys = block * page + kv_head * BLOCK_SIZE * dim;
+                    let values = keys + kv_heads * BLOCK_SIZE * dim;
+                    k.extend_from_slice(&pages[keys + offset * dim..][..dim]);
+                    k_expected.extend(turn(row, heads + kv_head, &norms.1));
+                    let stored: Vec<f32> = (0..dim)
+                        .map(|i| pages[values + i * BLOCK_SIZE + offset])
+                        .collect();
+                    assert_eq!(
+                        stored,
+                        qkv[(row * all + heads + kv_heads + kv_head) * dim..][..dim]
+                    );
+                }
+            }
+            assert_close("q", float, &q, &q_expected);
+            assert_close("k", float, &k, &k_expected);
+            let written = slots.iter().filter(|slot| **slot >= 0).count() * 2 * kv_heads * dim;
+            assert_eq!(pages.iter().filter(|v| !v.is_nan()).count(), written);
+        }
+    }
+}

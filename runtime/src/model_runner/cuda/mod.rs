@@ -1,0 +1,544 @@
+//! The GPU's [`ModelRunner`]: steps are queued, not waited for; depth 2.
+//!
+//! ```text
+//! submit: step (index arrays, work lists) ──one copy──► graph (decode) or launches (with prompts)
+//! sample: rows ──one copy──► draw ──► tokens: to `last_tokens`, which the next step reads, and to the host
+//! ```
+//!
+//! Invariants: a submitted [`ModelInput`] is checked against the limits before anything is queued; memory is reserved at
+//! start, none during steps but for rare growth of staging; a decode step runs the graph of the next larger bucket, whose
+//! padding rows write nothing.
+
+mod backend;
+mod sampling;
+mod staging;
+mod step;
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+pub use ashlar_kernels::cuda::{CudaError, Float};
+use ashlar_kernels::cuda::{Device, Graph, gemm};
+
+use self::{
+    backend::{CudaBackend, CudaBackendConfig, CudaBuf, FUSED_ROWS},
+    sampling::GpuSampler,
+    staging::Staging,
+    step::{Counts, Layout, StepBuilder, max_items},
+};
+use super::{
+    ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SeqInput, Slot, StepId,
+    StepOutput,
+    check::{check, refused},
+};
+use crate::{
+    models::{
+        config::ModelConfig,
+        decoder::{Activations, Decoder, Mlp},
+        loader::{self, LoadFormat},
+    },
+    weights::{Checkpoint, GgmlType, WeightsError},
+};
+
+/// Tokens in a block.
+pub const BLOCK_SIZE: u32 = ashlar_kernels::cuda::rope::BLOCK_SIZE as u32;
+/// Rows that may ask for logits in one step, at least.
+const MIN_LOGIT_ROWS: usize = 256;
+/// Memory left to the driver: graphs, modules loaded late.
+const RESERVE_BYTES: usize = 512 << 20;
+/// Rows whose plans are timed at start.
+const TUNED_ROWS: &[usize] = &[32, 64, 128, 256, 1024, 2048, 4096, 8192];
+/// Threads that load weights.
+const LOAD_THREADS: usize = 8;
+
+/// What a [`CudaRunner`] is built from.
+#[derive(Debug, Clone)]
+pub struct CudaRunnerConfig {
+    /// A `.gguf` file or a Hugging Face folder.
+    pub path: PathBuf,
+    /// Where the weights come from.
+    pub load_format: LoadFormat,
+    /// Type of weights and activations; `None` takes the checkpoint's.
+    pub dtype: Option<Float>,
+    /// Which GPU.
+    pub ordinal: usize,
+    /// Share of the GPU's memory to use.
+    pub gpu_memory_utilization: f64,
+    /// Bytes of the KV cache, instead of what is left of the share.
+    pub kv_cache_memory_bytes: Option<u64>,
+    /// Sequences that run at once.
+    pub max_num_seqs: u32,
+    /// Rows in one step.
+    pub max_num_batched_tokens: u32,
+    /// Longest sequence; `None` takes the model's, lowered to what the KV cache holds.
+    pub max_model_len: Option<u32>,
+    /// Queue every kernel by itself instead of as graphs.
+    pub enforce_eager: bool,
+}
+
+/// Why a runner could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaRunnerError {
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The GPU cannot.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// The asked length is more than the model was made for.
+    #[error("--max-model-len is {asked}, and the model was made for {model} tokens; lower it")]
+    TooLong {
+        /// What was asked.
+        asked: u32,
+        /// What the model allows.
+        model: u32,
+    },
+    /// One sequence does not fit.
+    #[error(
+        "{bytes} bytes of GPU memory are left for the KV cache and hold {tokens} tokens, and {needed} are needed; raise --gpu-memory-utilization or lower --max-model-len"
+    )]
+    CacheTooSmall {
+        /// Bytes of the cache.
+        bytes: u64,
+        /// Tokens it holds.
+        tokens: u64,
+        /// Tokens needed.
+        needed: u64,
+    },
+}
+
+/// Whether a model could run on the first GPU.
+///
+/// # Errors
+/// [`CudaError::NoDevice`] saying what is missing.
+pub fn probe() -> Result<(), CudaRunnerError> {
+    Ok(Device::probe()?)
+}
+
+/// Runs a model of the Llama family on one GPU.
+pub struct CudaRunner {
+    limits: RunnerLimits,
+    config: ModelConfig,
+    device: Device,
+    backend: CudaBackend,
+    decoder: Decoder<CudaBackend>,
+    activations: Activations<CudaBackend>,
+    sampler: GpuSampler,
+    builder: StepBuilder,
+    staging: Staging,
+    /// By rows.
+    graphs: BTreeMap<usize, Graph>,
+    max_logit_rows: usize,
+    /// The submitted step that has not been sampled, and its rows of logits.
+    submitted: Option<(StepId, usize)>,
+    next_step: u64,
+}
+
+impl CudaRunner {
+    /// Opens the GPU, loads the model, reserves the KV cache, and captures the graphs.
+    ///
+    /// # Errors
+    /// [`CudaRunnerError`] when there is no GPU, the checkpoint cannot be used, or the sizes do not fit each other.
+    pub fn new(config: &CudaRunnerConfig) -> Result<Self, CudaRunnerError> {
+        let started = Instant::now();
+        let device = Device::open(config.ordinal)?;
+        let checkpoint = Checkpoint::open_for(&config.path, config.load_format)?;
+        let model = ModelConfig::from_checkpoint(&checkpoint)?;
+        check_widths(&checkpoint, &model)?;
+        let float = config.dtype.unwrap_or_else(|| float_of(&checkpoint));
+        let max_model_len = model_len(config, &model)?;
+        let max_num_seqs = config.max_num_seqs as usize;
+        let max_logit_rows = max_num_seqs.max(MIN_LOGIT_ROWS);
+        let max_rows = gemm::bucket(config.max_num_batched_tokens as usize);
+        let backend_config = backend_config(&device, config, &model, float, max_model_len);
+        let mut backend = CudaBackend::new(&device, &model, &backend_config)?;
+        let decoder = loader::load(
+            &checkpoint,
+            &model,
+            &backend,
+            config.load_format,
+            LOAD_THREADS,
+        )?;
+        let activations = activations(&device, &model, max_rows, max_logit_rows)?;
+        device.synchronize()?;
+        let loaded = started.elapsed();
+        tune(&backend, &decoder, &activations, (max_rows, max_logit_rows))?;
+        let limits = limits(config, &model, &backend, max_model_len)?;
+        backend.set_cache(limits.num_blocks as usize)?;
+        let tuned = started.elapsed();
+        let mut runner = Self {
+            sampler: GpuSampler::new(&device, &limits, model.eos_token_ids.clone())?,
+            staging: Staging::new(&device),
+            limits,
+            config: model,
+            backend,
+            decoder,
+            activations,
+            builder: StepBuilder::default(),
+            graphs: BTreeMap::new(),
+            max_logit_rows,
+            submitted: None,
+            next_step: 0,
+            device,
+        };
+        if !config.enforce_eager {
+            runner.capture_graphs()?;
+        }
+        runner.device.synchronize()?;
+        tracing::info!(
+            gpu = runner.device.name()?,
+            model = %config.path.display(),
+            kv_cache_blocks = runner.limits.num_blocks,
+            kv_cache_tokens = u64::from(runner.limits.num_blocks - 1) * u64::from(BLOCK_SIZE),
+            max_model_len = runner.limits.max_model_len,
+            graphs = runner.graphs.len(),
+            load_seconds = loaded.as_secs_f64(),
+            tune_seconds = (tuned - loaded).as_secs_f64(),
+            capture_seconds = (started.elapsed() - tuned).as_secs_f64(),
+            "model ready"
+        );
+        Ok(runner)
+    }
+
+    /// The model's sizes and special tokens.
+    #[must_use]
+    pub fn model_config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn capture_graphs(&mut self) -> Result<(), CudaError> {
+        for rows in buckets(self.limits.max_num_seqs as usize) {
+            let input = decode_input(rows);
+            let shape = self.backend.shape;
+            let processors = self.device.multiprocessors();
+            let layout = self.builder.plan(&input, Some(rows), &shape, processors);
+            // Kernels load at their first launch, which a capture must not contain.
+            if self.graphs.is_empty() || rows == FUSED_ROWS + 8 {
+                self.stage(&input, layout)?;
+                self.run_layers(&input, layout)?;
+                self.device.synchronize()?;
+            }
+            let device = self.device.clone();
+            let graph = device.capture(|| self.run_layers(&input, layout))?;
+            self.graphs.insert(rows, graph);
+        }
+        Ok(())
+    }
+
+    fn run_layers(&mut self, input: &ModelInput, layout: Layout) -> Result<(), CudaError> {
+        self.backend.begin_step(layout);
+        self.decoder
+            .forward(&mut self.backend, input, &mut self.activations);
+        self.backend.take_error()
+    }
+
+    fn stage(&mut self, input: &ModelInput, layout: Layout) -> Result<(), CudaError> {
+        let builder = &self.builder;
+        self.staging
+            .upload(layout.bytes, self.backend.step.view(), |bytes| {
+                builder.write(input, &layout, bytes);
+            })
+    }
+
+    fn queue(&mut self, input: &ModelInput) -> Result<(), CudaError> {
+        for init in &input.init_slots {
+            self.sampler.init_slot(init)?;
+        }
+        let rows = input.token_ids.len();
+        let is_decode = rows == input.seqs.len() && rows == input.logit_rows.len();
+        let graph = self
+            .graphs
+            .range(rows..)
+            .next()
+            .filter(|_| is_decode)
+            .map(|(rows, _)| *rows);
+        let shape = self.backend.shape;
+        let processors = self.device.multiprocessors();
+        let layout = self.builder.plan(input, graph, &shape, processors);
+        self.stage(input, layout)?;
+        match graph.and_then(|rows| self.graphs.get(&rows)) {
+            Some(graph) => graph.launch(),
+            None => self.run_layers(input, layout),
+        }
+    }
+}
+
+/// What the kernels need of a model's widths.
+fn check_widths(checkpoint: &Checkpoint, model: &ModelConfig) -> Result<(), WeightsError> {
+    for (name, width, multiple) in [
+        ("hidden_size", model.hidden_size, 32),
+        ("intermediate_size", model.intermediate_size, 32),
+        ("vocab_size", model.vocab_size, 8),
+    ] {
+        if !width.is_multiple_of(multiple) {
+            let message = format!(
+                "{name} is {width}, and the GPU kernels need a multiple of {multiple}; use --device cpu"
+            );
+            return Err(checkpoint.unsupported(message));
+        }
+    }
+    Ok(())
+}
+
+/// The checkpoint's own 16-bit type; brain floats for everything else.
+fn float_of(checkpoint: &Checkpoint) -> Float {
+    let is_half = match checkpoint {
+        Checkpoint::Gguf(_) => checkpoint
+            .tensor("token_embd.weight")
+            .ok()
+            .flatten()
+            .is_some_and(|tensor| tensor.kind == GgmlType::F16),
+        Checkpoint::Safetensors(folder) => {
+            let config = folder.config();
+            let name = config.get("torch_dtype").or_else(|| config.get("dtype"));
+            name.and_then(|name| name.as_str()) == Some("float16")
+        }
+    };
+    if is_half { Float::F16 } else { Float::Bf16 }
+}
+
+fn model_len(config: &CudaRunnerConfig, model: &ModelConfig) -> Result<u32, CudaRunnerError> {
+    let model_len = u32::try_from(model.max_position).unwrap_or(u32::MAX);
+    match config.max_model_len {
+        Some(asked) if asked > model_len => Err(CudaRunnerError::TooLong {
+            asked,
+            model: model_len,
+        }),
+        asked => Ok(asked.unwrap_or(model_len)),
+    }
+}
+
+fn backend_config(
+    device: &Device,
+    config: &CudaRunnerConfig,
+    model: &ModelConfig,
+    float: Float,
+    max_model_len: u32,
+) -> CudaBackendConfig {
+    let max_num_seqs = config.max_num_seqs as usize;
+    let max_logit_rows = max_num_seqs.max(MIN_LOGIT_ROWS);
+    let rows = config.max_num_batched_tokens as usize;
+    let shape = ashlar_kernels::cuda::attention::HeadShape {
+        float,
+        num_heads: model.num_heads,
+        num_kv_heads: model.num_kv_heads,
+        head_dim: model.head_dim,
+        window: 0,
+    };
+    let items = max_items(max_logit_rows, device.multiprocessors(), &shape);
+    let largest = Layout::new(Counts {
+        rows,
+        decodes: max_num_seqs,
+        decode_items: items,
+        prefills: max_num_seqs,
+        prefill_items: max_num_seqs + rows,
+        kept: max_logit_rows,
+        kept_items: items,
+        blocks: max_num_seqs * max_model_len.div_ceil(BLOCK_SIZE) as usize,
+    });
+    CudaBackendConfig {
+        float,
+        max_model_len: max_model_len as usize,
+        step_bytes: largest.bytes,
+        max_logit_rows,
+        max_num_seqs,
+        max_items: items,
+    }
+}
+
+fn activations(
+    device: &Device,
+    model: &ModelConfig,
+    rows: usize,
+    logit_rows: usize,
+) -> Result<Activations<CudaBackend>, CudaError> {
+    let buffer = |width: usize, spare: bool| CudaBuf::new(device, rows, width, Float::BYTES, spare);
+    Ok(Activations {
+        residual: buffer(model.hidden_size, true)?,
+        normed: buffer(model.hidden_size, false)?,
+        qkv: buffer(model.qkv_size(), true)?,
+        attention: buffer(model.attention_size(), false)?,
+        delta: buffer(model.hidden_size, false)?,
+        gate_up: buffer(2 * model.intermediate_size, false)?,
+        mlp: buffer(model.intermediate_size, false)?,
+        logits: CudaBuf::new(device, gemm::bucket(logit_rows), model.vocab_size, 4, false)?,
+        blocks: Vec::new(),
+    })
+}
+
+/// Times the plans of the large products on this GPU, on the first layer's matrices.
+fn tune(
+    backend: &CudaBackend,
+    decoder: &Decoder<CudaBackend>,
+    act: &Activations<CudaBackend>,
+    (max_rows, max_logit_rows): (usize, usize),
+) -> Result<(), CudaError> {
+    let layer = &decoder.layers[0];
+    let Mlp::Dense { gate_up, down } = &layer.mlp;
+    for rows in TUNED_ROWS {
+        if *rows <= max_rows {
+            for (weight, x, y) in [
+                (&layer.qkv, &act.normed, &act.qkv),
+                (&layer.attention_output, &act.attention, &act.delta),
+                (gate_up, &act.normed, &act.gate_up),
+                (down, &act.mlp, &act.delta),
+            ] {
+                if weight.bias.is_none() {
+                    backend.tune(&weight.parts[0], x, y, false, *rows)?;
+                }
+            }
+        }
+        if *rows <= max_logit_rows {
+            let head = decoder.head.as_ref().unwrap_or(&decoder.embedding);
+            backend.tune(&head.parts[0], &act.normed, &act.logits, true, *rows)?;
+        }
+    }
+    Ok(())
+}
+
+/// The one formula for the KV pool: the share of the GPU's memory, less what is in use once weights and the buffers of the
+/// largest step are there. Start-up and admission share it through [`RunnerLimits`].
+fn limits(
+    config: &CudaRunnerConfig,
+    model: &ModelConfig,
+    backend: &CudaBackend,
+    max_model_len: u32,
+) -> Result<RunnerLimits, CudaRunnerError> {
+    let (free, total) = backend.device.memory()?;
+    let share = (total as f64 * config.gpu_memory_utilization) as usize;
+    let left = share.saturating_sub(total - free + RESERVE_BYTES);
+    let bytes = config
+        .kv_cache_memory_bytes
+        .map_or(left, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+    let num_blocks = u32::try_from(bytes / backend.block_bytes()).unwrap_or(u32::MAX);
+    let tokens = u64::from(num_blocks.saturating_sub(1)) * u64::from(BLOCK_SIZE);
+    let needed = u64::from(config.max_model_len.unwrap_or(BLOCK_SIZE));
+    if tokens < needed {
+        return Err(CudaRunnerError::CacheTooSmall {
+            bytes: bytes as u64,
+            tokens,
+            needed,
+        });
+    }
+    Ok(RunnerLimits {
+        block_size: BLOCK_SIZE,
+        num_blocks,
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_model_len: max_model_len.min(u32::try_from(tokens).unwrap_or(max_model_len)),
+        vocab_size: u32::try_from(model.vocab_size)
+            .expect("the configuration bounds sizes: this is a bug"),
+        kv_bytes_per_token: (backend.block_bytes() / BLOCK_SIZE as usize) as u64,
+    })
+}
+
+/// Row counts with a graph of their own: close together where steps are short, further apart where they are long.
+fn buckets(max: usize) -> Vec<usize> {
+    let mut buckets = vec![1, 2, 4, 8];
+    buckets.extend((16..=64).step_by(8));
+    buckets.extend((80..=256).step_by(16));
+    buckets.extend((320..=max.max(320)).step_by(64));
+    buckets.retain(|rows| *rows < max);
+    buckets.push(max);
+    buckets
+}
+
+/// A decode step of `rows` sequences of one token, to capture a graph with: block 0 holds nothing of anyone.
+fn decode_input(rows: usize) -> ModelInput {
+    let seq = |row: usize| SeqInput {
+        slot: Slot(row as u32),
+        query_start: row as u32,
+        query_len: 1,
+        context_len: 1,
+        block_table: vec![crate::kv_cache::BlockId(0)],
+    };
+    ModelInput {
+        token_ids: vec![0; rows],
+        positions: vec![0; rows],
+        slot_mapping: vec![super::PADDING; rows],
+        seqs: (0..rows).map(seq).collect(),
+        logit_rows: (0..rows as u32).collect(),
+        init_slots: Vec::new(),
+    }
+}
+
+fn failed(error: &CudaError) -> RunnerError {
+    RunnerError {
+        message: error.to_string(),
+        fatal: error.is_fatal(),
+    }
+}
+
+impl ModelRunner for CudaRunner {
+    fn limits(&self) -> &RunnerLimits {
+        &self.limits
+    }
+
+    fn submit(&mut self, input: &ModelInput) -> Result<StepId, RunnerError> {
+        check(input, &self.limits)?;
+        if input.logit_rows.len() > self.max_logit_rows {
+            return Err(refused(format!(
+                "{} rows ask for logits, and {} are the most in a step",
+                input.logit_rows.len(),
+                self.max_logit_rows
+            )));
+        }
+        self.device.bind().map_err(|error| failed(&error))?;
+        self.queue(input).map_err(|error| failed(&error))?;
+        let id = StepId(self.next_step);
+        self.next_step += 1;
+        self.submitted = Some((id, input.logit_rows.len()));
+        Ok(id)
+    }
+
+    fn sample(&mut self, step: StepId, input: &SampleInput) -> Result<(), RunnerError> {
+        let submitted = self.submitted.take().filter(|(id, _)| *id == step);
+        let Some((_, logit_rows)) = submitted else {
+            return Err(refused(format!("step {} does not wait for a draw", step.0)));
+        };
+        if let Some(row) = input
+            .rows
+            .iter()
+            .find(|row| row.logit_index as usize >= logit_rows)
+        {
+            return Err(refused(format!(
+                "logit index {} of {logit_rows}",
+                row.logit_index
+            )));
+        }
+        let logits = self.activations.logits.view();
+        let last_tokens = self.backend.last_tokens.view();
+        self.sampler
+            .sample(step, input, logits, logit_rows, last_tokens)
+            .map_err(|error| failed(&error))
+    }
+
+    fn poll(&mut self, step: StepId, wait: Duration) -> Result<Option<StepOutput>, RunnerError> {
+        self.sampler
+            .poll(step, wait)
+            .map_err(|error| failed(&error))
+    }
+
+    fn depth(&self) -> usize {
+        2
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
+mod tests {
+    use super::buckets;
+
+    #[test]
+    fn buckets_ascend_and_end_at_the_limit() {
+        for max in [1, 2, 5, 16, 100, 256, 300, 1024] {
+            let buckets = buckets(max);
+            assert!(buckets.is_sorted_by(|a, b| a < b), "{buckets:?}");
+            assert_eq!(buckets.last(), Some(&max));
+        }
+        assert!(buckets(1024).len() < 50);
+    }
+}

@@ -1,0 +1,419 @@
+//! What a step uploads: every index array and work list in one block of memory, copied at once.
+//!
+//! Where an array lies depends on the counts alone, so a graph that was captured for some counts finds everything of a
+//! later step with the same counts at the same addresses.
+
+use ashlar_kernels::cuda::attention::{DecodePlan, HeadShape, prefill_items};
+
+use crate::model_runner::{ModelInput, PADDING};
+
+/// Numbers of things in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Counts {
+    /// Rows, padding included.
+    pub(super) rows: usize,
+    /// Sequences with one row, padding included.
+    pub(super) decodes: usize,
+    /// Items of their attention, at most.
+    pub(super) decode_items: usize,
+    /// Sequences with more rows.
+    pub(super) prefills: usize,
+    /// Items of their attention.
+    pub(super) prefill_items: usize,
+    /// Rows that go through the last layer, when these are not all.
+    pub(super) kept: usize,
+    /// Items of their attention, at most.
+    pub(super) kept_items: usize,
+    /// Entries of all block tables.
+    pub(super) blocks: usize,
+}
+
+/// Offsets in bytes of one group of sequences that attend row by row.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct DecodeSection {
+    pub(super) rows: usize,
+    pub(super) context_lens: usize,
+    pub(super) table_starts: usize,
+    pub(super) plan: usize,
+    pub(super) items: usize,
+}
+
+/// Offsets in bytes of every array.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Layout {
+    pub(super) counts: Counts,
+    pub(super) slot_mapping: usize,
+    pub(super) tokens: usize,
+    pub(super) positions: usize,
+    pub(super) row_slots: usize,
+    pub(super) decode: DecodeSection,
+    pub(super) kept: DecodeSection,
+    pub(super) prefill_rows: usize,
+    pub(super) prefill_query_lens: usize,
+    pub(super) prefill_context_lens: usize,
+    pub(super) prefill_table_starts: usize,
+    pub(super) prefill_items: usize,
+    pub(super) gather: usize,
+    pub(super) blocks: usize,
+    pub(super) bytes: usize,
+}
+
+impl Layout {
+    pub(super) fn new(counts: Counts) -> Self {
+        let mut end = 0;
+        let mut take = |count: usize, bytes: usize| {
+            let start = end;
+            // Every array starts at a multiple of 16.
+            end += (count * bytes).next_multiple_of(16);
+            start
+        };
+        let slot_mapping = take(counts.rows, 8);
+        let tokens = take(counts.rows, 4);
+        let positions = take(counts.rows, 4);
+        let row_slots = take(counts.rows, 4);
+        let mut section = |sequences: usize, items: usize| DecodeSection {
+            rows: take(sequences, 4),
+            context_lens: take(sequences, 4),
+            table_starts: take(sequences, 4),
+            plan: take(2, 4),
+            items: take(items, 8),
+        };
+        let decode = section(counts.decodes, counts.decode_items);
+        let kept = section(counts.kept, counts.kept_items);
+        let layout = Self {
+            counts,
+            slot_mapping,
+            tokens,
+            positions,
+            row_slots,
+            decode,
+            kept,
+            prefill_rows: take(counts.prefills, 4),
+            prefill_query_lens: take(counts.prefills, 4),
+            prefill_context_lens: take(counts.prefills, 4),
+            prefill_table_starts: take(counts.prefills, 4),
+            prefill_items: take(counts.prefill_items, 8),
+            gather: take(counts.kept, 4),
+            blocks: take(counts.blocks, 4),
+            bytes: 0,
+        };
+        Self {
+            bytes: end,
+            ..layout
+        }
+    }
+}
+
+/// Finer cuts than one item per sequence: so many more items, that a small batch fills the GPU.
+pub(super) fn max_items(sequences: usize, multiprocessors: u32, shape: &HeadShape) -> usize {
+    sequences + (3 * multiprocessors as usize).div_ceil(shape.num_kv_heads)
+}
+
+/// Builds steps; keeps its buffers.
+#[derive(Default)]
+pub(super) struct StepBuilder {
+    lengths: Vec<u32>,
+    plan: DecodePlan,
+    kept_lengths: Vec<u32>,
+    kept_starts: Vec<i32>,
+    kept_plan: DecodePlan,
+    prefill: Vec<[i32; 2]>,
+    starts: Vec<i32>,
+}
+
+/// A sequence of a step.
+struct Member {
+    row: i32,
+    context: i32,
+    start: i32,
+}
+
+impl StepBuilder {
+    /// The layout of a step, padded to `padded_rows` decode rows if it is given (all sequences have one row then).
+    pub(super) fn plan(
+        &mut self,
+        input: &ModelInput,
+        padded_rows: Option<usize>,
+        shape: &HeadShape,
+        multiprocessors: u32,
+    ) -> Layout {
+        let items = |sequences: usize| match sequences {
+            0 => 0,
+            _ => max_items(sequences, multiprocessors, shape),
+        };
+        self.starts.clear();
+        let mut blocks = 0;
+        for seq in &input.seqs {
+            self.starts.push(blocks as i32);
+            blocks += seq.block_table.len();
+        }
+        self.lengths.clear();
+        let decodes = input.seqs.iter().filter(|seq| seq.query_len == 1);
+        self.lengths.extend(decodes.map(|seq| seq.context_len));
+        let num_decodes = padded_rows.unwrap_or(self.lengths.len());
+        let mut counts = Counts {
+            rows: padded_rows.unwrap_or(input.token_ids.len()),
+            decodes: num_decodes,
+            decode_items: items(num_decodes),
+            prefills: input.seqs.len() - self.lengths.len(),
+            blocks,
+            ..Counts::default()
+        };
+        self.plan.items.clear();
+        if !self.lengths.is_empty() {
+            self.plan.make(shape, &self.lengths, counts.decode_items);
+        }
+        let prefills = input.seqs.iter().filter(|seq| seq.query_len > 1);
+        let sizes = prefills.map(|seq| (seq.query_len, seq.context_len));
+        prefill_items(sizes, &mut self.prefill);
+        counts.prefill_items = self.prefill.len();
+        if input.logit_rows.len() < input.token_ids.len() && !input.logit_rows.is_empty() {
+            self.keep(input);
+            counts.kept = self.kept_lengths.len();
+            counts.kept_items = items(counts.kept);
+            self.kept_plan
+                .make(shape, &self.kept_lengths, counts.kept_items);
+        }
+        Layout::new(counts)
+    }
+
+    /// Rows that go through the last layer attend one by one.
+    fn keep(&mut self, input: &ModelInput) {
+        self.kept_lengths.clear();
+        self.kept_starts.clear();
+        let mut index = 0;
+        for row in &input.logit_rows {
+            while input.seqs[index].query_start + input.seqs[index].query_len <= *row {
+                index += 1;
+            }
+            let seq = &input.seqs[index];
+            let behind = seq.query_start + seq.query_len - 1 - row;
+            self.kept_lengths.push(seq.context_len - behind);
+            self.kept_starts.push(self.starts[index]);
+        }
+    }
+
+    /// Writes a planned step's arrays into `bytes`.
+    pub(super) fn write(&self, input: &ModelInput, layout: &Layout, bytes: &mut [u8]) {
+        let rows = layout.counts.rows;
+        let padding = rows - input.token_ids.len();
+        put64(
+            bytes,
+            layout.slot_mapping,
+            input
+                .slot_mapping
+                .iter()
+                .copied()
+                .chain(std::iter::repeat_n(PADDING, padding)),
+        );
+        let pad = std::iter::repeat_n(0u32, padding);
+        let tokens = input.token_ids.iter().copied().chain(pad.clone());
+        put32(bytes, layout.tokens, tokens);
+        let positions = input.positions.iter().copied().chain(pad.clone());
+        put32(bytes, layout.positions, positions);
+        let slots = input
+            .seqs
+            .iter()
+            .flat_map(|seq| std::iter::repeat_n(seq.slot.0, seq.query_len as usize));
+        put32(bytes, layout.row_slots, slots.chain(pad));
+        let member = |(index, seq): (usize, &crate::model_runner::SeqInput)| Member {
+            row: seq.query_start as i32,
+            context: seq.context_len as i32,
+            start: self.starts[index],
+        };
+        let all = || input.seqs.iter().enumerate();
+        let decodes = || all().filter(|(_, seq)| seq.query_len == 1).map(member);
+        put_section(bytes, &layout.decode, decodes, &self.plan);
+        let prefills = || all().filter(|(_, seq)| seq.query_len > 1);
+        put_i32(
+            bytes,
+            layout.prefill_rows,
+            prefills().map(|m| member(m).row),
+        );
+        let lens = prefills().map(|(_, seq)| seq.query_len as i32);
+        put_i32(bytes, layout.prefill_query_lens, lens);
+        let contexts = prefills().map(|m| member(m).context);
+        put_i32(bytes, layout.prefill_context_lens, contexts);
+        let starts = prefills().map(|m| member(m).start);
+        put_i32(bytes, layout.prefill_table_starts, starts);
+        let items = self.prefill.iter().flatten().copied();
+        put_i32(bytes, layout.prefill_items, items);
+        if layout.counts.kept > 0 {
+            let kept = || {
+                let lengths = self.kept_lengths.iter().zip(&self.kept_starts);
+                lengths.enumerate().map(|(row, (length, start))| Member {
+                    row: row as i32,
+                    context: *length as i32,
+                    start: *start,
+                })
+            };
+            put_section(bytes, &layout.kept, kept, &self.kept_plan);
+            let gather = input.logit_rows.iter().map(|row| *row as i32);
+            put_i32(bytes, layout.gather, gather);
+        }
+        let blocks = input
+            .seqs
+            .iter()
+            .flat_map(|seq| seq.block_table.iter().map(|block| block.0));
+        put32(bytes, layout.blocks, blocks);
+    }
+}
+
+fn put_section<I: Iterator<Item = Member>>(
+    bytes: &mut [u8],
+    section: &DecodeSection,
+    members: impl Fn() -> I,
+    plan: &DecodePlan,
+) {
+    put_i32(bytes, section.rows, members().map(|member| member.row));
+    let contexts = members().map(|member| member.context);
+    put_i32(bytes, section.context_lens, contexts);
+    let starts = members().map(|member| member.start);
+    put_i32(bytes, section.table_starts, starts);
+    let header = [plan.items.len() as i32, plan.item_pages as i32];
+    put_i32(bytes, section.plan, header.into_iter());
+    put_i32(bytes, section.items, plan.items.iter().flatten().copied());
+}
+
+fn put_i32(bytes: &mut [u8], offset: usize, values: impl Iterator<Item = i32>) {
+    put32(bytes, offset, values.map(i32::cast_unsigned));
+}
+
+pub(super) fn put32(bytes: &mut [u8], offset: usize, values: impl Iterator<Item = u32>) {
+    for (place, value) in bytes[offset..]
+        .as_chunks_mut::<4>()
+        .0
+        .iter_mut()
+        .zip(values)
+    {
+        *place = value.to_le_bytes();
+    }
+}
+
+fn put64(bytes: &mut [u8], offset: usize, values: impl Iterator<Item = i64>) {
+    for (place, value) in bytes[offset..]
+        .as_chunks_mut::<8>()
+        .0
+        .iter_mut()
+        .zip(values)
+    {
+        *place = value.to_le_bytes();
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
+mod tests {
+    use ashlar_kernels::cuda::{Float, attention::HeadShape};
+
+    use super::{Layout, StepBuilder};
+    use crate::{
+        kv_cache::BlockId,
+        model_runner::{ModelInput, SeqInput, Slot},
+    };
+
+    const SHAPE: HeadShape = HeadShape {
+        float: Float::Bf16,
+        num_heads: 8,
+        num_kv_heads: 2,
+        head_dim: 64,
+        window: 0,
+    };
+
+    /// Rows 0–4 of a prompt at context 20, one decode at 40, rows 6–8 of another prompt.
+    fn mixed() -> ModelInput {
+        let seq = |slot, query_start, query_len, context_len: u32| SeqInput {
+            slot: Slot(slot),
+            query_start,
+            query_len,
+            context_len,
+            block_table: (0..context_len.div_ceil(16))
+                .map(|i| BlockId(10 * slot + i))
+                .collect(),
+        };
+        ModelInput {
+            token_ids: (100..109).collect(),
+            positions: vec![15, 16, 17, 18, 19, 39, 0, 1, 2],
+            slot_mapping: (0..9).collect(),
+            seqs: vec![seq(3, 0, 5, 20), seq(1, 5, 1, 40), seq(2, 6, 3, 3)],
+            logit_rows: vec![4, 5, 8],
+            init_slots: Vec::new(),
+        }
+    }
+
+    fn read(bytes: &[u8], offset: usize, count: usize) -> Vec<i32> {
+        let words = bytes[offset..].as_chunks::<4>().0.iter().take(count);
+        words.map(|word| i32::from_le_bytes(*word)).collect()
+    }
+
+    fn build(input: &ModelInput, padded: Option<usize>) -> (Layout, Vec<u8>) {
+        let mut builder = StepBuilder::default();
+        let layout = builder.plan(input, padded, &SHAPE, 4);
+        let mut bytes = vec![0; layout.bytes];
+        builder.write(input, &layout, &mut bytes);
+        (layout, bytes)
+    }
+
+    #[test]
+    fn a_mixed_step_is_taken_apart() {
+        let (layout, bytes) = build(&mixed(), None);
+        assert_eq!(
+            read(&bytes, layout.row_slots, 9),
+            [3, 3, 3, 3, 3, 1, 2, 2, 2]
+        );
+        assert_eq!(read(&bytes, layout.decode.rows, 1), [5]);
+        assert_eq!(read(&bytes, layout.decode.context_lens, 1), [40]);
+        assert_eq!(read(&bytes, layout.decode.table_starts, 1), [2]);
+        assert_eq!(read(&bytes, layout.prefill_rows, 2), [0, 6]);
+        assert_eq!(read(&bytes, layout.prefill_table_starts, 2), [0, 5]);
+        assert_eq!(read(&bytes, layout.prefill_items, 4), [0, 0, 1, 0]);
+        assert_eq!(read(&bytes, layout.gather, 3), [4, 5, 8]);
+        assert_eq!(read(&bytes, layout.kept.context_lens, 3), [20, 40, 3]);
+        assert_eq!(read(&bytes, layout.kept.table_starts, 3), [0, 2, 5]);
+        assert_eq!(read(&bytes, layout.blocks, 6), [30, 31, 10, 11, 12, 20]);
+    }
+
+    #[test]
+    fn padding_writes_nothing_and_has_no_item() {
+        let mut input = mixed();
+        input.seqs = vec![input.seqs[1].clone()];
+        input.seqs[0].query_start = 0;
+        input.token_ids = vec![7];
+        input.positions = vec![39];
+        input.slot_mapping = vec![200];
+        input.logit_rows = vec![0];
+        let (layout, bytes) = build(&input, Some(4));
+        let slots = bytes[layout.slot_mapping..].as_chunks::<8>().0;
+        let slots: Vec<i64> = slots[..4].iter().map(|s| i64::from_le_bytes(*s)).collect();
+        assert_eq!(slots, [200, -1, -1, -1]);
+        assert_eq!(read(&bytes, layout.decode.plan, 1), [1]);
+        let (other, _) = build(&input, Some(4));
+        assert_eq!(layout.blocks, other.blocks);
+    }
+
+    #[test]
+    fn long_contexts_are_cut_to_fill_the_gpu_and_neighbours_stay_together() {
+        let mut input = mixed();
+        input.seqs = vec![input.seqs[1].clone(), input.seqs[1].clone()];
+        for (row, seq) in input.seqs.iter_mut().enumerate() {
+            seq.query_start = row as u32;
+            seq.context_len = 1000;
+            seq.block_table = (0..63).map(BlockId).collect();
+        }
+        input.token_ids = vec![7, 8];
+        input.positions = vec![999; 2];
+        input.slot_mapping = vec![1, 2];
+        input.logit_rows = vec![0, 1];
+        let (layout, bytes) = build(&input, None);
+        let [items, pages] = read(&bytes, layout.decode.plan, 2)[..] else {
+            unreachable!()
+        };
+        assert!(items as usize <= layout.counts.decode_items);
+        assert_eq!(items, 2 * ((63 + pages - 1) / pages));
+        let list = read(&bytes, layout.decode.items, 2 * items as usize);
+        let expected: Vec<i32> = (0..2)
+            .flat_map(|seq| (0..items / 2).flat_map(move |part| [seq, part]))
+            .collect();
+        assert_eq!(list, expected);
+    }
+}
