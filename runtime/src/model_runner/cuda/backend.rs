@@ -36,6 +36,10 @@ use crate::{
 /// cuBLASLt reads weights faster.
 pub(super) const FUSED_ROWS: usize = 16;
 
+/// From this width on a norm is a kernel of its own: inside a product every block would repeat it (on an H200 at 4,096 columns
+/// 32 µs in each layer, against 6 for two small kernels).
+const SEPARATE_NORM_WIDTH: usize = 2048;
+
 /// A matrix `[rows, columns]` on the GPU.
 pub(super) struct Matrix {
     data: DeviceBuffer,
@@ -244,7 +248,7 @@ impl CudaBackend {
     }
 
     fn fuses(rows: usize, width: usize) -> bool {
-        let most = if width < 2048 {
+        let most = if width < SEPARATE_NORM_WIDTH {
             FUSED_ROWS
         } else {
             FUSED_ROWS / 2
@@ -638,7 +642,12 @@ impl Backend for CudaBackend {
         out: &mut CudaBuf,
     ) {
         let (rows, width) = (delta.rows, residual.width);
-        if let State::Product(product) = &delta.state {
+        if let State::Product(product) = &delta.state
+            && width >= SEPARATE_NORM_WIDTH
+        {
+            let result = self.run_product(product, rows, width, Output::Store(delta.view()));
+            self.note(result);
+        } else if let State::Product(product) = &delta.state {
             let output = Output::AddResidual {
                 residual: residual.view(),
                 sums: self.sums.view(),
