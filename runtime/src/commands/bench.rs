@@ -6,14 +6,16 @@ use anyhow::{Context, bail};
 
 use ashlar::{
     bench::{
-        closed_loop::measure,
+        closed_loop::{Target, measure},
         concurrency::{TimedRunner, compare},
+        engine::EngineTarget,
         http::HttpTarget,
         roofline::{Clock, Roofline, RooflineRunner},
         trace::{SCENARIOS, Scenario, Shape, jobs, scenario},
     },
-    config::{parse_size, parse_u32},
-    engine::EngineConfig,
+    config::{EngineArgs, parse_size, parse_u32},
+    engine::{EngineConfig, request::SamplingParams},
+    llm::Llm,
     model_runner::{
         ModelRunner, RunnerLimits,
         cpu::{BLOCK_SIZE, CpuRunner, CpuRunnerConfig, KvCacheSize},
@@ -30,6 +32,7 @@ pub(crate) struct BenchArgs {
 #[derive(Debug, clap::Subcommand)]
 enum BenchCommand {
     Serve(Box<ServeArgs>),
+    Throughput(Box<ThroughputArgs>),
     Concurrency(ConcurrencyArgs),
     /// Show the scenarios.
     List,
@@ -54,6 +57,23 @@ struct ServeArgs {
         value_name = "KEY"
     )]
     api_key: Option<String>,
+
+    #[command(flatten)]
+    check: CheckArgs,
+
+    #[command(flatten)]
+    load: LoadArgs,
+
+    /// Seed of the trace.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// Measure a model in this process, without HTTP: what the engine and the device can do.
+#[derive(Debug, clap::Args)]
+struct ThroughputArgs {
+    #[command(flatten)]
+    engine: EngineArgs,
 
     #[command(flatten)]
     check: CheckArgs,
@@ -113,10 +133,6 @@ struct LoadArgs {
     /// Longest prompt and output together.
     #[arg(long, default_value_t = 1 << 20, value_name = "TOKENS")]
     max_len: usize,
-
-    /// Seed of the trace.
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
 }
 
 impl LoadArgs {
@@ -214,6 +230,7 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
         .context("cannot start the async runtime")?;
     match args.command {
         BenchCommand::Serve(args) => runtime.block_on(serve(*args)),
+        BenchCommand::Throughput(args) => throughput(*args, &runtime),
         BenchCommand::Concurrency(args) => runtime.block_on(concurrency(args)),
         BenchCommand::List => list(),
     }
@@ -230,17 +247,58 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
             .await?;
         tracing::info!(answer, "the check passed");
     }
+    run_scenarios(
+        &target,
+        &scenarios,
+        args.load.vocab,
+        args.load.max_len,
+        args.seed,
+    )
+    .await
+}
+
+fn throughput(args: ThroughputArgs, runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
+    let scenarios = args.load.scenarios()?;
+    let seed = args.engine.seed;
+    let llm = Llm::new(args.engine)?;
+    if !args.check.no_check {
+        let (prompt, expect) = (args.check.check_prompt, &args.check.check_expect);
+        let params = SamplingParams {
+            temperature: 0.0,
+            max_tokens: CHECK_TOKENS,
+            ..SamplingParams::default()
+        };
+        let answer = llm.generate(&[prompt], &params)?.remove(0).text;
+        if !answer.contains(expect) {
+            bail!(
+                "the model went on with {answer:?}, which does not contain {expect:?}: nothing was timed (for dummy \
+                 weights: --no-check)"
+            );
+        }
+        tracing::info!(answer, "the check passed");
+    }
+    let engine = &llm.model().engine;
+    let vocab = args.load.vocab.min(engine.limits().vocab_size);
+    let max_len = args.load.max_len.min(llm.model().max_length() as usize);
+    let target = EngineTarget::new(engine.clone());
+    runtime.block_on(run_scenarios(&target, &scenarios, vocab, max_len, seed))
+}
+
+/// Most tokens of the answer to the check.
+const CHECK_TOKENS: u32 = 16;
+
+/// One line of figures for each scenario.
+async fn run_scenarios<T: Target>(
+    target: &T,
+    scenarios: &[Scenario],
+    vocab: u32,
+    max_len: usize,
+    seed: u64,
+) -> anyhow::Result<()> {
     let mut failed = 0;
     for scenario in scenarios {
-        let report = measure(
-            &target,
-            &scenario,
-            args.load.vocab,
-            args.load.max_len,
-            args.load.seed,
-        )
-        .await;
-        let report = report
+        let report = measure(target, scenario, vocab, max_len, seed)
+            .await
             .map_err(anyhow::Error::msg)
             .with_context(|| format!("the warm-up of {} failed", scenario.name))?;
         failed += report.errors;
