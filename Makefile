@@ -31,8 +31,9 @@ check: ## formatting and lints, in a minute or two
 gpu-check: ## compiles the GPU kernels for all architectures and lints what uses them; no GPU needed, nvcc is fetched
 	. e2e/cuda.sh && cargo clippy --release -p ashlar -p ashlar-kernels --features ashlar/cuda --all-targets -- -D warnings
 
-gpu-test: ## the GPU kernels against their CPU references; needs a GPU
+gpu-test: ## the GPU kernels against their CPU references, whole models against the CPU; needs a GPU
 	. e2e/cuda.sh && cargo test --release -p ashlar-kernels --features cuda --test cuda -- --test-threads 1
+	. e2e/cuda.sh && cargo test --release -p ashlar --features cuda --test gpu_models -- --test-threads 1
 
 gpu-bench: ## the GPU kernels' speed, as shares of the GPU's limits; needs a GPU
 	. e2e/cuda.sh && cargo run --release -p ashlar-kernels --features cuda --example gpu_bench

@@ -58,8 +58,8 @@ pub struct Item<'a> {
 }
 
 /// Runs sequences on a runner with greedy sampling; blocks are handed out as sequences grow, in no tidy order.
-pub struct Driver {
-    pub runner: CpuRunner,
+pub struct Driver<R = CpuRunner> {
+    pub runner: R,
     /// Whether steps hand back logits; without, each item has none.
     pub return_logits: bool,
     tables: HashMap<u32, Vec<BlockId>>,
@@ -67,9 +67,10 @@ pub struct Driver {
     free: Vec<BlockId>,
 }
 
-impl Driver {
-    pub fn new(runner: CpuRunner) -> Self {
-        let mut free: Vec<BlockId> = (1..NUM_BLOCKS).map(BlockId).collect();
+impl<R: ModelRunner> Driver<R> {
+    pub fn new(runner: R) -> Self {
+        let blocks = runner.limits().num_blocks.min(NUM_BLOCKS);
+        let mut free: Vec<BlockId> = (1..blocks).map(BlockId).collect();
         // A fixed shuffle: neighbours in a sequence are not neighbours in the pool.
         free.sort_by_key(|block| block.0.wrapping_mul(2_654_435_761));
         Self {
