@@ -60,6 +60,8 @@ pub enum Quantization {
     Awq,
     /// GPTQ, 4 bits.
     Gptq,
+    /// 4 bits in compressed-tensors' pack-quantized format.
+    CompressedTensors,
     /// 8-bit floats.
     Fp8,
     /// A GGUF file.
@@ -319,11 +321,11 @@ impl EngineArgs {
             let flag = format!("--tensor-parallel-size {}", self.tensor_parallel_size);
             return refuse(flag, "one GPU serves a model; use 1");
         }
-        if let quantization @ (Quantization::Awq | Quantization::Gptq | Quantization::Fp8) =
-            self.quantization
-        {
-            let flag = format!("--quantization {}", value_name(quantization));
-            return refuse(flag, "use a bf16, fp16 or GGUF checkpoint");
+        if self.quantization == Quantization::Fp8 {
+            return refuse(
+                "--quantization fp8".to_owned(),
+                "use a 4-bit (AWQ, GPTQ), bf16, fp16 or GGUF checkpoint",
+            );
         }
         if self.dtype == Dtype::Float32 {
             let flag = "--dtype float32".to_owned();
@@ -350,10 +352,11 @@ impl EngineArgs {
                 self.tensor_parallel_size
             ));
         }
-        if let quantization @ (Quantization::Awq | Quantization::Gptq | Quantization::Fp8) =
-            self.quantization
-        {
-            return no_cuda(format!("--quantization {}", value_name(quantization)));
+        if self.quantization == Quantization::Fp8 {
+            return Err(ConfigError::NotOnCpu {
+                flag: "--quantization fp8".to_owned(),
+                hint: "use a 4-bit (AWQ, GPTQ), bf16, fp16 or GGUF checkpoint",
+            });
         }
         if let dtype @ (Dtype::Float16 | Dtype::Bfloat16) = self.dtype {
             return Err(ConfigError::NotOnCpu {
@@ -377,7 +380,8 @@ impl EngineArgs {
     }
 }
 
-fn value_name(value: impl ValueEnum) -> String {
+/// How a flag's value is written.
+pub(crate) fn value_name(value: impl ValueEnum) -> String {
     value
         .to_possible_value()
         .map_or_else(String::new, |value| value.get_name().to_owned())

@@ -3,7 +3,7 @@
 //! ```text
 //! http ──► generation ──► engine ──► scheduler ──► kv_cache        (blocks, tables, prefix hashes: pure)
 //!   │          │             └─────► model_runner ──► models ──► kernels
-//!   │          └► tokenizer, chat_template                └► weights (safetensors, GGUF)
+//!   │          └► tokenizer, chat_template                └► weights (safetensors, 4 bits, GGUF)
 //!   └► metrics
 //! ```
 //!

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     chat_template::{ChatTemplate, ChatTemplateError},
-    config::{ConfigError, Dtype, EngineArgs, LoadFormat, Quantization},
+    config::{self, ConfigError, Dtype, EngineArgs, LoadFormat, Quantization},
     engine::{
         Engine, EngineConfig, EngineHandle, EngineObserver, NoObserver, StartError, SubmitError,
         request::{FinishReason, Request, SamplingParams, TokenId},
@@ -21,8 +21,9 @@ use crate::{
         ModelRunner,
         cpu::{self, CpuRunner, CpuRunnerConfig, CpuRunnerError, KvCacheSize},
     },
-    models::loader,
+    models::{config::ModelConfig, loader},
     tokenizer::{Tokenizer, TokenizerError},
+    weights::{Checkpoint, Int4Source, WeightsError},
 };
 #[cfg(feature = "cuda")]
 use crate::{
@@ -73,12 +74,15 @@ pub enum LoadError {
     )]
     Quantization {
         /// What was asked.
-        asked: &'static str,
+        asked: String,
         /// The model.
         path: String,
         /// What it is.
         found: &'static str,
     },
+    /// The model's files cannot be used.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
     /// The model cannot be run.
     #[error(transparent)]
     Runner(#[from] CpuRunnerError),
@@ -259,20 +263,36 @@ fn load_on_gpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
     })
 }
 
+/// `--quantization` names what the checkpoint is, or nothing: it never picks another way to run it.
 fn check_quantization(asked: Quantization, path: &Path) -> Result<(), LoadError> {
-    let is_gguf = !path.join("config.json").is_file();
-    let disagree = |asked, found| {
-        Err(LoadError::Quantization {
-            asked,
-            path: path.display().to_string(),
-            found,
-        })
-    };
-    match asked {
-        Quantization::Gguf if !is_gguf => disagree("gguf", "a folder of safetensors"),
-        Quantization::None if is_gguf => disagree("none", "a GGUF file"),
-        _ => Ok(()),
+    if asked == Quantization::Auto {
+        return Ok(());
     }
+    let checkpoint = Checkpoint::open_for(path, loader::LoadFormat::Dummy)?;
+    let (found, agrees) = match &checkpoint {
+        Checkpoint::Gguf(_) => ("a GGUF file", asked == Quantization::Gguf),
+        Checkpoint::Safetensors(_) => {
+            match ModelConfig::from_checkpoint(&checkpoint)?.quantization {
+                None => ("not quantised", asked == Quantization::None),
+                Some(scheme) => match scheme.source {
+                    Int4Source::Awq => ("AWQ", asked == Quantization::Awq),
+                    Int4Source::Gptq { .. } => ("GPTQ", asked == Quantization::Gptq),
+                    Int4Source::CompressedTensors { .. } => (
+                        "in compressed-tensors' 4 bits",
+                        asked == Quantization::CompressedTensors,
+                    ),
+                },
+            }
+        }
+    };
+    if agrees {
+        return Ok(());
+    }
+    Err(LoadError::Quantization {
+        asked: config::value_name(asked),
+        path: path.display().to_string(),
+        found,
+    })
 }
 
 fn load_template(

@@ -14,6 +14,7 @@ use super::{
     Isa, PackedMatrix, QuantizedRows, ThreadPool,
     packed::{Data, PANEL},
     pool::SharedMut,
+    quantize::BLOCK,
     simd::dispatch,
 };
 use tiles::{Activations, MAX_TILE, Panel, tile_product};
@@ -222,6 +223,9 @@ fn run_panel(job: &Job<'_>, input: MatmulInput<'_>, rows: std::ops::Range<usize>
     let (isa, panel, columns) = (job.isa, job.panel, job.part.columns);
     let (data, x) = match (&job.part.data, input.quantized) {
         (Data::Q4 { q, scales }, Some(x)) => (Panel::Q4(q, scales), Activations::Int8(x)),
+        (Data::W4 { q, scales, group }, Some(x)) => {
+            (Panel::W4(q, scales, group / BLOCK), Activations::Int8(x))
+        }
         (Data::Q8 { q, scales }, Some(x)) => (Panel::Q8(q, scales), Activations::Int8(x)),
         (Data::F32(values), _) => (Panel::F32(values), Activations::Float(input.x)),
         (Data::F16(values), _) => (Panel::F16(values), Activations::Float(input.x)),

@@ -15,7 +15,7 @@ mod simd;
 pub use attention::{AttentionArgs, AttentionSeq, KvDtype, KvLayout, LayerCache};
 pub use format::BlockFormat;
 pub use matmul::{MatmulInput, linear, matmul};
-pub use packed::PackedMatrix;
+pub use packed::{Int4Args, PackedMatrix};
 pub use pool::ThreadPool;
 pub use quantize::QuantizedRows;
 pub use simd::Isa;

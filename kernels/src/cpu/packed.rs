@@ -23,6 +23,13 @@ pub(crate) enum Data {
     /// `w = scale·q + min`, q in 0..=15. `q`: per (panel, block) 4 × 64 bytes, byte `4r+i` of load `j` holds inputs
     /// `4j+i` (low nibble) and `16+4j+i` (high) of row `r`. `scales`: per (panel, block) 16 scales then 16 minima, f16.
     Q4 { q: Vec<u8>, scales: Vec<u16> },
+    /// `w = scale·(q − zero)`, one scale for `group` inputs. `q`: as of `Q4`. `scales`: per (panel, group) 16 scales then
+    /// 16 zeros, f16.
+    W4 {
+        q: Vec<u8>,
+        scales: Vec<u16>,
+        group: usize,
+    },
     /// `w = scale·(q − 128)`. `q`: per (panel, block) 8 × 64 bytes, byte `4r+i` of load `j` is input `4j+i` of row `r`.
     /// `scales`: per (panel, block) 16, f16.
     Q8 { q: Vec<u8>, scales: Vec<u16> },
@@ -34,7 +41,54 @@ pub(crate) enum Data {
     BF16(Vec<u16>),
 }
 
+/// Four-bit weights `w = (q − zero) · scale`, with a scale and a zero for each `group` inputs of a row.
+#[derive(Debug, Clone, Copy)]
+pub struct Int4Args<'a> {
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs, a multiple of `group`.
+    pub columns: usize,
+    /// A multiple of 32.
+    pub group: usize,
+    /// `[rows, columns / 8]`; nibble `j` (lowest first) of word `i` is column `8i + j`.
+    pub qweight: &'a [u32],
+    /// `[columns / group, rows]`
+    pub scales: &'a [f16],
+    /// `[columns / group, rows]`, each in 0..=15.
+    pub zeros: &'a [u8],
+}
+
 impl PackedMatrix {
+    /// Packs four-bit weights with their own scales and zeros, bit for bit.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] when the lengths or the group do not fit, or a zero does not fit four bits.
+    pub fn from_int4(args: &Int4Args<'_>) -> Result<Self, KernelError> {
+        let Int4Args {
+            rows,
+            columns,
+            group,
+            ..
+        } = *args;
+        if group == 0 || !group.is_multiple_of(BLOCK) || !columns.is_multiple_of(group) {
+            return Err(shape(
+                "from_int4",
+                format!("{columns} columns in groups of {group}; multiples of {BLOCK} are needed"),
+            ));
+        }
+        check_len("from_int4", rows, columns / 8, args.qweight.len())?;
+        check_len("from_int4", columns / group, rows, args.scales.len())?;
+        check_len("from_int4", columns / group, rows, args.zeros.len())?;
+        if let Some(zero) = args.zeros.iter().find(|zero| **zero > 15) {
+            return Err(shape("from_int4", format!("the zero {zero} is above 15")));
+        }
+        Ok(Self {
+            rows,
+            columns,
+            data: pack_int4(args),
+        })
+    }
+
     /// Packs `rows × columns` values stored row after row in `format`. F32, F16, BF16, Q4_0, Q4_1 and Q8_0 are kept
     /// as they are, bit for bit; the K-quants and Q5 are refused (dequantise them and use [`Self::quantize_q8`]).
     ///
@@ -148,14 +202,19 @@ impl PackedMatrix {
     /// True when products with it read int8 activations.
     #[must_use]
     pub fn is_quantized(&self) -> bool {
-        matches!(self.data, Data::Q4 { .. } | Data::Q8 { .. })
+        matches!(
+            self.data,
+            Data::Q4 { .. } | Data::W4 { .. } | Data::Q8 { .. }
+        )
     }
 
     /// Bytes in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
         match &self.data {
-            Data::Q4 { q, scales } | Data::Q8 { q, scales } => q.len() + 2 * scales.len(),
+            Data::Q4 { q, scales } | Data::W4 { q, scales, .. } | Data::Q8 { q, scales } => {
+                q.len() + 2 * scales.len()
+            }
             Data::F32(values) => 4 * values.len(),
             Data::F16(values) | Data::BF16(values) => 2 * values.len(),
         }
@@ -182,8 +241,17 @@ impl PackedMatrix {
                         f16_bits(scales[at * 32 + 16 + lane]),
                     );
                     for (i, out) in out.iter_mut().enumerate() {
-                        let byte = q[at * 256 + i % 16 / 4 * 64 + lane * 4 + i % 4];
-                        *out = f32::from(if i < 16 { byte & 15 } else { byte >> 4 }) * d + m;
+                        *out = nibble(q, at, lane, i) * d + m;
+                    }
+                }
+            }
+            Data::W4 { q, scales, group } => {
+                let groups = self.columns / group;
+                for (block, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+                    let scales = &scales[(panel * groups + block * BLOCK / group) * 32..][..32];
+                    let (d, z) = (f16_bits(scales[lane]), f16_bits(scales[16 + lane]));
+                    for (i, out) in out.iter_mut().enumerate() {
+                        *out = (nibble(q, panel * blocks + block, lane, i) - z) * d;
                     }
                 }
             }
@@ -208,6 +276,12 @@ impl PackedMatrix {
             .enumerate()
             .for_each(|(c, out)| *out = convert(panel[c * PANEL + row % PANEL]));
     }
+}
+
+/// Input `i` of row `lane` of four-bit block number `block`.
+fn nibble(q: &[u8], block: usize, lane: usize, i: usize) -> f32 {
+    let byte = q[block * 256 + i % 16 / 4 * 64 + lane * 4 + i % 4];
+    f32::from(if i < 16 { byte & 15 } else { byte >> 4 })
 }
 
 fn f16_bits(bits: u16) -> f32 {
@@ -288,6 +362,39 @@ fn pack_q4<'a>(
         }
     }
     Data::Q4 { q, scales }
+}
+
+fn pack_int4(args: &Int4Args<'_>) -> Data {
+    let (panels, blocks) = (args.rows.div_ceil(PANEL), args.columns / BLOCK);
+    let groups = args.columns / args.group;
+    let (mut q, mut scales) = (
+        vec![0u8; panels * blocks * 256],
+        vec![0u16; panels * groups * 32],
+    );
+    for (row, words) in args.qweight.chunks_exact(args.columns / 8).enumerate() {
+        let (panel, lane) = (row / PANEL, row % PANEL);
+        for (block, words) in words.chunks_exact(BLOCK / 8).enumerate() {
+            let at = (panel * blocks + block) * 256;
+            // Inputs 0..16 are two words, and 16..32, which share bytes with them, the other two.
+            for i in 0..16 {
+                let of = |words: &[u32]| (words[i / 8] >> (4 * (i % 8)) & 15) as u8;
+                q[at + i / 4 * 64 + lane * 4 + i % 4] = of(words) | of(&words[2..]) << 4;
+            }
+        }
+        for group in 0..groups {
+            let (from, to) = (
+                group * args.rows + row,
+                (panel * groups + group) * 32 + lane,
+            );
+            scales[to] = args.scales[from].to_bits();
+            scales[to + 16] = f16::from_f32(f32::from(args.zeros[from])).to_bits();
+        }
+    }
+    Data::W4 {
+        q,
+        scales,
+        group: args.group,
+    }
 }
 
 fn pack_q8<'a>(panels: usize, columns: usize, row: impl Fn(usize) -> Option<&'a [u8]>) -> Data {

@@ -82,7 +82,13 @@ fn contradictions_and_what_the_cpu_cannot_do_are_refused_by_name() {
     };
     refused(&["m", "--device", "cuda"], "--device cuda");
     refused(&["m", "--tp", "2"], "--tensor-parallel-size 2");
-    refused(&["m", "-q", "awq"], "--quantization awq");
+    refused(
+        &["m", "-q", "fp8"],
+        "--quantization fp8 cannot be used on the CPU",
+    );
+    for method in ["awq", "gptq", "compressed-tensors"] {
+        assert_eq!(parse(&["m", "-q", method]).unwrap().validate(), Ok(()));
+    }
     refused(&["m", "--dtype", "half"], "--dtype float16");
     refused(&["m", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8");
     refused(&["m", "--max-model-len", "0"], "--max-model-len");

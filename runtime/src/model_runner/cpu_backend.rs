@@ -5,8 +5,8 @@
 use std::sync::Mutex;
 
 use ashlar_kernels::cpu::{
-    self as kernels, AttentionArgs, BlockFormat, KernelError, KvLayout, LayerCache, PackedMatrix,
-    QuantizedRows, ThreadPool,
+    self as kernels, AttentionArgs, BlockFormat, Int4Args, KernelError, KvLayout, LayerCache,
+    PackedMatrix, QuantizedRows, ThreadPool,
     attention::{BLOCK_SIZE, paged_attention},
     elementwise,
     quantize::BLOCK,
@@ -20,7 +20,7 @@ use crate::{
         config::ModelConfig,
     },
     sampler::philox4x32,
-    weights::{GgmlType, RawTensor},
+    weights::{GgmlType, Int4Matrix, RawTensor, Weight},
 };
 
 /// Rows that make a task worth handing out, where a row is a few thousand operations.
@@ -241,6 +241,48 @@ impl CpuBackend {
         (self.split, self.products) = (split, products);
     }
 
+    /// Parts of one storage type, one above the other.
+    fn pack_rows(&self, parts: &[Weight<'_>]) -> Result<PackedMatrix, String> {
+        let mut parts = parts.iter().filter_map(|part| match part {
+            Weight::Rows(raw) => Some(raw),
+            Weight::Int4(_) => None,
+        });
+        let mut whole = parts.next().ok_or("no part: this is a bug")?.clone();
+        let kind = whole.kind;
+        let format =
+            block_format(kind).ok_or_else(|| format!("the CPU cannot compute with {kind:?}"))?;
+        for part in parts {
+            whole.rows += part.rows;
+            whole.data.to_mut().extend_from_slice(&part.data);
+        }
+        pack(&whole, format, self.exact).map_err(|error| error.to_string())
+    }
+
+    /// Parts in four bits of one group size, one above the other.
+    fn pack_int4(&self, parts: &[Weight<'_>]) -> Result<PackedMatrix, String> {
+        let parts: Vec<&Int4Matrix> = parts
+            .iter()
+            .filter_map(|part| match part {
+                Weight::Int4(matrix) => Some(matrix),
+                Weight::Rows(_) => None,
+            })
+            .collect();
+        let whole = Int4Matrix::stack(&parts);
+        let packed = if self.exact {
+            PackedMatrix::from_f32(whole.rows, whole.columns, &whole.dequantize())
+        } else {
+            PackedMatrix::from_int4(&Int4Args {
+                rows: whole.rows,
+                columns: whole.columns,
+                group: whole.group,
+                qweight: &whole.qweight,
+                scales: &whole.scales,
+                zeros: &whole.zeros,
+            })
+        };
+        packed.map_err(|error| error.to_string())
+    }
+
     /// Norms and rotates the q and k heads of one row.
     fn rotate_row(&self, row: usize, qk: &mut [f32], norms: Option<&HeadNorms<Vec<f32>>>) {
         let half = self.head_dim / 2;
@@ -334,20 +376,20 @@ impl Backend for CpuBackend {
     type Matrix = PackedMatrix;
     type Vector = Vec<f32>;
 
-    fn pack(&self, stacked: &[RawTensor<'_>]) -> Result<Vec<PackedMatrix>, String> {
-        let of_one_type = stacked.chunk_by(|a, b| a.kind == b.kind);
-        let pack_parts = |parts: &[RawTensor<'_>]| {
-            let kind = parts[0].kind;
-            let format = block_format(kind)
-                .ok_or_else(|| format!("the CPU cannot compute with {kind:?}"))?;
-            let mut whole = parts[0].clone();
-            for part in &parts[1..] {
-                whole.rows += part.rows;
-                whole.data.to_mut().extend_from_slice(&part.data);
+    fn pack(&self, stacked: &[Weight<'_>]) -> Result<Vec<PackedMatrix>, String> {
+        let of_one_type = stacked.chunk_by(|a, b| match (a, b) {
+            (Weight::Rows(a), Weight::Rows(b)) => a.kind == b.kind,
+            (Weight::Int4(a), Weight::Int4(b)) => a.group == b.group,
+            _ => false,
+        });
+        let packed = of_one_type.map(|parts| {
+            if matches!(parts[0], Weight::Rows(_)) {
+                self.pack_rows(parts)
+            } else {
+                self.pack_int4(parts)
             }
-            pack(&whole, format, self.exact).map_err(|error| error.to_string())
-        };
-        of_one_type.map(pack_parts).collect()
+        });
+        packed.collect()
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>, String> {

@@ -7,7 +7,7 @@
 //!   starts, so a row may attend to blocks that another row of the same step has written.
 
 use super::registry::Shard;
-use crate::{engine::request::TokenId, weights::RawTensor};
+use crate::{engine::request::TokenId, weights::Weight};
 
 /// A matrix `[out, in]` made of stacked parts (one per storage type), with its bias.
 #[derive(Debug)]
@@ -77,7 +77,7 @@ pub trait Backend: Sync {
     ///
     /// # Errors
     /// What about a storage type or shape cannot be computed with.
-    fn pack(&self, stacked: &[RawTensor<'_>]) -> Result<Vec<Self::Matrix>, String>;
+    fn pack(&self, stacked: &[Weight<'_>]) -> Result<Vec<Self::Matrix>, String>;
 
     /// Takes a norm's weights or a bias.
     ///

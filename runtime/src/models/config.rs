@@ -5,7 +5,7 @@ use serde::Deserialize;
 use super::registry::Architecture;
 use crate::{
     engine::request::TokenId,
-    weights::{Checkpoint, Gguf, SafetensorsFolder, WeightsError},
+    weights::{Checkpoint, Gguf, Int4Scheme, SafetensorsFolder, WeightsError},
 };
 
 /// Largest value of any size in a configuration: far above every real model, far below overflow.
@@ -44,6 +44,8 @@ pub struct ModelConfig {
     pub tie_embeddings: bool,
     /// q, k and v must have a bias.
     pub qkv_bias: bool,
+    /// How the matrices of the layers are quantised to four bits, in checkpoints of safetensors.
+    pub quantization: Option<Int4Scheme>,
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<TokenId>,
 }
@@ -220,6 +222,8 @@ struct HfConfig {
     hidden_act: Option<String>,
     eos_token_id: Option<TokenIds>,
     quantization_config: Option<serde_json::Value>,
+    /// What compressed-tensors called it at first.
+    compression_config: Option<serde_json::Value>,
 }
 
 #[derive(Deserialize, Default, Clone)]
@@ -263,16 +267,14 @@ fn from_hf(folder: &SafetensorsFolder) -> Result<ModelConfig, WeightsError> {
         .map_or("", String::as_str);
     let architecture = Architecture::from_hf(class)
         .ok_or_else(|| folder.unsupported(unknown_architecture(class)))?;
-    if let Some(quantization) = &hf.quantization_config {
-        let method = quantization
-            .get("quant_method")
-            .and_then(|method| method.as_str())
-            .unwrap_or("unnamed");
-        let message = format!(
-            "its weights are quantised ({method}); serve the f16 or bf16 checkpoint, or a GGUF"
-        );
-        return Err(folder.unsupported(message));
-    }
+    let quantization = hf
+        .quantization_config
+        .as_ref()
+        .or(hf.compression_config.as_ref())
+        .filter(|config| !config.is_null())
+        .map(Int4Scheme::from_config)
+        .transpose()
+        .map_err(|message| folder.unsupported(message))?;
     if let Some(activation) = hf
         .hidden_act
         .as_deref()
@@ -319,6 +321,7 @@ fn from_hf(folder: &SafetensorsFolder) -> Result<ModelConfig, WeightsError> {
         sliding_window,
         tie_embeddings: hf.tie_word_embeddings,
         qkv_bias: architecture.qkv_bias || hf.attention_bias,
+        quantization,
         eos_token_ids,
     })
 }
@@ -427,6 +430,7 @@ fn from_gguf(gguf: &Gguf) -> Result<ModelConfig, WeightsError> {
         sliding_window: size("attention.sliding_window")?.filter(|window| *window > 0),
         tie_embeddings: gguf.tensor("output.weight").is_none(),
         qkv_bias: architecture.qkv_bias,
+        quantization: None,
         eos_token_ids,
     })
 }

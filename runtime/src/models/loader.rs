@@ -8,7 +8,7 @@ use super::{
     decoder::{Decoder, Layer, Mlp},
     registry::{GGUF_WEIGHTS, HF_WEIGHTS, MatrixEntry, Part, Role, WeightMap},
 };
-use crate::weights::{Checkpoint, RawTensor, WeightsError};
+use crate::weights::{Checkpoint, Int4Matrix, RawTensor, Weight, WeightsError};
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -182,19 +182,19 @@ impl<B: Backend> Loader<'_, B> {
         if self.format == LoadFormat::Dummy {
             return self.random(entry, layer);
         }
-        let mut stacked: Vec<RawTensor<'_>> = Vec::with_capacity(entry.parts.len());
+        let mut stacked: Vec<Weight<'_>> = Vec::with_capacity(entry.parts.len());
         let (mut out_features, mut in_features) = (0, 0);
         let mut bias: Option<Vec<f32>> = None;
         for part in entry.parts {
-            let raw = self.part(part, layer)?;
-            if let Some(values) = self.bias(part, layer, raw.rows)? {
+            let weight = self.part(part, layer)?;
+            if let Some(values) = self.bias(part, layer, weight.rows())? {
                 let bias = bias.get_or_insert_with(Vec::new);
                 bias.resize(out_features, 0.0);
                 bias.extend(values);
             }
-            out_features += raw.rows;
-            in_features = raw.columns;
-            stacked.push(raw);
+            out_features += weight.rows();
+            in_features = weight.columns();
+            stacked.push(weight);
         }
         let name = entry.parts[0].name.replace("{}", &layer.to_string());
         if let Some(bias) = &mut bias {
@@ -231,9 +231,24 @@ impl<B: Backend> Loader<'_, B> {
         let bias = biased
             .then(|| self.vector(&name, vec![0.0; out_features]))
             .transpose()?;
-        let matrix = self.backend.random(out_features, in_features, seed);
+        let parts = match self.config.quantization {
+            Some(scheme) if entry.parts[0].role != Role::Vocabulary => {
+                let group = scheme.group_of(in_features);
+                if !in_features.is_multiple_of(group) {
+                    return Err(refused(format!(
+                        "{in_features} inputs are not groups of {group}"
+                    )));
+                }
+                let matrix = Int4Matrix::random((out_features, in_features), group, seed);
+                self.backend.pack(&[Weight::Int4(matrix)])
+            }
+            _ => {
+                let matrix = self.backend.random(out_features, in_features, seed);
+                matrix.map(|matrix| vec![matrix])
+            }
+        };
         Ok(Linear {
-            parts: vec![matrix.map_err(refused)?],
+            parts: parts.map_err(refused)?,
             bias,
             shard: entry.shard,
             out_features,
@@ -242,14 +257,21 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// A part's matrix, its shape checked, its rows in the order that half-split RoPE needs.
-    fn part(&self, part: &Part, layer: usize) -> Result<RawTensor<'_>, WeightsError> {
-        let name = format!("{}.weight", part.name.replace("{}", &layer.to_string()));
+    fn part(&self, part: &Part, layer: usize) -> Result<Weight<'_>, WeightsError> {
+        let name = part.name.replace("{}", &layer.to_string());
+        let (rows, columns) = self.shape(part.role);
+        if let Some(scheme) = &self.config.quantization
+            && part.role != Role::Vocabulary
+            && let Some(matrix) = self.checkpoint.int4(scheme, &name, (rows, columns))?
+        {
+            return Ok(Weight::Int4(matrix));
+        }
+        let name = format!("{name}.weight");
         let raw = self.checkpoint.tensor(&name)?;
         let raw = raw.ok_or_else(|| {
             self.checkpoint
                 .mismatch(format!("the tensor {name} is missing"))
         })?;
-        let (rows, columns) = self.shape(part.role);
         if (raw.rows, raw.columns) != (rows, columns) {
             let message = format!(
                 "{name} is {} × {}, and {rows} × {columns} is expected",
@@ -258,14 +280,14 @@ impl<B: Backend> Loader<'_, B> {
             return Err(self.checkpoint.mismatch(message));
         }
         if !self.permuted(part.role) {
-            return Ok(raw);
+            return Ok(Weight::Rows(raw));
         }
         let row_bytes = raw.row_bytes();
         let data = unpermute(&raw.data, row_bytes, self.config.head_dim);
-        Ok(RawTensor {
+        Ok(Weight::Rows(RawTensor {
             data: Cow::Owned(data),
             ..raw
-        })
+        }))
     }
 
     fn bias(

@@ -4,7 +4,7 @@ use std::{borrow::Cow, path::Path};
 
 use half::{bf16, f16};
 
-use super::{GgmlType, Gguf, SafetensorsFolder, WeightsError};
+use super::{GgmlType, Gguf, Int4Matrix, Int4Scheme, SafetensorsFolder, WeightsError};
 use crate::models::loader::LoadFormat;
 
 /// An open checkpoint.
@@ -27,6 +27,35 @@ pub struct RawTensor<'a> {
     pub columns: usize,
     /// `rows · kind.bytes_of(columns)` bytes.
     pub data: Cow<'a, [u8]>,
+}
+
+/// A matrix of a checkpoint, as a device gets it.
+#[derive(Debug)]
+pub enum Weight<'a> {
+    /// Rows of one storage type, as they are stored.
+    Rows(RawTensor<'a>),
+    /// Four bits with scales and zeros, read from whatever layout the checkpoint has.
+    Int4(Int4Matrix),
+}
+
+impl Weight<'_> {
+    /// Output features.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::Rows(raw) => raw.rows,
+            Self::Int4(matrix) => matrix.rows,
+        }
+    }
+
+    /// Input features.
+    #[must_use]
+    pub fn columns(&self) -> usize {
+        match self {
+            Self::Rows(raw) => raw.columns,
+            Self::Int4(matrix) => matrix.columns,
+        }
+    }
 }
 
 impl RawTensor<'_> {
@@ -143,6 +172,27 @@ impl Checkpoint {
                 data: Cow::Borrowed(tensor.data),
             })),
             Self::Safetensors(folder) => folder.tensor(name),
+        }
+    }
+
+    /// The matrix `name` (without `.weight`) in four bits, if that is how the checkpoint holds it.
+    ///
+    /// # Errors
+    /// [`WeightsError::Mismatch`] when its tensors do not fit each other, the scheme or the shape.
+    pub fn int4(
+        &self,
+        scheme: &Int4Scheme,
+        name: &str,
+        shape: (usize, usize),
+    ) -> Result<Option<Int4Matrix>, WeightsError> {
+        match self {
+            Self::Safetensors(folder) if !folder.has(&format!("{name}.weight")) => {
+                let matrix = Int4Matrix::read(scheme, name, shape, |tensor| folder.stored(tensor));
+                matrix
+                    .map(Some)
+                    .map_err(|error| self.mismatch(error.to_string()))
+            }
+            _ => Ok(None),
         }
     }
 

@@ -10,11 +10,13 @@ use std::{fs::File, io, ops::Deref, path::Path};
 pub mod checkpoint;
 pub mod ggml_type;
 pub mod gguf;
+pub mod int4;
 pub mod safetensors;
 
-pub use checkpoint::{Checkpoint, RawTensor};
+pub use checkpoint::{Checkpoint, RawTensor, Weight};
 pub use ggml_type::GgmlType;
 pub use gguf::Gguf;
+pub use int4::{Int4Matrix, Int4Scheme, Int4Source};
 pub use safetensors::SafetensorsFolder;
 
 /// Why a checkpoint could not be read.

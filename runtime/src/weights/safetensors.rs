@@ -14,7 +14,7 @@ use std::{
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
-use super::{GgmlType, MappedFile, RawTensor, WeightsError};
+use super::{GgmlType, MappedFile, RawTensor, WeightsError, int4::StoredTensor};
 
 /// Largest JSON file read whole.
 const MAX_JSON_BYTES: u64 = 64 << 20;
@@ -165,6 +165,23 @@ impl SafetensorsFolder {
     #[must_use]
     pub fn generation_config(&self) -> Option<&serde_json::Value> {
         self.generation_config.as_ref()
+    }
+
+    /// Whether the folder has a tensor of this name.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The tensor of this name as it is stored, of any type and shape.
+    #[must_use]
+    pub fn stored(&self, name: &str) -> Option<StoredTensor<'_>> {
+        let record = self.tensors.get(name)?;
+        Some(StoredTensor {
+            dtype: record.dtype,
+            shape: &record.shape,
+            data: &self.files[record.file][record.bytes.clone()],
+        })
     }
 
     /// The tensor of this name, if the folder has it.

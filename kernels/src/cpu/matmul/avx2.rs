@@ -11,7 +11,7 @@
 
 use std::arch::x86_64::*;
 
-use super::tiles::{Int8Tile, Sums};
+use super::tiles::{Int8Tile, Q4Scales, Sums};
 use crate::cpu::quantize::BLOCK;
 
 /// Rows whose sums fit the registers.
@@ -20,9 +20,9 @@ const ROWS: usize = 4;
 /// # Safety
 /// As [`super::tiles::Int8Tiles::q4`].
 #[inline(always)]
-pub(super) unsafe fn q4_tile<const T: usize>(
+pub(super) unsafe fn q4_tile<const T: usize, C: Q4Scales>(
     q: &[u8],
-    scales: &[u16],
+    scales: C,
     x: &Int8Tile<'_>,
     blocks: usize,
     sums: &mut Sums,
@@ -31,10 +31,10 @@ pub(super) unsafe fn q4_tile<const T: usize>(
     unsafe {
         for half in 0..2 {
             if T == 2 * ROWS {
-                q4_half::<ROWS>(q, scales, x, blocks, half, 0, sums);
-                q4_half::<ROWS>(q, scales, x, blocks, half, ROWS, sums);
+                q4_half::<ROWS, C>(q, scales, x, blocks, half, 0, sums);
+                q4_half::<ROWS, C>(q, scales, x, blocks, half, ROWS, sums);
             } else {
-                q4_half::<T>(q, scales, x, blocks, half, 0, sums);
+                q4_half::<T, C>(q, scales, x, blocks, half, 0, sums);
             }
         }
     }
@@ -68,16 +68,16 @@ pub(super) unsafe fn q8_tile<const T: usize>(
 /// # Safety
 /// As [`q4_tile`], with `half < 2` and `first + T` rows in `x` and `sums`.
 #[inline(always)]
-unsafe fn q4_half<const T: usize>(
+unsafe fn q4_half<const T: usize, C: Q4Scales>(
     q: &[u8],
-    scales: &[u16],
+    mut scales: C,
     x: &Int8Tile<'_>,
     blocks: usize,
     half: usize,
     first: usize,
     sums: &mut Sums,
 ) {
-    // SAFETY: loads end at 256·blocks bytes and 32·blocks scales; rows are below the tile's.
+    // SAFETY: loads end at 256·blocks bytes and 32 values behind a place of `scales`; rows are below the tile's.
     unsafe {
         let (nibble, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
         let mut acc = [_mm256_setzero_ps(); T];
@@ -95,12 +95,15 @@ unsafe fn q4_half<const T: usize>(
                     dots[t] = _mm256_add_epi16(dots[t], _mm256_maddubs_epi16(high, a));
                 }
             }
+            let place = scales.next() + half * 8;
             let scale = |at: usize| {
-                _mm256_cvtph_ps(_mm_loadu_si128(
-                    scales.as_ptr().add(block * 32 + at + half * 8).cast(),
-                ))
+                let from = scales.values().as_ptr().add(place + at);
+                _mm256_cvtph_ps(_mm_loadu_si128(from.cast()))
             };
-            let (d, m) = (scale(0), scale(16));
+            let (d, mut m) = (scale(0), scale(16));
+            if C::ZEROS {
+                m = _mm256_sub_ps(_mm256_setzero_ps(), _mm256_mul_ps(m, d));
+            }
             for t in 0..T {
                 let at = (first + t) * blocks + block;
                 let dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[t], ones));

@@ -27,6 +27,8 @@ pub(super) type Sums = [[f32; PANEL]; MAX_TILE];
 #[derive(Clone, Copy)]
 pub(super) enum Panel<'a> {
     Q4(&'a [u8], &'a [u16]),
+    /// With the blocks of a group.
+    W4(&'a [u8], &'a [u16], usize),
     Q8(&'a [u8], &'a [u16]),
     F32(&'a [f32]),
     F16(&'a [u16]),
@@ -40,13 +42,88 @@ pub(super) enum Activations<'a> {
     Float(&'a [f32]),
 }
 
+/// Where the scales of a panel's four-bit blocks are, block after block: `w = d·q + m`.
+pub(super) trait Q4Scales: Copy {
+    /// The second sixteen values are zeros `z`, with `m = −z·d`, and not `m` itself.
+    const ZEROS: bool;
+
+    /// Sixteen `d` then sixteen `m` or `z`, f16, from each of the places that [`Self::next`] gives.
+    fn values(&self) -> &[u16];
+
+    /// Where the next block's are.
+    fn next(&mut self) -> usize;
+}
+
+/// Each block has its own.
+#[derive(Clone, Copy)]
+pub(super) struct ByBlock<'a> {
+    values: &'a [u16],
+    next: usize,
+}
+
+impl Q4Scales for ByBlock<'_> {
+    const ZEROS: bool = false;
+
+    #[inline(always)]
+    fn values(&self) -> &[u16] {
+        self.values
+    }
+
+    #[inline(always)]
+    fn next(&mut self) -> usize {
+        self.next += 32;
+        self.next - 32
+    }
+}
+
+/// `per_group` adjacent blocks share them.
+#[derive(Clone, Copy)]
+pub(super) struct ByGroup<'a> {
+    values: &'a [u16],
+    per_group: usize,
+    at: usize,
+    left: usize,
+}
+
+impl<'a> ByGroup<'a> {
+    #[inline(always)]
+    fn new(values: &'a [u16], per_group: usize) -> Self {
+        Self {
+            values,
+            per_group,
+            at: 0,
+            left: per_group,
+        }
+    }
+}
+
+impl Q4Scales for ByGroup<'_> {
+    const ZEROS: bool = true;
+
+    #[inline(always)]
+    fn values(&self) -> &[u16] {
+        self.values
+    }
+
+    #[inline(always)]
+    fn next(&mut self) -> usize {
+        if self.left == 0 {
+            self.at += 32;
+            self.left = self.per_group;
+        }
+        self.left -= 1;
+        self.at
+    }
+}
+
 /// Tiles of quantised weights, as each instruction set's dot products and registers want them.
 pub(super) trait Int8Tiles: Simd {
     /// # Safety
-    /// The processor has `Self`; `q` is `256·blocks` bytes, `scales` `32·blocks`, `x` `T ≤ 8` rows of `32·blocks`.
-    unsafe fn q4<const T: usize>(
+    /// The processor has `Self`; `q` is `256·blocks` bytes, `scales` gives `blocks` places with 32 values behind each, `x`
+    /// is `T ≤ 8` rows of `32·blocks`.
+    unsafe fn q4<const T: usize, C: Q4Scales>(
         q: &[u8],
-        scales: &[u16],
+        scales: C,
         x: &Int8Tile<'_>,
         blocks: usize,
         sums: &mut Sums,
@@ -68,9 +145,9 @@ macro_rules! int8_tiles {
     ($isa:ty, $q4:expr, $q8:expr) => {
         impl Int8Tiles for $isa {
             #[inline(always)]
-            unsafe fn q4<const T: usize>(
+            unsafe fn q4<const T: usize, C: Q4Scales>(
                 q: &[u8],
-                scales: &[u16],
+                scales: C,
                 x: &Int8Tile<'_>,
                 blocks: usize,
                 sums: &mut Sums,
@@ -94,11 +171,15 @@ macro_rules! int8_tiles {
     };
 }
 
-int8_tiles!(Scalar, q4_tile::<Self, T>, q8_tile::<Self, T>);
+int8_tiles!(Scalar, q4_tile::<Self, T, C>, q8_tile::<Self, T>);
 #[cfg(target_arch = "x86_64")]
-int8_tiles!(Avx512, q4_tile::<Self, T>, q8_tile::<Self, T>);
+int8_tiles!(Avx512, q4_tile::<Self, T, C>, q8_tile::<Self, T>);
 #[cfg(target_arch = "x86_64")]
-int8_tiles!(Avx2, super::avx2::q4_tile::<T>, super::avx2::q8_tile::<T>);
+int8_tiles!(
+    Avx2,
+    super::avx2::q4_tile::<T, C>,
+    super::avx2::q8_tile::<T>
+);
 
 /// `T` rows from `row` against one panel.
 ///
@@ -122,7 +203,20 @@ pub(super) unsafe fn tile_product<S: Int8Tiles, const T: usize>(
                     &q[panel * blocks * 256..][..blocks * 256],
                     &scales[panel * blocks * 32..][..blocks * 32],
                 );
-                S::q4::<T>(q, scales, &Int8Tile::new(x, row, T), blocks, sums);
+                let scales = ByBlock {
+                    values: scales,
+                    next: 0,
+                };
+                S::q4::<T, _>(q, scales, &Int8Tile::new(x, row, T), blocks, sums);
+            }
+            (Panel::W4(q, scales, per_group), Activations::Int8(x)) => {
+                let groups = blocks / per_group;
+                let (q, scales) = (
+                    &q[panel * blocks * 256..][..blocks * 256],
+                    &scales[panel * groups * 32..][..groups * 32],
+                );
+                let scales = ByGroup::new(scales, per_group);
+                S::q4::<T, _>(q, scales, &Int8Tile::new(x, row, T), blocks, sums);
             }
             (Panel::Q8(q, scales), Activations::Int8(x)) => {
                 let (q, scales) = (
@@ -194,11 +288,11 @@ impl<'a> Int8Tile<'a> {
 }
 
 /// # Safety
-/// The processor has `S`; `q` is `256·blocks` bytes, `scales` `32·blocks`, `x` `T` rows of `32·blocks`.
+/// As [`Int8Tiles::q4`], with `S` for `Self`.
 #[inline(always)]
-unsafe fn q4_tile<S: Int8, const T: usize>(
+unsafe fn q4_tile<S: Int8, const T: usize, C: Q4Scales>(
     q: &[u8],
-    scales: &[u16],
+    mut scales: C,
     x: &Int8Tile<'_>,
     blocks: usize,
     sums: &mut Sums,
@@ -218,8 +312,13 @@ unsafe fn q4_tile<S: Int8, const T: usize>(
                     dots[t] = S::dot(dots[t], high, x.word(t, block * BLOCK + 16 + 4 * j));
                 }
             }
-            let d = S::load_f16(scales.as_ptr().add(block * 32));
-            let m = S::load_f16(scales.as_ptr().add(block * 32 + 16));
+            let place = scales.next();
+            let d = S::load_f16(scales.values().as_ptr().add(place));
+            let mut m = S::load_f16(scales.values().as_ptr().add(place + 16));
+            if C::ZEROS {
+                // Exact: four bits times eleven.
+                m = S::sub(S::splat(0.0), S::mul(m, d));
+            }
             for t in 0..T {
                 let at = t * blocks + block;
                 let scale = S::mul(d, S::splat(*x.scale.get_unchecked(at)));

@@ -29,6 +29,7 @@ fn model() -> ModelConfig {
         sliding_window: None,
         tie_embeddings: true,
         qkv_bias: false,
+        quantization: None,
         eos_token_ids: vec![2],
     }
 }

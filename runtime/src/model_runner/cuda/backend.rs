@@ -7,7 +7,7 @@
 //! Operations cannot return errors: the first one is kept, what follows is skipped, and [`CudaBackend::take_error`] is
 //! asked once the step is queued.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use ashlar_kernels::{
     cpu::BlockFormat,
@@ -29,7 +29,7 @@ use crate::{
         backend::{AdapterRows, AttentionSeq, Backend, Linear, RopeArgs},
         config::ModelConfig,
     },
-    weights::{GgmlType, RawTensor},
+    weights::{GgmlType, RawTensor, Weight},
 };
 
 /// Products with at most so many rows run as skinny ones, fused with their neighbours; wide ones with half as many, where
@@ -481,9 +481,9 @@ impl Backend for CudaBackend {
     type Matrix = GpuMatrix;
     type Vector = GpuVector;
 
-    fn pack(&self, stacked: &[RawTensor<'_>]) -> Result<Vec<GpuMatrix>, String> {
-        let rows = stacked.iter().map(|part| part.rows).sum();
-        let columns = stacked[0].columns;
+    fn pack(&self, stacked: &[Weight<'_>]) -> Result<Vec<GpuMatrix>, String> {
+        let rows = stacked.iter().map(Weight::rows).sum();
+        let columns = stacked[0].columns();
         let text = |error: CudaError| error.to_string();
         let data = self
             .device
@@ -491,14 +491,14 @@ impl Backend for CudaBackend {
             .map_err(text)?;
         let mut offset = 0;
         for part in stacked {
-            let bytes = part.rows * columns * Float::BYTES;
+            let bytes = part.rows() * columns * Float::BYTES;
             let place = data.view().slice(offset, bytes);
-            if self.is_native(part.kind) {
-                self.device.write(&part.data, place).map_err(text)?;
-            } else {
-                let converted = self.convert(part)?;
-                self.device.write(&converted, place).map_err(text)?;
-            }
+            let values: Cow<'_, [u8]> = match part {
+                Weight::Rows(raw) if self.is_native(raw.kind) => Cow::Borrowed(&raw.data),
+                Weight::Rows(raw) => Cow::Owned(self.convert(raw)?),
+                Weight::Int4(matrix) => Cow::Owned(self.to_bytes(&matrix.dequantize())),
+            };
+            self.device.write(&values, place).map_err(text)?;
             offset += bytes;
         }
         Ok(vec![Arc::new(Matrix {

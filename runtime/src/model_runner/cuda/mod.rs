@@ -148,7 +148,9 @@ impl CudaRunner {
         let checkpoint = Checkpoint::open_for(&config.path, config.load_format)?;
         let model = ModelConfig::from_checkpoint(&checkpoint)?;
         check_widths(&checkpoint, &model)?;
-        let float = config.dtype.unwrap_or_else(|| float_of(&checkpoint));
+        let float = config
+            .dtype
+            .unwrap_or_else(|| float_of(&checkpoint, &model));
         let max_model_len = model_len(config, &model)?;
         let max_num_seqs = config.max_num_seqs as usize;
         let max_logit_rows = max_num_seqs.max(MIN_LOGIT_ROWS);
@@ -283,8 +285,11 @@ fn check_widths(checkpoint: &Checkpoint, model: &ModelConfig) -> Result<(), Weig
     Ok(())
 }
 
-/// The checkpoint's own 16-bit type; brain floats for everything else.
-fn float_of(checkpoint: &Checkpoint) -> Float {
+/// IEEE floats for four-bit weights, whose scales are such; the checkpoint's own 16-bit type; brain floats for everything else.
+fn float_of(checkpoint: &Checkpoint, model: &ModelConfig) -> Float {
+    if model.quantization.is_some() {
+        return Float::F16;
+    }
     let is_half = match checkpoint {
         Checkpoint::Gguf(_) => checkpoint
             .tensor("token_embd.weight")

@@ -100,8 +100,12 @@ fn refuses_what_it_would_compute_wrongly() {
         ),
         (json!({"rope_theta": -5.0}), "out of range"),
         (
-            json!({"quantization_config": {"quant_method": "awq"}}),
-            "quantised (awq)",
+            json!({"quantization_config": {"quant_method": "fp8"}}),
+            "the method fp8",
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "awq", "bits": 3}}),
+            "3 bits",
         ),
         (
             json!({"sliding_window": 8, "use_sliding_window": true, "max_window_layers": 1}),
