@@ -119,17 +119,7 @@ impl LoadedModel {
         observer: Arc<dyn EngineObserver>,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        args.validate()?;
-        let path = hub::resolve_model(
-            &args.model,
-            args.revision.as_deref(),
-            args.download_dir.as_deref(),
-            progress,
-        )?;
-        check_quantization(args.quantization, &path)?;
-        let tokenizer = Arc::new(Tokenizer::from_model_path(
-            args.tokenizer.as_deref().unwrap_or(&path),
-        )?);
+        let (path, tokenizer) = resolve(args, progress)?;
         let chat_template = load_template(args, &tokenizer)?;
         let Loaded {
             runner,
@@ -172,6 +162,46 @@ pub fn max_length(engine: &EngineHandle) -> u32 {
     let limits = engine.limits();
     let pool = u64::from(limits.num_blocks.saturating_sub(1)) * u64::from(limits.block_size);
     u32::try_from(pool).map_or(limits.max_model_len, |pool| pool.min(limits.max_model_len))
+}
+
+/// Finds the model (downloading it if the name is a hub address) and reads its tokenizer.
+fn resolve(args: &EngineArgs, progress: &Progress) -> Result<(PathBuf, Arc<Tokenizer>), LoadError> {
+    args.validate()?;
+    let path = hub::resolve_model(
+        &args.model,
+        args.revision.as_deref(),
+        args.download_dir.as_deref(),
+        progress,
+    )?;
+    check_quantization(args.quantization, &path)?;
+    let tokenizer = Tokenizer::from_model_path(args.tokenizer.as_deref().unwrap_or(&path))?;
+    Ok((path, Arc::new(tokenizer)))
+}
+
+/// A model on a device without an engine, for what needs its logits.
+pub struct ModelOnDevice {
+    /// The local path it was loaded from.
+    pub path: PathBuf,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// What computes its steps.
+    pub runner: Box<dyn ModelRunner>,
+}
+
+impl ModelOnDevice {
+    /// Finds and loads the model as [`LoadedModel::load`] does.
+    ///
+    /// # Errors
+    /// [`LoadError`] saying what to change.
+    pub fn open(args: &EngineArgs, progress: &Progress) -> Result<Self, LoadError> {
+        let (path, tokenizer) = resolve(args, progress)?;
+        let Loaded { runner, .. } = load_runner(args, &path)?;
+        Ok(Self {
+            path,
+            tokenizer,
+            runner,
+        })
+    }
 }
 
 /// A model on a device.

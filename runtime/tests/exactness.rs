@@ -7,6 +7,7 @@ mod common;
 use std::{fs, path::PathBuf};
 
 use ashlar::{
+    bench::perplexity::perplexity,
     engine::request::TokenId,
     model_runner::Dtype,
     weights::{GgmlType, Gguf},
@@ -170,27 +171,11 @@ fn greedy(driver: &mut Driver, cases: &[Case]) -> Vec<Vec<TokenId>> {
 }
 
 /// Mean negative log-likelihood of the passage, in nats a token.
-fn mean_nll(driver: &mut Driver, tokens: &[TokenId]) -> f64 {
-    let vocab = driver.runner.model_config().vocab_size;
-    let mut total = 0.0;
-    for (index, piece) in tokens.chunks(256).enumerate() {
-        let result = driver.step(&[Item {
-            slot: 0,
-            tokens: piece,
-            logits: piece.len(),
-        }]);
-        let targets = &tokens[index * 256 + 1..];
-        for (logits, target) in result[0].0.chunks_exact(vocab).zip(targets) {
-            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let sum: f64 = logits
-                .iter()
-                .map(|logit| f64::from(logit - max).exp())
-                .sum();
-            total += sum.ln() - f64::from(logits[*target as usize] - max);
-        }
-    }
-    driver.finish(0);
-    total / (tokens.len() - 1) as f64
+fn mean_nll(dtype: Dtype, tokens: &[TokenId]) -> f64 {
+    let mut runner = runner(dtype);
+    let result = perplexity(&mut runner, &[], tokens, tokens.len()).unwrap();
+    assert_eq!(result.tokens, tokens.len() - 1);
+    result.mean_nll
 }
 
 #[test]
@@ -234,9 +219,8 @@ fn default_mode_stays_close_to_exact_mode() {
     let (cases, truth) = (cases(), Truth::load());
     let passage: Passage = serde_json::from_slice(&reference("passage.json")).unwrap();
     assert!(passage.tokens.len() > 1500 && passage.tokens.len() <= MAX_BATCHED_TOKENS as usize);
-    let exact = mean_nll(&mut Driver::new(runner(Dtype::Float32)), &passage.tokens);
-    let mut driver = Driver::new(runner(Dtype::Auto));
-    let fast = mean_nll(&mut driver, &passage.tokens);
+    let exact = mean_nll(Dtype::Float32, &passage.tokens);
+    let fast = mean_nll(Dtype::Auto, &passage.tokens);
     let change = (fast - exact).exp() - 1.0;
     println!(
         "perplexity of {} tokens: reference {:.4}, exact {:.4}, default {:.4} ({:+.3} %)",
@@ -256,6 +240,7 @@ fn default_mode_stays_close_to_exact_mode() {
         "perplexity changes by {change:+.4}"
     );
 
+    let mut driver = Driver::new(runner(Dtype::Auto));
     let (mean, worst) = prefill_distance(&mut driver, &cases, &truth);
     println!("default mode: 1 − cosine: mean {mean:.2e}, largest {worst:.2e}");
     assert!(worst <= MAX_FAST_DISTANCE, "1 − cosine reaches {worst:e}");

@@ -1,8 +1,9 @@
-//! Measuring: the same traces over HTTP and in process, and pages against contiguous reservation.
+//! Measuring: the same traces over HTTP and in process, pages against contiguous reservation, and quality on a text.
 //!
 //! ```text
 //! trace (jobs from a seed) ──► closed_loop ──► http | engine ──► report (percentiles, JSON)
 //!                          └─► concurrency (contiguous, then paged, on the same cache bytes)
+//! text ──► perplexity (a model runner, without an engine)
 //! ```
 //!
 //! Invariants:
@@ -14,6 +15,7 @@ pub mod closed_loop;
 pub mod concurrency;
 pub mod engine;
 pub mod http;
+pub mod perplexity;
 pub mod report;
 pub mod roofline;
 pub mod trace;

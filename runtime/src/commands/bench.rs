@@ -1,4 +1,6 @@
-//! `ashlar bench`: measure a server, an engine in this process, and pages against contiguous reservation.
+//! `ashlar bench`: measure a server, an engine in this process, pages against contiguous reservation, and quality.
+
+mod perplexity;
 
 use std::io::Write;
 
@@ -34,6 +36,7 @@ enum BenchCommand {
     Serve(Box<ServeArgs>),
     Throughput(Box<ThroughputArgs>),
     Concurrency(ConcurrencyArgs),
+    Perplexity(Box<perplexity::PerplexityArgs>),
     /// Show the scenarios.
     List,
 }
@@ -232,6 +235,7 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
         BenchCommand::Serve(args) => runtime.block_on(serve(*args)),
         BenchCommand::Throughput(args) => throughput(*args, &runtime),
         BenchCommand::Concurrency(args) => runtime.block_on(concurrency(args)),
+        BenchCommand::Perplexity(args) => perplexity::run(*args),
         BenchCommand::List => list(),
     }
 }

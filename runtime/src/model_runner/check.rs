@@ -10,7 +10,7 @@ pub(super) fn refused(message: String) -> RunnerError {
 }
 
 /// Checks a step against the limits: whatever passes cannot make a kernel read or write outside its buffers.
-pub(super) fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), RunnerError> {
+pub(crate) fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), RunnerError> {
     let rows = input.token_ids.len();
     let need = |holds: bool, what: &str| {
         if holds {

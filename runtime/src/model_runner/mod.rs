@@ -20,6 +20,8 @@ use crate::{
     kv_cache::BlockId,
 };
 
+#[cfg(test)]
+pub(crate) use check::check;
 pub use cpu::{CpuRunner, CpuRunnerConfig, CpuRunnerError, Dtype, KvCacheSize, KvDtype};
 
 /// Stable index `< max_num_seqs` of a running sequence: per-request state of the runner lives in arrays indexed by it.
