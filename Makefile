@@ -39,7 +39,7 @@ gpu-bench: ## the GPU kernels' speed, as shares of the GPU's limits; needs a GPU
 	. e2e/cuda.sh && cargo run --release -p ashlar-kernels --features cuda --example gpu_bench
 
 unit: ## unit, property and snapshot tests: no cluster, no root
-	ASHLAR_TEST_MODEL=$$(e2e/cluster/model.sh) cargo test --release --workspace
+	ASHLAR_TEST_MODEL=$$(e2e/cluster/model.sh) ASHLAR_TEST_AWQ_MODEL=$$(e2e/cluster/awq.sh) cargo test --release --workspace
 
 clients: ## OpenAI's and Anthropic's own Python clients against `ashlar serve` with the default model
 	e2e/clients/tour.sh

@@ -58,7 +58,7 @@ generated_files_are_fresh() {
 
 # Images and cluster; afterwards `inside` reaches it.
 start_cluster() {
-    "$CLUSTER_DIR/up.sh" "$cluster" && "$CLUSTER_DIR/load.sh" "$cluster" operator runtime model > "$logs/images" && cat "$logs/images"
+    "$CLUSTER_DIR/up.sh" "$cluster" && "$CLUSTER_DIR/load.sh" "$cluster" operator runtime model awq-model > "$logs/images" && cat "$logs/images"
 }
 
 inside() { "$CLUSTER_DIR/enter.sh" "$cluster" "$@"; }
@@ -105,6 +105,8 @@ fi
 
 ASHLAR_TEST_MODEL=$("$CLUSTER_DIR/model.sh")
 export ASHLAR_TEST_MODEL
+ASHLAR_TEST_AWQ_MODEL=$("$CLUSTER_DIR/awq.sh")
+export ASHLAR_TEST_AWQ_MODEL
 
 # Built before anything runs in the cluster's network, which has no way out to a registry.
 stories=(--workspace --features ashlar-e2e/cluster)

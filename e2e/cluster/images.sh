@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes container images without a container engine, a registry or a daemon. For each NAME prints `REFERENCE ARCHIVE`:
 #   pause coredns client model   what the cluster needs beside Ashlar: pod sandbox, DNS, curl in a pod, the default model
+#   awq-model                    the default model as an AWQ checkpoint
 #   operator runtime             Ashlar's own, from operator/Dockerfile and runtime/Dockerfile
 # The references of Ashlar's own images end in the hash of their content: a changed binary is a changed image.
 set -euo pipefail
@@ -78,6 +79,15 @@ make_model() {
     save "$1" "$3" "$2"
 }
 
+# make_folder_model TMP CONTEXT REFERENCE FOLDER: an image of a checkpoint's files.
+make_folder_model() {
+    say "Making the AWQ model's image"
+    mkdir "$2"
+    install -m 0644 "$4"/* "$2/"
+    printf 'FROM scratch\nCOPY *.json *.safetensors /\n' > "$2/Dockerfile"
+    save "$1" "$3" "$2"
+}
+
 # make_own TMP CONTEXT REFERENCE PART BINARY BASE: one of Ashlar's images, on our own base.
 make_own() {
     say "Making the $4 image"
@@ -125,6 +135,11 @@ for name in "$@"; do
             file=$("$CLUSTER_DIR/model.sh")
             MAKER_ARGS=("$file")
             image model make_model ashlar.local/models/smollm2-135m-instruct:q4_1 "$file"
+            ;;
+        awq-model)
+            folder=$("$CLUSTER_DIR/awq.sh")
+            MAKER_ARGS=("$folder")
+            image awq-model make_folder_model ashlar.local/models/smollm2-135m-instruct:awq "$folder"/*
             ;;
         operator)
             file=$("$CLUSTER_DIR/binaries.sh" ashlar-operator)

@@ -5,7 +5,7 @@
 //! src/       cluster → the API server and the installed chart      namespace → a namespace that goes away
 //!            service → InferenceServices as a user writes them     wait      → conditions with limits
 //!            client  → HTTP and server-sent events                 dump      → what to read after a failure
-//! tests/     install serve stream recover isolation invalid
+//! tests/     install serve quantized stream recover isolation invalid
 //! ```
 //!
 //! **Invariants.**
@@ -17,7 +17,7 @@
 //!
 //! **Environment.** `KUBECONFIG` names any cluster that can pull the images in `ASHLAR_E2E_OPERATOR_IMAGE` and
 //! `ASHLAR_E2E_RUNTIME_IMAGE`, and whose Service names and addresses answer from here. `make e2e` starts one and sets all three.
-//! `ASHLAR_E2E_MODEL_URI` replaces the embedded default model.
+//! `ASHLAR_E2E_MODEL_URI` replaces the embedded default model, `ASHLAR_E2E_AWQ_MODEL_URI` its AWQ checkpoint.
 
 #![forbid(unsafe_code)]
 

@@ -226,6 +226,18 @@ impl Tokenizer {
         Ok(Self::from_parts(parts, defaults))
     }
 
+    /// Its description in the form of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Encode`] when it cannot be written.
+    pub fn to_json(&self) -> Result<String, TokenizerError> {
+        self.inner
+            .to_string(false)
+            .map_err(|error| TokenizerError::Encode {
+                message: error.to_string(),
+            })
+    }
+
     /// Token ids of a text. `add_special_tokens` adds what the model wants around a text (usually a begin-of-sequence
     /// token); special tokens written in the text are recognised in either case.
     ///
