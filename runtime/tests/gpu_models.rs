@@ -422,3 +422,84 @@ fn graphs_compute_what_launches_compute_bit_for_bit() {
         fs::remove_dir_all(&folder).unwrap();
     }
 }
+
+/// Makes the matrices of the layers four-bit ones in AWQ's layout, of random bits.
+fn quantize(folder: &Path, group: usize) {
+    let mut numbers = Numbers(77);
+    let file = fs::read(folder.join("model.safetensors")).unwrap();
+    let stored = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let mut tensors: Vec<(String, TensorType, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (name, tensor) in stored.tensors() {
+        let Some(name) = name.strip_suffix("_proj.weight") else {
+            let (shape, data) = (tensor.shape().to_vec(), tensor.data().to_vec());
+            tensors.push((name, tensor.dtype(), shape, data));
+            continue;
+        };
+        let (n, k) = (tensor.shape()[0], tensor.shape()[1]);
+        let mut words = |count: usize, word: &dyn Fn(u64) -> u32| -> Vec<u8> {
+            (0..count)
+                .flat_map(|_| word(numbers.next() << 16 ^ numbers.next()).to_le_bytes())
+                .collect()
+        };
+        let qweight = words(k * n / 8, &|random| random as u32);
+        // Zeros of 7 or 8: the middle of 0..=15.
+        let qzeros = words(k / group * n / 8, &|random| {
+            0x7777_7777 + (random as u32 & 0x1111_1111)
+        });
+        // About as large as the weights that they replace: uniform in ±8 spreads by 4.6.
+        let scale = 1.5 / (4.6 * (k as f32).sqrt());
+        let scales = (0..k / group * n).flat_map(|_| {
+            let unit = numbers.next() as f32 / (1u64 << 31) as f32;
+            half::f16::from_f32(scale * (0.5 + unit)).to_le_bytes()
+        });
+        let scales = scales.collect();
+        for (suffix, kind, shape, data) in [
+            ("qweight", TensorType::I32, vec![k, n / 8], qweight),
+            ("qzeros", TensorType::I32, vec![k / group, n / 8], qzeros),
+            ("scales", TensorType::F16, vec![k / group, n], scales),
+        ] {
+            tensors.push((format!("{name}_proj.{suffix}"), kind, shape, data));
+        }
+    }
+    let views = tensors.iter().map(|(name, kind, shape, data)| {
+        (name, TensorView::new(*kind, shape.clone(), data).unwrap())
+    });
+    let bytes = safetensors::serialize(views, None).unwrap();
+    drop(stored);
+    fs::write(folder.join("model.safetensors"), bytes).unwrap();
+    let config = fs::read(folder.join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    config["quantization_config"] =
+        json!({"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"});
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+}
+
+/// Largest mean and worst `1 − cosine` of four-bit weights, whose products with scales are rounded to halves too.
+const MAX_AWQ_DISTANCE: (f64, f64) = (5e-5, 5e-4);
+
+#[test]
+fn awq_models_compute_what_the_cpu_computes() {
+    for (family, group) in families().into_iter().zip([32, 64, 32, 64, 32]) {
+        let folder = checkpoint(&family);
+        quantize(&folder, group);
+        let mut cpu = cpu(&folder);
+        let mut gpu = gpu(&folder, Float::F16, false);
+        for (seed, len) in [(1, 1), (2, 17), (3, 130), (4, 515)] {
+            let tokens = prompt(seed, len + DECODED);
+            let want = logits(&mut cpu, &tokens, &[]);
+            let (mean, worst) = distance(&logits(&mut gpu, &tokens, &[33, 1, 64]), &want);
+            let case = format!(
+                "{} AWQ, groups of {group}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst",
+                family.name
+            );
+            println!("{case}");
+            let (max_mean, max_worst) = MAX_AWQ_DISTANCE;
+            assert!(mean < max_mean && worst < max_worst, "{case}");
+        }
+        // And decodes of several sequences at once, as graphs.
+        let prompts: Vec<_> = (0..32).map(|i| prompt(i + 50, 20)).collect();
+        let (bits, tokens) = together(&mut gpu, &prompts);
+        assert_eq!((bits, tokens), together(&mut gpu, &prompts));
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}

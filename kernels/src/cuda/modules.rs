@@ -27,6 +27,7 @@ const IMAGES: &[(&str, &[u8])] = &[
     fatbin!("elementwise"),
     fatbin!("rope"),
     fatbin!("skinny_gemm"),
+    fatbin!("int4"),
     fatbin!("decode_attention"),
     fatbin!("prefill_attention"),
     fatbin!("sampling"),

@@ -3,6 +3,7 @@
 
 mod attention;
 mod elementwise;
+mod int4;
 mod products;
 mod rope;
 mod sampling;

@@ -22,14 +22,17 @@ use ashlar_kernels::{
 };
 use half::{bf16, f16};
 
-use super::step::{DecodeSection, Layout};
+use super::{
+    matrix::Matrix,
+    step::{DecodeSection, Layout},
+};
 use crate::{
     engine::request::TokenId,
     models::{
         backend::{AdapterRows, AttentionSeq, Backend, Linear, RopeArgs},
         config::ModelConfig,
     },
-    weights::{GgmlType, RawTensor, Weight},
+    weights::{GgmlType, Int4Matrix, RawTensor, Weight},
 };
 
 /// Products with at most so many rows run as skinny ones, fused with their neighbours; wide ones with half as many, where
@@ -39,13 +42,6 @@ pub(super) const FUSED_ROWS: usize = 16;
 /// From this width on a norm is a kernel of its own: inside a product every block would repeat it (on an H200 at 4,096 columns
 /// 32 µs in each layer, against 6 for two small kernels).
 const SEPARATE_NORM_WIDTH: usize = 2048;
-
-/// A matrix `[rows, columns]` on the GPU.
-pub(super) struct Matrix {
-    data: DeviceBuffer,
-    rows: usize,
-    columns: usize,
-}
 
 pub(super) type GpuVector = Arc<DeviceBuffer>;
 pub(super) type GpuMatrix = Arc<Matrix>;
@@ -148,6 +144,11 @@ pub(super) struct CudaBackend {
     sums: DeviceBuffer,
     parts: DeviceBuffer,
     arrived: DeviceBuffer,
+    /// Where four-bit weights become 16-bit ones, one matrix after another.
+    scratch: Option<DeviceBuffer>,
+    /// Whether products with few rows are fused with their neighbours. Not with four-bit weights: those kernels read their
+    /// weights before the kernel in front of them has ended, which here would be the one that writes them to `scratch`.
+    fused: bool,
     error: Option<CudaError>,
 }
 
@@ -195,9 +196,24 @@ impl CudaBackend {
             sums: device.alloc(widest * FUSED_ROWS * 4)?,
             parts: device.alloc(config.max_items * shape.part_bytes())?,
             arrived: device.alloc(groups * model.num_kv_heads * 4)?,
+            scratch: None,
+            fused: model.quantization.is_none() || config.float == Float::Bf16,
             error: None,
             device: device.clone(),
         })
+    }
+
+    /// Reserves what the largest of the matrices needs; those that take none need not be called for.
+    pub(super) fn reserve_scratch(&mut self, bytes: usize) -> Result<(), CudaError> {
+        if bytes > 0 {
+            self.scratch = Some(self.device.alloc(bytes)?);
+        }
+        Ok(())
+    }
+
+    /// The matrix in 16-bit floats, for the operation that is queued next.
+    fn weight<'a>(&'a self, matrix: &'a Matrix) -> Result<View<'a>, CudaError> {
+        matrix.values(&self.device, self.scratch.as_ref())
     }
 
     /// Bytes of K and V of one block, all layers.
@@ -247,7 +263,12 @@ impl CudaBackend {
             .slice(layer * self.layer_bytes, self.layer_bytes))
     }
 
-    fn fuses(rows: usize, width: usize) -> bool {
+    /// Whether a layer's product with these rows is left to its neighbours.
+    fn fuses(&self, rows: usize, width: usize) -> bool {
+        self.fused && Self::is_skinny(rows, width)
+    }
+
+    fn is_skinny(rows: usize, width: usize) -> bool {
         let most = if width < SEPARATE_NORM_WIDTH {
             FUSED_ROWS
         } else {
@@ -277,7 +298,7 @@ impl CudaBackend {
         SkinnyGemm {
             float: self.float,
             input,
-            weight: product.matrix.data.view(),
+            weight: self.weight(&product.matrix)?,
             bias: product.bias.as_ref().map(|bias| bias.view()),
             output,
             m: rows,
@@ -328,7 +349,7 @@ impl CudaBackend {
         Gemm {
             float: self.float,
             x: x.view(),
-            weight: matrix.data.view(),
+            weight: self.weight(matrix)?,
             bias: bias.map(|bias| bias.view()),
             y,
             f32_out,
@@ -351,7 +372,7 @@ impl CudaBackend {
         Gemm {
             float: self.float,
             x: x.view(),
-            weight: matrix.data.view(),
+            weight: self.weight(matrix)?,
             bias: None,
             y: y.view(),
             f32_out,
@@ -453,6 +474,20 @@ impl CudaBackend {
         }
     }
 
+    /// The parts, where all are in four bits and can stay so together; their scales are IEEE halves.
+    fn int4_parts<'a>(&self, stacked: &'a [Weight<'_>]) -> Option<Vec<&'a Int4Matrix>> {
+        let parts: Option<Vec<&Int4Matrix>> = stacked
+            .iter()
+            .map(|part| match part {
+                Weight::Int4(matrix) => Some(matrix),
+                Weight::Rows(_) => None,
+            })
+            .collect();
+        parts.filter(|parts| {
+            self.float == Float::F16 && parts.iter().all(|part| part.group == parts[0].group)
+        })
+    }
+
     fn is_native(&self, kind: GgmlType) -> bool {
         matches!(
             (kind, self.float),
@@ -485,6 +520,11 @@ impl Backend for CudaBackend {
         let rows = stacked.iter().map(Weight::rows).sum();
         let columns = stacked[0].columns();
         let text = |error: CudaError| error.to_string();
+        if let Some(parts) = self.int4_parts(stacked) {
+            let whole = Int4Matrix::stack(&parts);
+            let matrix = Matrix::int4(&self.device, &whole).map_err(text)?;
+            return Ok(vec![Arc::new(matrix)]);
+        }
         let data = self
             .device
             .alloc(rows * columns * Float::BYTES)
@@ -501,11 +541,7 @@ impl Backend for CudaBackend {
             self.device.write(&values, place).map_err(text)?;
             offset += bytes;
         }
-        Ok(vec![Arc::new(Matrix {
-            data,
-            rows,
-            columns,
-        })])
+        Ok(vec![Arc::new(Matrix::float(data, rows, columns))])
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<GpuVector, String> {
@@ -524,11 +560,7 @@ impl Backend for CudaBackend {
             let data = self.device.alloc(rows * columns * Float::BYTES)?;
             let scale = 1.0 / (columns as f32).sqrt();
             fill_random(&self.device, self.float, data.view(), seed, scale)?;
-            Ok(Arc::new(Matrix {
-                data,
-                rows,
-                columns,
-            }))
+            Ok(Arc::new(Matrix::float(data, rows, columns)))
         };
         store().map_err(|error: CudaError| error.to_string())
     }
@@ -542,12 +574,13 @@ impl Backend for CudaBackend {
         out: &mut CudaBuf,
     ) {
         let rows = self.layout.counts.rows;
-        let result = EmbedNorm {
+        let table = self.weight(embedding);
+        let embed = |table| EmbedNorm {
             float: self.float,
             tokens: self.at(self.layout.tokens),
             row_slots: self.at(self.layout.row_slots),
             last_tokens: self.last_tokens.view(),
-            table: embedding.data.view(),
+            table,
             weight: norm.view(),
             residual: residual.view(),
             out: out.view(),
@@ -555,8 +588,8 @@ impl Backend for CudaBackend {
             rows,
             width: residual.width,
             eps: self.eps,
-        }
-        .launch(&self.device);
+        };
+        let result = table.and_then(|table| embed(table).launch(&self.device));
         self.note(result);
         residual.set(rows, State::Ready);
         out.set(rows, State::Ready);
@@ -570,7 +603,7 @@ impl Backend for CudaBackend {
         out: &mut CudaBuf,
     ) {
         let (matrix, bias) = (&weight.parts[0], weight.bias.as_ref());
-        if Self::fuses(x.rows, matrix.columns) {
+        if self.fuses(x.rows, matrix.columns) {
             let product = Self::product_of(x, matrix, bias);
             out.set(x.rows, State::Product(product));
             return;
@@ -659,7 +692,7 @@ impl Backend for CudaBackend {
                 weight: Arc::clone(norm),
                 num_sums: width.div_ceil(16),
             };
-            if Self::fuses(rows, width) {
+            if self.fuses(rows, width) {
                 out.set(rows, normed);
                 return;
             }
@@ -708,7 +741,7 @@ impl Backend for CudaBackend {
 
     fn logits(&mut self, x: &CudaBuf, head: &Linear<GpuMatrix, GpuVector>, out: &mut CudaBuf) {
         let (matrix, bias) = (&head.parts[0], head.bias.as_ref());
-        let result = if Self::fuses(x.rows, matrix.columns) {
+        let result = if Self::is_skinny(x.rows, matrix.columns) {
             let product = Self::product_of(x, matrix, bias);
             let output = Output::StoreF32(out.view());
             self.run_product(&product, x.rows, out.width, output)

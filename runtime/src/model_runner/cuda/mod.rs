@@ -10,6 +10,7 @@
 //! padding rows write nothing.
 
 mod backend;
+mod matrix;
 mod sampling;
 mod staging;
 mod step;
@@ -164,6 +165,7 @@ impl CudaRunner {
             config.load_format,
             LOAD_THREADS,
         )?;
+        backend.reserve_scratch(scratch_bytes(&decoder))?;
         let activations = activations(&device, &model, max_rows, max_logit_rows)?;
         device.synchronize()?;
         let loaded = started.elapsed();
@@ -303,6 +305,19 @@ fn float_of(checkpoint: &Checkpoint, model: &ModelConfig) -> Float {
         }
     };
     if is_half { Float::F16 } else { Float::Bf16 }
+}
+
+/// What the largest matrix of four-bit weights takes in 16 bits.
+fn scratch_bytes(decoder: &Decoder<CudaBackend>) -> usize {
+    let layers = decoder.layers.iter().flat_map(|layer| {
+        let Mlp::Dense { gate_up, down } = &layer.mlp;
+        [&layer.qkv, &layer.attention_output, gate_up, down]
+    });
+    let matrices = layers.flat_map(|linear| &linear.parts);
+    matrices
+        .map(|matrix| matrix.scratch_bytes())
+        .max()
+        .unwrap_or(0)
 }
 
 fn model_len(config: &CudaRunnerConfig, model: &ModelConfig) -> Result<u32, CudaRunnerError> {
