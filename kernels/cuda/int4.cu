@@ -1,24 +1,152 @@
-// Four-bit weights to 16 bits: w = (q - zero) * scale, rounded once. Bound by memory: half a byte in, two out, for each value.
-#include "common.cuh"
+// Four-bit weights, w = (q - zero) * scale, fp16 beside them: turned into fp16, and multiplied as they are by few rows (decode).
+//
+// Words hold eight neighbouring columns in the order 0, 2, 4, 6, 1, 3, 5, 7 (lowest nibble first), so that two neighbours come
+// out of one masking as a pair. A cell, one for each group and row, is a pair too: the scale, and 1024 + zero.
+#include "skinny.cuh"
 
-// qweight[n][words], nibble j of a word (lowest first) is column 8·word + j; scales and zeros [groups][n]; out[n][8·words].
-// One block column per row, one thread per word.
-extern "C" __global__ void int4_dequantize(const uint32_t *qweight, const __half *scales, const uint8_t *zeros, uint4 *out, int n,
-                                           int words, int words_per_group) {
+// Pairs (0,1), (2,3), (4,5), (6,7) of a word, dequantised: 0x6400 | q is 1024 + q in fp16, the difference is exact, and the
+// product is rounded once.
+__device__ __forceinline__ void dequantize(uint32_t word, __half2 scale, __half2 zero, uint32_t *pairs) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const uint32_t biased = ((word >> (4 * j)) & 0x000f000fu) | 0x64006400u;
+        const __half2 pair = __hmul2(__hsub2(*reinterpret_cast<const __half2 *>(&biased), zero), scale);
+        pairs[j] = *reinterpret_cast<const uint32_t *>(&pair);
+    }
+}
+__device__ __forceinline__ void dequantize(uint32_t word, uint32_t cell, uint32_t *pairs) {
+    const __half2 both = *reinterpret_cast<const __half2 *>(&cell);
+    dequantize(word, __low2half2(both), __high2half2(both), pairs);
+}
+
+// out[n][8·words] from weight[n][words] and cells[groups][n]. One thread per word. Bound by memory: half a byte in, two out.
+extern "C" __global__ void int4_dequantize(const uint32_t *weight, const uint32_t *cells, uint4 *out, int n, int words,
+                                           int words_per_group) {
     let_next_start();
     const long row = blockIdx.x;
     const int word = blockIdx.y * blockDim.x + threadIdx.x;
     if (word >= words) return;
     // Weights may be read before the earlier kernels end; `out` may still be in use by one of them.
-    const long cell = (long)(word / words_per_group) * n + row;
-    const uint32_t q = qweight[row * words + word];
-    const float scale = __half2float(scales[cell]), zero = zeros[cell];
     Vec8 values;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float low = (q >> (8 * j)) & 15, high = (q >> (8 * j + 4)) & 15;
-        values.w[j] = Num<__half>::pack((low - zero) * scale, (high - zero) * scale);
-    }
+    dequantize(weight[row * words + word], cells[(long)(word / words_per_group) * n + row], values.w);
     wait_for_previous();
     out[row * words + word] = values.v;
 }
+
+// y[m][n] = Σk x[m][k] · w[n][k] as in skinny_gemm.cu, with 16·ROW_TILES rows of w in a block: the more tokens, the more rows
+// share the reading of x. A lane takes 32 neighbouring values (16 bytes) of a row, a quad 128, and feeds eight products.
+template <int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ void skinny_int4(const Skinny &p) {
+    using N = Num<__half>;
+    constexpr int M = 8 * TILES, ROWS = 16 * ROW_TILES;
+    constexpr int UNROLL = ROW_TILES == 1 ? 4 : 2; // blocks of 128 k in flight per warp
+    __shared__ float scales[M];
+    __shared__ float partial[WARPS][ROWS][M + 1];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
+    const int chunks = p.k / 32, blocks = (chunks + 3) / 4, share = (blocks + WARPS - 1) / WARPS;
+    const int begin = warp * share, end = min(begin + share, blocks);
+    const long weight_rows = OUTPUT == SILU_MUL ? 2L * p.n : p.n;
+    int rows[ROW_TILES][2];
+    const uint4 *w[ROW_TILES][2];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+        tile_rows<OUTPUT>(p, blockIdx.x * ROW_TILES + r, group, &rows[r][0], &rows[r][1]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) w[r][i] = static_cast<const uint4 *>(p.weight) + (long)rows[r][i] * chunks;
+    }
+    Vec8 a[UNROLL][ROW_TILES][2];
+    uint32_t cells[UNROLL][ROW_TILES][2];
+    const auto load = [&](int u, int block) {
+        // Behind the end of a row x is zero, so that any finite weight will do.
+        const int chunk = min(block * 4 + quad, chunks - 1);
+        const long cell = (long)(chunk >> p.group_shift) * weight_rows;
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                a[u][r][i].v = load_stream(w[r][i] + chunk);
+                cells[u][r][i] = __ldg(p.cells + cell + rows[r][i]);
+            }
+    };
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) load(u, min(begin + u, blocks - 1));
+    let_next_start();
+    wait_for_previous();
+    if (p.norm) norm_scales(p, scales);
+    float acc[ROW_TILES][TILES][4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) acc[r][t][i] = 0.f;
+    float scale[TILES];
+#pragma unroll
+    for (int t = 0; t < TILES; t++) scale[t] = p.norm && t * 8 + group < p.m ? scales[t * 8 + group] : 1.f;
+
+    for (int base = begin; base < end; base += UNROLL) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            const int chunk = (base + u) * 4 + quad;
+            if (base + u < end) {
+                Vec8 x[TILES][4];
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+                    const bool valid = chunk < chunks && t * 8 + group < p.m;
+                    const uint4 *from = reinterpret_cast<const uint4 *>(static_cast<const __half *>(p.x) + (long)(t * 8 + group) * p.k);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) x[t][i].v = valid ? from[chunk * 4 + i] : make_uint4(0, 0, 0, 0);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    if (p.norm) {
+                        Vec8 norm;
+                        norm.v = reinterpret_cast<const uint4 *>(p.norm)[min(chunk, chunks - 1) * 4 + i];
+#pragma unroll
+                        for (int t = 0; t < TILES; t++) apply_norm<__half>(&x[t][i], norm, scale[t]);
+                    }
+#pragma unroll
+                    for (int r = 0; r < ROW_TILES; r++) {
+                        uint32_t low[4], high[4];
+                        dequantize(a[u][r][0].w[i], cells[u][r][0], low);
+                        dequantize(a[u][r][1].w[i], cells[u][r][1], high);
+                        const uint32_t first[4] = {low[0], high[0], low[1], high[1]};
+                        const uint32_t second[4] = {low[2], high[2], low[3], high[3]};
+#pragma unroll
+                        for (int t = 0; t < TILES; t++) {
+                            N::mma(acc[r][t], first, x[t][i].w[0], x[t][i].w[1]);
+                            N::mma(acc[r][t], second, x[t][i].w[2], x[t][i].w[3]);
+                        }
+                    }
+                }
+            }
+            if (base + u + UNROLL < end) load(u, base + u + UNROLL);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) partial[warp][16 * r + group + i / 2 * 8][t * 8 + quad * 2 + i % 2] = acc[r][t][i];
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+        const int tile = blockIdx.x * ROW_TILES + r;
+        if (tile * (OUTPUT == SILU_MUL ? 8 : 16) < p.n) finish_tile<__half, M, ROWS, OUTPUT>(p, partial, tile, 16 * r);
+    }
+}
+
+#define DEFINE(TILES, ROW_TILES)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(256) int4_store_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {     \
+        skinny_int4<TILES, ROW_TILES, STORE>(p);                                                                               \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256) int4_add_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {       \
+        skinny_int4<TILES, ROW_TILES, ADD_RESIDUAL>(p);                                                                        \
+    }                                                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256) int4_silu_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {      \
+        skinny_int4<TILES, ROW_TILES, SILU_MUL>(p);                                                                            \
+    }
+DEFINE(1, 1)
+DEFINE(1, 2)
+DEFINE(2, 2)
+DEFINE(4, 2)

@@ -4,23 +4,7 @@
 // B operand (8 a tile), so one token wastes no memory traffic. The order of k inside a product is free as long as both
 // operands agree, so a lane takes 8 neighbouring values (16 bytes) and feeds two products with them.
 // The first weights are on their way before the kernel waits for the one before it.
-#include "common.cuh"
-
-constexpr int WARPS = 8;
-
-enum Output { STORE, STORE_F32, ADD_RESIDUAL, SILU_MUL };
-
-struct Skinny {
-    const void *x;            // [m][k]; with `norm`, the residual stream
-    const void *weight;       // [n][k]; for SILU_MUL [2·n][k], gate then up
-    const void *bias;         // [n] or null
-    const void *norm;         // [k] or null: x is normed on the way in
-    const float *sums;        // [num_sums][m] parts of the rows' sums of squares
-    void *y;                  // [m][n]; for ADD_RESIDUAL the residual stream
-    float *sums_out;          // [blocks][m], for ADD_RESIDUAL
-    int m, n, k, num_sums;
-    float eps;
-};
+#include "skinny.cuh"
 
 template <typename T, int TILES, Output OUTPUT> __device__ __forceinline__ void skinny(const Skinny &p) {
     using N = Num<T>;
@@ -32,13 +16,7 @@ template <typename T, int TILES, Output OUTPUT> __device__ __forceinline__ void 
     const int blocks = p.k / 32, share = (blocks + WARPS - 1) / WARPS;
     const int begin = warp * share, end = min(begin + share, blocks);
     int row0, row1;
-    if (OUTPUT == SILU_MUL) {
-        row0 = min(blockIdx.x * 8 + group, p.n - 1);
-        row1 = p.n + row0;
-    } else {
-        row0 = min(blockIdx.x * 16 + group, p.n - 1);
-        row1 = min(blockIdx.x * 16 + group + 8, p.n - 1);
-    }
+    tile_rows<OUTPUT>(p, blockIdx.x, group, &row0, &row1);
     const T *w0 = static_cast<const T *>(p.weight) + (long)row0 * p.k + quad * 8;
     const T *w1 = static_cast<const T *>(p.weight) + (long)row1 * p.k + quad * 8;
     Vec8 a0[UNROLL], a1[UNROLL];
@@ -50,15 +28,7 @@ template <typename T, int TILES, Output OUTPUT> __device__ __forceinline__ void 
     }
     let_next_start();
     wait_for_previous();
-    if (p.norm) {
-        for (int m = warp; m < p.m; m += WARPS) {
-            float s = 0.f;
-            for (int i = lane; i < p.num_sums; i += 32) s += p.sums[(long)i * p.m + m];
-            s = warp_sum(s);
-            if (lane == 0) scales[m] = rsqrtf(s / p.k + p.eps);
-        }
-        __syncthreads();
-    }
+    if (p.norm) norm_scales(p, scales);
     float acc[TILES][4];
 #pragma unroll
     for (int t = 0; t < TILES; t++)
@@ -90,12 +60,7 @@ template <typename T, int TILES, Output OUTPUT> __device__ __forceinline__ void 
                     Vec8 norm;
                     norm.v = *reinterpret_cast<const uint4 *>(static_cast<const T *>(p.norm) + b * 32 + quad * 8);
 #pragma unroll
-                    for (int t = 0; t < TILES; t++)
-#pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            const float2 v = N::unpack(x[u][t].w[j]), n = N::unpack(norm.w[j]);
-                            x[u][t].w[j] = N::pack(v.x * scale[t] * n.x, v.y * scale[t] * n.y);
-                        }
+                    for (int t = 0; t < TILES; t++) apply_norm<T>(&x[u][t], norm, scale[t]);
                 }
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
@@ -118,45 +83,7 @@ template <typename T, int TILES, Output OUTPUT> __device__ __forceinline__ void 
         partial[warp][group + 8][t * 8 + quad * 2 + 1] = acc[t][3];
     }
     __syncthreads();
-    constexpr int ROWS = OUTPUT == SILU_MUL ? 8 : 16;
-    // Neighbouring threads hold neighbouring outputs of one token.
-    for (int i = threadIdx.x; i < ROWS * M; i += WARPS * 32) {
-        const int r = i % ROWS, m = i / ROWS;
-        const int n = blockIdx.x * ROWS + r;
-        const bool valid = n < p.n && m < p.m;
-        float s = 0.f, up = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            s += partial[w][r][m];
-            if (OUTPUT == SILU_MUL) up += partial[w][r + 8][m];
-        }
-        if (p.bias && valid) {
-            s += N::to(static_cast<const T *>(p.bias)[n]);
-            if (OUTPUT == SILU_MUL) up += N::to(static_cast<const T *>(p.bias)[p.n + n]);
-        }
-        float square = 0.f;
-        if (valid) {
-            const long at = (long)m * p.n + n;
-            if (OUTPUT == STORE_F32) {
-                static_cast<float *>(p.y)[at] = s;
-            } else if (OUTPUT == STORE) {
-                static_cast<T *>(p.y)[at] = N::from(s);
-            } else if (OUTPUT == SILU_MUL) {
-                const float g = N::to(N::from(s)), u = N::to(N::from(up));
-                static_cast<T *>(p.y)[at] = N::from(g / (1.f + __expf(-g)) * u);
-            } else {
-                const T sum = N::from(N::to(static_cast<T *>(p.y)[at]) + N::to(N::from(s)));
-                static_cast<T *>(p.y)[at] = sum;
-                square = N::to(sum) * N::to(sum);
-            }
-        }
-        if (OUTPUT == ADD_RESIDUAL) {
-            // 16 neighbouring threads hold the 16 outputs of one token.
-#pragma unroll
-            for (int o = 8; o > 0; o >>= 1) square += __shfl_xor_sync(0xffffffffu, square, o, 16);
-            if (r == 0 && m < p.m) p.sums_out[(long)blockIdx.x * p.m + m] = square;
-        }
-    }
+    finish_tile<T, M, 16, OUTPUT>(p, partial, blockIdx.x, 0);
 }
 
 #define DEFINE_TILES(SUFFIX, T, TILES)                                                                                          \

@@ -9,9 +9,10 @@ use ashlar_kernels::cuda::{
     },
     elementwise::{AddNorm, SiluMul, fill_random},
     gemm::{Gemm, bucket},
+    int4::{DequantizeInt4, Int4View},
     rope::BLOCK_SIZE,
     sampling::{MAX_LOGPROBS, Sample, SampleRow},
-    skinny::{Input, Output, SkinnyGemm},
+    skinny::{Input, Output, SkinnyGemm, Weight},
 };
 
 const FLOAT: Float = Float::Bf16;
@@ -84,6 +85,60 @@ impl Bench {
         );
     }
 
+    /// Four-bit weights in groups of 128, of any bits; their values are checked by the tests.
+    fn four_bit_products(&self) {
+        for (n, k) in [
+            (8192usize, 8192usize),
+            (28672, 4096),
+            (6144, 4096),
+            (4096, 4096),
+            (4096, 14336),
+        ] {
+            let group = 128;
+            let bytes = n * k / 2 + k / group * n * 4;
+            let sets = ((400 << 20) / bytes).clamp(1, 64);
+            let weights: Vec<(DeviceBuffer, DeviceBuffer)> = (0..sets)
+                .map(|_| (self.random(n * k / 4), self.random(k / group * n * 2)))
+                .collect();
+            let view = |i: usize| Int4View {
+                words: weights[i % sets].0.view(),
+                cells: weights[i % sets].1.view(),
+                group,
+            };
+            for m in [1usize, 4, 8, 16, 32] {
+                let (x, y) = (self.random(m * k), self.device.alloc(m * n * 2).unwrap());
+                let us = self.time(2 * sets.max(10), |i| {
+                    SkinnyGemm {
+                        float: Float::F16,
+                        input: Input::Plain(x.view()),
+                        weight: Weight::Int4(view(i)),
+                        bias: None,
+                        output: Output::Store(y.view()),
+                        m,
+                        n,
+                        k,
+                    }
+                    .launch(&self.device)
+                    .unwrap();
+                });
+                self.bandwidth(&format!("int4 {m} × {n} × {k}"), us, bytes as f64);
+            }
+            let out = self.device.alloc(n * k * 2).unwrap();
+            let us = self.time(2 * sets.max(10), |i| {
+                DequantizeInt4 {
+                    weight: view(i),
+                    out: out.view(),
+                    n,
+                    k,
+                }
+                .launch(&self.device)
+                .unwrap();
+            });
+            let moved = (bytes + n * k * 2) as f64;
+            self.bandwidth(&format!("int4 to f16 {n} × {k}"), us, moved);
+        }
+    }
+
     fn products(&self) {
         for (n, k) in [
             (28672usize, 4096usize),
@@ -106,7 +161,7 @@ impl Bench {
                         SkinnyGemm {
                             float: FLOAT,
                             input: Input::Plain(x.view()),
-                            weight: weights[i % sets].view(),
+                            weight: Weight::Float(weights[i % sets].view()),
                             bias: None,
                             output: Output::Store(y.view()),
                             m,
@@ -450,5 +505,6 @@ fn main() {
     bench.elementwise();
     bench.attention();
     bench.sampling();
+    bench.four_bit_products();
     bench.products();
 }

@@ -1,4 +1,7 @@
-//! Four-bit weights on the GPU: kept as they are, turned into 16 bits for the product that reads them.
+//! Four-bit weights on the GPU, `w = (q − zero) · scale` with IEEE halves beside them: how they are stored, and how they become
+//! halves for large products. Small ones read them as they are ([`SkinnyGemm`](super::skinny::SkinnyGemm)).
+
+use half::f16;
 
 use super::{
     CudaError, Device, View,
@@ -8,51 +11,106 @@ use super::{
 
 /// Values in a word.
 const PER_WORD: usize = 8;
+/// Values that a thread reads at once: a group is a power of two of these, or a whole row.
+const CHUNK: usize = 32;
 
-/// `out = (q − zero) · scale`, rounded once to IEEE halves.
+/// A matrix `[n, k]` of four-bit weights.
+#[derive(Clone, Copy)]
+pub struct Int4View<'a> {
+    /// `[n, k / 8]` u32, from [`words`].
+    pub words: View<'a>,
+    /// `[k / group, n]` u32, from [`cells`].
+    pub cells: View<'a>,
+    /// Columns that share a cell; see [`takes`].
+    pub group: usize,
+}
+
+/// Whether rows of `k` values in groups of `group` can be kept in four bits here.
+#[must_use]
+pub fn takes(k: usize, group: usize) -> bool {
+    group_shift(k, group).is_some() && k <= 1 << 24
+}
+
+/// Chunks of a group, as a power of two; 31 where one group is a whole row.
+pub(super) fn group_shift(k: usize, group: usize) -> Option<i32> {
+    if group == 0 || !group.is_multiple_of(CHUNK) || k == 0 || !k.is_multiple_of(group) {
+        return None;
+    }
+    let chunks = group / CHUNK;
+    if k == group {
+        Some(31)
+    } else if chunks.is_power_of_two() {
+        i32::try_from(chunks.trailing_zeros()).ok()
+    } else {
+        None
+    }
+}
+
+/// Words with columns in order (lowest nibble first) in the order of the kernels: 0, 2, 4, 6, 1, 3, 5, 7.
+#[must_use]
+pub fn words(in_order: &[u32]) -> Vec<u8> {
+    // The four low nibbles of the bytes, side by side.
+    let gather = |word: u32| {
+        let pairs = word & 0x0f0f_0f0f;
+        let pairs = (pairs | pairs >> 4) & 0x00ff_00ff;
+        (pairs | pairs >> 8) & 0xffff
+    };
+    let mut bytes = vec![0; 4 * in_order.len()];
+    let places = bytes.as_chunks_mut().0.iter_mut();
+    places.zip(in_order).for_each(|(bytes, word)| {
+        *bytes = (gather(*word) | gather(word >> 4) << 16).to_le_bytes();
+    });
+    bytes
+}
+
+/// A scale and its zero (0..=15) as the kernels read them: the scale in the low half, 1024 + zero in the high one.
+///
+/// # Panics
+/// When there are not as many zeros as scales.
+#[must_use]
+pub fn cells(scales: &[f16], zeros: &[u8]) -> Vec<u8> {
+    assert_eq!(scales.len(), zeros.len(), "scales and zeros");
+    let pairs = scales.iter().zip(zeros);
+    pairs
+        .flat_map(|(scale, zero)| {
+            let [a, b] = scale.to_le_bytes();
+            let [c, d] = f16::from_f32(1024.0 + f32::from(*zero)).to_le_bytes();
+            [a, b, c, d]
+        })
+        .collect()
+}
+
+impl Int4View<'_> {
+    pub(super) fn fits(&self, n: usize, k: usize) -> bool {
+        takes(k, self.group)
+            && self.words.bytes >= n * k / 2
+            && self.cells.bytes >= k / self.group * n * 4
+    }
+}
+
+/// `out = (q − zero) · scale`, rounded once to halves.
 #[derive(Clone, Copy)]
 pub struct DequantizeInt4<'a> {
-    /// `[n, k / 8]` u32; nibble `j` (lowest first) of word `i` is column `8i + j`.
-    pub qweight: View<'a>,
-    /// `[k / group, n]` IEEE halves.
-    pub scales: View<'a>,
-    /// `[k / group, n]` u8, 0..=15.
-    pub zeros: View<'a>,
-    /// `[n, k]` IEEE halves.
+    /// `[n, k]`
+    pub weight: Int4View<'a>,
+    /// `[n, k]` halves.
     pub out: View<'a>,
     /// Rows.
     pub n: usize,
-    /// Columns, a multiple of `group`.
+    /// Columns.
     pub k: usize,
-    /// Columns that share a scale, a multiple of 8.
-    pub group: usize,
 }
 
 impl DequantizeInt4<'_> {
     fn validate(&self) -> Result<(), CudaError> {
-        let op = "dequantize_int4";
-        let (n, k, group) = (self.n, self.k, self.group);
+        let (op, n, k, group) = ("dequantize_int4", self.n, self.k, self.weight.group);
+        need(n > 0 && n < 1 << 31 && takes(k, group), op, || {
+            format!(
+                "{n} × {k} in groups of {group}: groups of 32, 64, 128, … or of a whole row are needed"
+            )
+        })?;
         need(
-            n > 0
-                && n < 1 << 31
-                && group > 0
-                && group.is_multiple_of(PER_WORD)
-                && k > 0
-                && k.is_multiple_of(group)
-                && k <= 1 << 24,
-            op,
-            || {
-                format!(
-                    "{n} × {k} in groups of {group}: k must be groups, and groups multiples of {PER_WORD}"
-                )
-            },
-        )?;
-        let cells = k / group * n;
-        need(
-            self.qweight.bytes >= n * k / 2
-                && self.scales.bytes >= cells * 2
-                && self.zeros.bytes >= cells
-                && self.out.bytes >= n * k * 2,
+            self.weight.fits(n, k) && self.out.bytes >= n * k * 2,
             op,
             || format!("a view is too short for {n} × {k}"),
         )
@@ -64,12 +122,11 @@ impl DequantizeInt4<'_> {
     /// [`CudaError`] when sizes do not fit or the driver refuses.
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         self.validate()?;
-        let (qweight, scales) = (self.qweight.address(), self.scales.address());
-        let (zeros, out) = (self.zeros.address(), self.out.address());
+        let (weight, cells) = (self.weight.words.address(), self.weight.cells.address());
+        let (out, n) = (self.out.address(), self.n as i32);
         let words = self.k / PER_WORD;
         let threads = words.next_multiple_of(32).min(256);
-        let (n, words_i32) = (self.n as i32, words as i32);
-        let per_group = (self.group / PER_WORD) as i32;
+        let (words_i32, per_group) = (words as i32, (self.weight.group / PER_WORD) as i32);
         let shape = Shape {
             grid: (self.n, words.div_ceil(threads)),
             threads,
@@ -81,8 +138,36 @@ impl DequantizeInt4<'_> {
             device.launch(
                 "int4_dequantize",
                 shape,
-                arguments![qweight, scales, zeros, out, n, words_i32, per_group],
+                arguments![weight, cells, out, n, words_i32, per_group],
             )
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_and_cells_are_in_the_kernels_order() {
+        assert_eq!(words(&[0x7654_3210]), 0x7531_6420u32.to_le_bytes());
+        assert_eq!(words(&[0xf000_0000, 0x0000_00f0]).len(), 8);
+        assert_eq!(words(&[0x0000_00f0]), 0x000f_0000u32.to_le_bytes());
+        let bytes = cells(&[f16::from_f32(0.5)], &[9]);
+        let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
+        assert_eq!((half(0), half(2)), (0.5, 1033.0));
+    }
+
+    #[test]
+    fn groups_are_powers_of_two_or_whole_rows() {
+        let shifts: Vec<_> = [32, 64, 128, 96, 384, 0, 48]
+            .map(|group| group_shift(384, group))
+            .into();
+        assert_eq!(
+            shifts,
+            [Some(0), Some(1), Some(2), None, Some(31), None, None]
+        );
+        assert_eq!(group_shift(100, 32), None);
     }
 }

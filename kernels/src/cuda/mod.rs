@@ -7,7 +7,7 @@
 //! rope        rotary embedding and the write of K and V into their pages
 //! gemm        products with many rows: cuBLASLt, plans timed once per shape
 //! skinny      products with few rows (decode), with what stands before and after them fused in
-//! int4        four-bit weights
+//! int4        four-bit weights: how they are stored, and turned into 16 bits
 //! attention   paged attention: single rows (decode) and many rows (prefill)
 //! sampling    penalties, masks, top-k, top-p, min-p, draws, log-probabilities
 //! ```

@@ -2,6 +2,7 @@
 
 use super::{
     CudaError, Device, Float, View,
+    int4::{Int4View, group_shift},
     modules::{Shape, arguments},
     need,
 };
@@ -30,6 +31,15 @@ pub enum Input<'a> {
     },
 }
 
+/// What it is multiplied with.
+#[derive(Clone, Copy)]
+pub enum Weight<'a> {
+    /// Of the type of everything else.
+    Float(View<'a>),
+    /// Four bits; everything else is IEEE halves, and logits are not made.
+    Int4(Int4View<'a>),
+}
+
 /// What becomes of the product.
 #[derive(Clone, Copy)]
 pub enum Output<'a> {
@@ -56,7 +66,7 @@ pub struct SkinnyGemm<'a> {
     /// Rows.
     pub input: Input<'a>,
     /// `[n, k]`, or `[2·n, k]` for [`Output::SiluMul`].
-    pub weight: View<'a>,
+    pub weight: Weight<'a>,
     /// One for each row of `weight`.
     pub bias: Option<View<'a>>,
     /// Where it goes.
@@ -69,7 +79,7 @@ pub struct SkinnyGemm<'a> {
     pub k: usize,
 }
 
-/// The kernel's parameter, as in `skinny_gemm.cu`.
+/// The kernels' parameter, as in `skinny.cuh`.
 #[repr(C)]
 struct Parameters {
     x: u64,
@@ -79,11 +89,13 @@ struct Parameters {
     sums: u64,
     y: u64,
     sums_out: u64,
+    cells: u64,
     m: i32,
     n: i32,
     k: i32,
     num_sums: i32,
     eps: f32,
+    group_shift: i32,
 }
 
 impl SkinnyGemm<'_> {
@@ -125,8 +137,17 @@ impl SkinnyGemm<'_> {
                     && sums.bytes >= num_sums * m * 4
             }
         };
-        let weights_fit = self.weight.bytes >= weight_rows * k * 2
-            && self.bias.is_none_or(|bias| bias.bytes >= weight_rows * 2);
+        let weight_fits = match self.weight {
+            Weight::Float(view) => view.bytes >= weight_rows * k * 2,
+            Weight::Int4(view) => {
+                let is_logits = matches!(self.output, Output::StoreF32(_));
+                need(self.float == Float::F16 && !is_logits, op, || {
+                    "four-bit weights are multiplied with halves and give halves".to_owned()
+                })?;
+                view.fits(weight_rows, k)
+            }
+        };
+        let weights_fit = weight_fits && self.bias.is_none_or(|bias| bias.bytes >= weight_rows * 2);
         need(out_fits && in_fits && weights_fit, op, || {
             format!("a view is too short for {m} × {n} × {k}")
         })
@@ -140,17 +161,19 @@ impl SkinnyGemm<'_> {
         self.validate()?;
         let mut parameters = Parameters {
             x: 0,
-            weight: self.weight.address(),
+            weight: 0,
             bias: self.bias.map_or(0, View::address),
             norm: 0,
             sums: 0,
             y: 0,
             sums_out: 0,
+            cells: 0,
             m: self.m as i32,
             n: self.n as i32,
             k: self.k as i32,
             num_sums: 0,
             eps: 0.0,
+            group_shift: 0,
         };
         match self.input {
             Input::Plain(x) => parameters.x = x.address(),
@@ -188,9 +211,23 @@ impl SkinnyGemm<'_> {
             }
         };
         let tiles = self.m.div_ceil(8).next_power_of_two();
-        let name = format!("skinny_{kind}_{tiles}_{}", self.float.suffix());
+        let (name, row_tiles) = match self.weight {
+            Weight::Float(weight) => {
+                parameters.weight = weight.address();
+                (format!("skinny_{kind}_{tiles}_{}", self.float.suffix()), 1)
+            }
+            Weight::Int4(weight) => {
+                parameters.weight = weight.words.address();
+                parameters.cells = weight.cells.address();
+                parameters.group_shift = group_shift(self.k, weight.group)
+                    .expect("`validate` has seen this group: this is a bug");
+                // With few tokens more blocks, with more tokens blocks that read them less often.
+                let row_tiles = if self.m <= 4 { 1 } else { 2 };
+                (format!("int4_{kind}_{tiles}x{row_tiles}"), row_tiles)
+            }
+        };
         let shape = Shape {
-            grid: (self.n.div_ceil(rows), 1),
+            grid: (self.n.div_ceil(rows * row_tiles), 1),
             threads: THREADS,
             shared: 0,
         };

@@ -3,7 +3,7 @@
 use ashlar_kernels::cuda::{
     Float,
     gemm::{Gemm, bucket},
-    skinny::{Input, Output, SkinnyGemm},
+    skinny::{Input, Output, SkinnyGemm, Weight},
 };
 
 use crate::support::*;
@@ -54,7 +54,7 @@ fn skinny_stores_with_bias() {
                 let gemm = |output, bias| SkinnyGemm {
                     float,
                     input: Input::Plain(x_gpu.view()),
-                    weight: w_gpu.view(),
+                    weight: Weight::Float(w_gpu.view()),
                     bias,
                     output,
                     m,
@@ -106,7 +106,7 @@ fn skinny_chain_of_a_layer() {
                 SkinnyGemm {
                     float,
                     input: Input::Plain(x_gpu.view()),
-                    weight: w_gpu.view(),
+                    weight: Weight::Float(w_gpu.view()),
                     bias: None,
                     output: Output::AddResidual {
                         residual: residual.view(),
@@ -146,7 +146,7 @@ fn skinny_chain_of_a_layer() {
                         num_sums,
                         eps: 1e-5,
                     },
-                    weight: gu_gpu.view(),
+                    weight: Weight::Float(gu_gpu.view()),
                     bias: None,
                     output: Output::SiluMul(out.view()),
                     m,
@@ -250,7 +250,7 @@ fn shapes_that_do_not_fit_are_refused() {
         SkinnyGemm {
             float: Float::Bf16,
             input: Input::Plain(view),
-            weight: view,
+            weight: Weight::Float(view),
             bias: None,
             output: Output::Store(view),
             m,

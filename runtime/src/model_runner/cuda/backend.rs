@@ -16,8 +16,9 @@ use ashlar_kernels::{
         attention::{DecodeAttention, HeadShape, PrefillAttention, Sequences},
         elementwise::{AddNorm, EmbedNorm, GatherRows, SiluMul, fill_random},
         gemm::Gemm,
+        int4,
         rope::RopeWriteKv,
-        skinny::{Input, Output, SkinnyGemm},
+        skinny::{self, Input, Output, SkinnyGemm},
     },
 };
 use half::{bf16, f16};
@@ -146,9 +147,8 @@ pub(super) struct CudaBackend {
     arrived: DeviceBuffer,
     /// Where four-bit weights become 16-bit ones, one matrix after another.
     scratch: Option<DeviceBuffer>,
-    /// Whether products with few rows are fused with their neighbours. Not with four-bit weights: those kernels read their
-    /// weights before the kernel in front of them has ended, which here would be the one that writes them to `scratch`.
-    fused: bool,
+    /// Whether layers hold four-bit weights, which few rows multiply as they are, and many only once they are 16-bit ones.
+    int4: bool,
     error: Option<CudaError>,
 }
 
@@ -180,6 +180,8 @@ impl CudaBackend {
             config.max_model_len,
         )?;
         let groups = config.max_num_seqs.max(config.max_logit_rows);
+        let int4 = model.quantization.is_some() && config.float == Float::F16;
+        let sum_rows = if int4 { skinny::MAX_ROWS } else { FUSED_ROWS };
         let widest = model.hidden_size.div_ceil(16);
         Ok(Self {
             float: config.float,
@@ -193,11 +195,11 @@ impl CudaBackend {
             layout: Layout::default(),
             kept: false,
             last_tokens: device.alloc(config.max_num_seqs * 4)?,
-            sums: device.alloc(widest * FUSED_ROWS * 4)?,
+            sums: device.alloc(widest * sum_rows * 4)?,
             parts: device.alloc(config.max_items * shape.part_bytes())?,
             arrived: device.alloc(groups * model.num_kv_heads * 4)?,
             scratch: None,
-            fused: model.quantization.is_none() || config.float == Float::Bf16,
+            int4,
             error: None,
             device: device.clone(),
         })
@@ -211,8 +213,8 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// The matrix in 16-bit floats, for the operation that is queued next.
-    fn weight<'a>(&'a self, matrix: &'a Matrix) -> Result<View<'a>, CudaError> {
+    /// The matrix in 16-bit floats, for the product with many rows that is queued next.
+    fn values<'a>(&'a self, matrix: &'a Matrix) -> Result<View<'a>, CudaError> {
         matrix.values(&self.device, self.scratch.as_ref())
     }
 
@@ -263,9 +265,22 @@ impl CudaBackend {
             .slice(layer * self.layer_bytes, self.layer_bytes))
     }
 
+    /// Most rows of a layer's product that is left to its neighbours.
+    pub(super) fn fused_rows(&self) -> usize {
+        if self.int4 {
+            skinny::MAX_ROWS
+        } else {
+            FUSED_ROWS
+        }
+    }
+
     /// Whether a layer's product with these rows is left to its neighbours.
     fn fuses(&self, rows: usize, width: usize) -> bool {
-        self.fused && Self::is_skinny(rows, width)
+        if self.int4 {
+            rows <= self.fused_rows() && SkinnyGemm::takes(rows, width)
+        } else {
+            Self::is_skinny(rows, width)
+        }
     }
 
     fn is_skinny(rows: usize, width: usize) -> bool {
@@ -298,7 +313,7 @@ impl CudaBackend {
         SkinnyGemm {
             float: self.float,
             input,
-            weight: self.weight(&product.matrix)?,
+            weight: product.matrix.weight(),
             bias: product.bias.as_ref().map(|bias| bias.view()),
             output,
             m: rows,
@@ -349,7 +364,7 @@ impl CudaBackend {
         Gemm {
             float: self.float,
             x: x.view(),
-            weight: self.weight(matrix)?,
+            weight: self.values(matrix)?,
             bias: bias.map(|bias| bias.view()),
             y,
             f32_out,
@@ -372,7 +387,7 @@ impl CudaBackend {
         Gemm {
             float: self.float,
             x: x.view(),
-            weight: self.weight(matrix)?,
+            weight: self.values(matrix)?,
             bias: None,
             y: y.view(),
             f32_out,
@@ -484,7 +499,9 @@ impl CudaBackend {
             })
             .collect();
         parts.filter(|parts| {
-            self.float == Float::F16 && parts.iter().all(|part| part.group == parts[0].group)
+            self.int4
+                && parts.iter().all(|part| part.group == parts[0].group)
+                && int4::takes(parts[0].columns, parts[0].group)
         })
     }
 
@@ -574,7 +591,7 @@ impl Backend for CudaBackend {
         out: &mut CudaBuf,
     ) {
         let rows = self.layout.counts.rows;
-        let table = self.weight(embedding);
+        let table = self.values(embedding);
         let embed = |table| EmbedNorm {
             float: self.float,
             tokens: self.at(self.layout.tokens),
@@ -741,7 +758,8 @@ impl Backend for CudaBackend {
 
     fn logits(&mut self, x: &CudaBuf, head: &Linear<GpuMatrix, GpuVector>, out: &mut CudaBuf) {
         let (matrix, bias) = (&head.parts[0], head.bias.as_ref());
-        let result = if Self::is_skinny(x.rows, matrix.columns) {
+        let is_normed = matches!(x.state, State::Normed { .. });
+        let result = if is_normed || Self::is_skinny(x.rows, matrix.columns) {
             let product = Self::product_of(x, matrix, bias);
             let output = Output::StoreF32(out.view());
             self.run_product(&product, x.rows, out.width, output)

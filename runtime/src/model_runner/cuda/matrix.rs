@@ -1,6 +1,10 @@
 //! Weight matrices on the GPU: 16-bit floats, or four bits as the checkpoint has them.
 
-use ashlar_kernels::cuda::{CudaError, Device, DeviceBuffer, Float, View, int4::DequantizeInt4};
+use ashlar_kernels::cuda::{
+    CudaError, Device, DeviceBuffer, Float, View,
+    int4::{self, DequantizeInt4, Int4View},
+    skinny::Weight,
+};
 
 use crate::weights::Int4Matrix;
 
@@ -14,11 +18,10 @@ pub(super) struct Matrix {
 enum Data {
     /// `[rows, columns]` of the backend's type.
     Float(DeviceBuffer),
-    /// As [`Int4Matrix`]; read as IEEE halves.
+    /// Beside IEEE halves.
     Int4 {
-        qweight: DeviceBuffer,
-        scales: DeviceBuffer,
-        zeros: DeviceBuffer,
+        words: DeviceBuffer,
+        cells: DeviceBuffer,
         group: usize,
     },
 }
@@ -32,20 +35,17 @@ impl Matrix {
         }
     }
 
-    /// Copies a matrix to the GPU.
+    /// Copies a matrix of groups that the kernels take to the GPU.
     pub(super) fn int4(device: &Device, matrix: &Int4Matrix) -> Result<Self, CudaError> {
         let upload = |bytes: &[u8]| {
             let buffer = device.alloc(bytes.len())?;
             device.write(bytes, buffer.view())?;
             Ok::<_, CudaError>(buffer)
         };
-        let words = matrix.qweight.iter().flat_map(|word| word.to_le_bytes());
-        let scales = matrix.scales.iter().flat_map(|scale| scale.to_le_bytes());
         Ok(Self {
             data: Data::Int4 {
-                qweight: upload(&words.collect::<Vec<u8>>())?,
-                scales: upload(&scales.collect::<Vec<u8>>())?,
-                zeros: upload(&matrix.zeros)?,
+                words: upload(&int4::words(&matrix.qweight))?,
+                cells: upload(&int4::cells(&matrix.scales, &matrix.zeros))?,
                 group: matrix.group,
             },
             rows: matrix.rows,
@@ -61,36 +61,44 @@ impl Matrix {
         }
     }
 
-    /// The matrix in 16-bit floats, for the operation that is queued next: four bits are turned into them in `scratch`.
+    /// As products with few rows read it.
+    pub(super) fn weight(&self) -> Weight<'_> {
+        match &self.data {
+            Data::Float(data) => Weight::Float(data.view()),
+            Data::Int4 {
+                words,
+                cells,
+                group,
+            } => Weight::Int4(Int4View {
+                words: words.view(),
+                cells: cells.view(),
+                group: *group,
+            }),
+        }
+    }
+
+    /// The matrix in 16-bit floats, for the product with many rows that is queued next: four bits are turned into them in
+    /// `scratch`. That product must not read its weights before the kernel in front of it has ended.
     pub(super) fn values<'a>(
         &'a self,
         device: &Device,
         scratch: Option<&'a DeviceBuffer>,
     ) -> Result<View<'a>, CudaError> {
-        match &self.data {
-            Data::Float(data) => Ok(data.view()),
-            Data::Int4 {
-                qweight,
-                scales,
-                zeros,
-                group,
-            } => {
-                let out = scratch.ok_or_else(|| CudaError::Shape {
-                    op: "dequantize_int4",
-                    message: "there is no scratch memory yet: this is a bug".to_owned(),
-                })?;
-                DequantizeInt4 {
-                    qweight: qweight.view(),
-                    scales: scales.view(),
-                    zeros: zeros.view(),
-                    out: out.view(),
-                    n: self.rows,
-                    k: self.columns,
-                    group: *group,
-                }
-                .launch(device)?;
-                Ok(out.view())
-            }
+        let weight = match self.weight() {
+            Weight::Float(view) => return Ok(view),
+            Weight::Int4(weight) => weight,
+        };
+        let out = scratch.ok_or_else(|| CudaError::Shape {
+            op: "dequantize_int4",
+            message: "there is no scratch memory: this is a bug".to_owned(),
+        })?;
+        DequantizeInt4 {
+            weight,
+            out: out.view(),
+            n: self.rows,
+            k: self.columns,
         }
+        .launch(device)?;
+        Ok(out.view())
     }
 }

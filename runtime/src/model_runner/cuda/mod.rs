@@ -25,7 +25,7 @@ pub use ashlar_kernels::cuda::{CudaError, Float};
 use ashlar_kernels::cuda::{Device, Graph, gemm};
 
 use self::{
-    backend::{CudaBackend, CudaBackendConfig, CudaBuf, FUSED_ROWS},
+    backend::{CudaBackend, CudaBackendConfig, CudaBuf},
     sampling::GpuSampler,
     staging::Staging,
     step::{Counts, Layout, StepBuilder, max_items},
@@ -220,7 +220,7 @@ impl CudaRunner {
             let processors = self.device.multiprocessors();
             let layout = self.builder.plan(&input, Some(rows), &shape, processors);
             // Kernels load at their first launch, which a capture must not contain.
-            if self.graphs.is_empty() || rows == FUSED_ROWS + 8 {
+            if self.graphs.is_empty() || rows == self.backend.fused_rows() + 8 {
                 self.stage(&input, layout)?;
                 self.run_layers(&input, layout)?;
                 self.device.synchronize()?;
