@@ -266,3 +266,20 @@ fn a_checkpoint_without_a_scale_is_refused_by_the_tensors_name() {
         "{message}"
     );
 }
+
+#[test]
+fn a_truncated_checkpoint_is_refused_by_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let from = awq_path();
+    fs::copy(from.join("config.json"), folder.path().join("config.json")).unwrap();
+    let file = fs::read(from.join("model.safetensors")).unwrap();
+    let to = folder.path().join("model.safetensors");
+    for len in [0, 7, 1000, file.len() / 2, file.len() - 1] {
+        fs::write(&to, &file[..len]).unwrap();
+        let message = Checkpoint::open(folder.path()).unwrap_err().to_string();
+        assert!(
+            message.contains("model.safetensors") && message.contains("download it again"),
+            "{len} bytes: {message}"
+        );
+    }
+}
