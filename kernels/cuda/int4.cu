@@ -37,10 +37,11 @@ extern "C" __global__ void int4_dequantize(const uint32_t *weight, const uint32_
 // share the reading of x. A lane takes 32 neighbouring values (16 bytes) of a row, a quad 128, and feeds eight products.
 template <int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ void skinny_int4(const Skinny &p) {
     using N = Num<__half>;
-    constexpr int M = 8 * TILES, ROWS = 16 * ROW_TILES;
-    constexpr int UNROLL = ROW_TILES == 1 ? 4 : 2; // blocks of 128 k in flight per warp
+    constexpr int M = 8 * TILES;
+    constexpr int UNROLL = 4 / ROW_TILES; // blocks of 128 k in flight per warp
+    constexpr int AHEAD = TILES <= 2 ? 4 : 1; // vectors of a token that are loaded before the first is multiplied
     __shared__ float scales[M];
-    __shared__ float partial[WARPS][ROWS][M + 1];
+    __shared__ float partial[WARPS][16][M + 1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
     const int chunks = p.k / 32, blocks = (chunks + 3) / 4, share = (blocks + WARPS - 1) / WARPS;
     const int begin = warp * share, end = min(begin + share, blocks);
@@ -88,33 +89,37 @@ template <int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ vo
         for (int u = 0; u < UNROLL; u++) {
             const int chunk = (base + u) * 4 + quad;
             if (base + u < end) {
-                Vec8 x[TILES][4];
 #pragma unroll
-                for (int t = 0; t < TILES; t++) {
-                    const bool valid = chunk < chunks && t * 8 + group < p.m;
-                    const uint4 *from = reinterpret_cast<const uint4 *>(static_cast<const __half *>(p.x) + (long)(t * 8 + group) * p.k);
+                for (int first = 0; first < 4; first += AHEAD) {
+                    Vec8 x[AHEAD][TILES];
 #pragma unroll
-                    for (int i = 0; i < 4; i++) x[t][i].v = valid ? from[chunk * 4 + i] : make_uint4(0, 0, 0, 0);
-                }
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    if (p.norm) {
-                        Vec8 norm;
-                        norm.v = reinterpret_cast<const uint4 *>(p.norm)[min(chunk, chunks - 1) * 4 + i];
-#pragma unroll
-                        for (int t = 0; t < TILES; t++) apply_norm<__half>(&x[t][i], norm, scale[t]);
-                    }
-#pragma unroll
-                    for (int r = 0; r < ROW_TILES; r++) {
-                        uint32_t low[4], high[4];
-                        dequantize(a[u][r][0].w[i], cells[u][r][0], low);
-                        dequantize(a[u][r][1].w[i], cells[u][r][1], high);
-                        const uint32_t first[4] = {low[0], high[0], low[1], high[1]};
-                        const uint32_t second[4] = {low[2], high[2], low[3], high[3]};
+                    for (int i = 0; i < AHEAD; i++)
 #pragma unroll
                         for (int t = 0; t < TILES; t++) {
-                            N::mma(acc[r][t], first, x[t][i].w[0], x[t][i].w[1]);
-                            N::mma(acc[r][t], second, x[t][i].w[2], x[t][i].w[3]);
+                            const bool valid = chunk < chunks && t * 8 + group < p.m;
+                            const uint4 *from = reinterpret_cast<const uint4 *>(static_cast<const __half *>(p.x) + (long)(t * 8 + group) * p.k);
+                            x[i][t].v = valid ? from[chunk * 4 + first + i] : make_uint4(0, 0, 0, 0);
+                        }
+#pragma unroll
+                    for (int i = 0; i < AHEAD; i++) {
+                        if (p.norm) {
+                            Vec8 norm;
+                            norm.v = reinterpret_cast<const uint4 *>(p.norm)[min(chunk, chunks - 1) * 4 + first + i];
+#pragma unroll
+                            for (int t = 0; t < TILES; t++) apply_norm<__half>(&x[i][t], norm, scale[t]);
+                        }
+#pragma unroll
+                        for (int r = 0; r < ROW_TILES; r++) {
+                            uint32_t low[4], high[4];
+                            dequantize(a[u][r][0].w[first + i], cells[u][r][0], low);
+                            dequantize(a[u][r][1].w[first + i], cells[u][r][1], high);
+                            const uint32_t even[4] = {low[0], high[0], low[1], high[1]};
+                            const uint32_t odd[4] = {low[2], high[2], low[3], high[3]};
+#pragma unroll
+                            for (int t = 0; t < TILES; t++) {
+                                N::mma(acc[r][t], even, x[i][t].w[0], x[i][t].w[1]);
+                                N::mma(acc[r][t], odd, x[i][t].w[2], x[i][t].w[3]);
+                            }
                         }
                     }
                 }
@@ -123,16 +128,15 @@ template <int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ vo
         }
     }
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; r++)
+    for (int r = 0; r < ROW_TILES; r++) {
+        if (r) __syncthreads();
 #pragma unroll
         for (int t = 0; t < TILES; t++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) partial[warp][16 * r + group + i / 2 * 8][t * 8 + quad * 2 + i % 2] = acc[r][t][i];
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; r++) {
+            for (int i = 0; i < 4; i++) partial[warp][group + i / 2 * 8][t * 8 + quad * 2 + i % 2] = acc[r][t][i];
+        __syncthreads();
         const int tile = blockIdx.x * ROW_TILES + r;
-        if (tile * (OUTPUT == SILU_MUL ? 8 : 16) < p.n) finish_tile<__half, M, ROWS, OUTPUT>(p, partial, tile, 16 * r);
+        if (tile * (OUTPUT == SILU_MUL ? 8 : 16) < p.n) finish_tile<__half, M, OUTPUT>(p, partial, tile);
     }
 }
 
@@ -150,3 +154,6 @@ DEFINE(1, 1)
 DEFINE(1, 2)
 DEFINE(2, 2)
 DEFINE(4, 2)
+DEFINE(4, 4)
+DEFINE(8, 2)
+DEFINE(8, 4)

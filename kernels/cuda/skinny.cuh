@@ -53,10 +53,9 @@ template <typename T> __device__ __forceinline__ void apply_norm(Vec8 *x, const 
     }
 }
 
-// Sums the warps' parts of tile `tile` of 16 rows and does with the sums what OUTPUT says. `partial` is [WARPS][ROWS][M + 1], of
-// which the tile's rows begin at `first`.
-template <typename T, int M, int ROWS_OF_BLOCK, Output OUTPUT>
-__device__ __forceinline__ void finish_tile(const Skinny &p, float (*partial)[ROWS_OF_BLOCK][M + 1], int tile, int first) {
+// Sums the warps' parts of tile `tile` of 16 rows and does with the sums what OUTPUT says.
+template <typename T, int M, Output OUTPUT>
+__device__ __forceinline__ void finish_tile(const Skinny &p, float (*partial)[16][M + 1], int tile) {
     using N = Num<T>;
     constexpr int ROWS = OUTPUT == SILU_MUL ? 8 : 16;
     // Neighbouring threads hold neighbouring outputs of one token.
@@ -67,8 +66,8 @@ __device__ __forceinline__ void finish_tile(const Skinny &p, float (*partial)[RO
         float s = 0.f, up = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            s += partial[w][first + r][m];
-            if (OUTPUT == SILU_MUL) up += partial[w][first + r + 8][m];
+            s += partial[w][r][m];
+            if (OUTPUT == SILU_MUL) up += partial[w][r + 8][m];
         }
         if (p.bias && valid) {
             s += N::to(static_cast<const T *>(p.bias)[n]);

@@ -83,7 +83,7 @@ template <typename T, int TILES, Output OUTPUT> __device__ __forceinline__ void 
         partial[warp][group + 8][t * 8 + quad * 2 + 1] = acc[t][3];
     }
     __syncthreads();
-    finish_tile<T, M, 16, OUTPUT>(p, partial, blockIdx.x, 0);
+    finish_tile<T, M, OUTPUT>(p, partial, blockIdx.x);
 }
 
 #define DEFINE_TILES(SUFFIX, T, TILES)                                                                                          \

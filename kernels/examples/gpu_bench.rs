@@ -105,7 +105,7 @@ impl Bench {
                 cells: weights[i % sets].1.view(),
                 group,
             };
-            for m in [1usize, 4, 8, 16, 32] {
+            for m in [1usize, 4, 8, 16, 32, 64] {
                 let (x, y) = (self.random(m * k), self.device.alloc(m * n * 2).unwrap());
                 let us = self.time(2 * sets.max(10), |i| {
                     SkinnyGemm {

@@ -9,6 +9,8 @@ use super::{
 
 /// Most rows.
 pub const MAX_ROWS: usize = 32;
+/// Most rows with four-bit weights: they are worth more work, since the alternative writes and reads them as 16-bit ones.
+pub const MAX_INT4_ROWS: usize = 64;
 const THREADS: usize = 256;
 
 /// What is multiplied.
@@ -58,7 +60,7 @@ pub enum Output<'a> {
     SiluMul(View<'a>),
 }
 
-/// `x · weightᵀ + bias` for at most [`MAX_ROWS`] rows.
+/// `x · weightᵀ + bias` for at most [`MAX_ROWS`] rows, or [`MAX_INT4_ROWS`].
 #[derive(Clone, Copy)]
 pub struct SkinnyGemm<'a> {
     /// Type of everything but sums and logits.
@@ -105,11 +107,21 @@ impl SkinnyGemm<'_> {
         (1..=MAX_ROWS).contains(&m) && k > 0 && k.is_multiple_of(32)
     }
 
+    /// [`Self::takes`] with four-bit weights, if their groups are taken.
+    #[must_use]
+    pub fn takes_int4(m: usize, k: usize) -> bool {
+        (1..=MAX_INT4_ROWS).contains(&m) && k > 0 && k.is_multiple_of(32)
+    }
+
     fn validate(&self) -> Result<(), CudaError> {
         let op = "skinny_gemm";
         let (m, n, k) = (self.m, self.n, self.k);
-        need(Self::takes(m, k) && n > 0 && n < 1 << 28, op, || {
-            format!("{m} × {n} × {k}: at most {MAX_ROWS} rows, and k a multiple of 32, are needed")
+        let (takes, most) = match self.weight {
+            Weight::Float(_) => (Self::takes(m, k), MAX_ROWS),
+            Weight::Int4(_) => (Self::takes_int4(m, k), MAX_INT4_ROWS),
+        };
+        need(takes && n > 0 && n < 1 << 28, op, || {
+            format!("{m} × {n} × {k}: at most {most} rows, and k a multiple of 32, are needed")
         })?;
         let mut weight_rows = n;
         let out_fits = match self.output {
@@ -221,8 +233,14 @@ impl SkinnyGemm<'_> {
                 parameters.cells = weight.cells.address();
                 parameters.group_shift = group_shift(self.k, weight.group)
                     .expect("`validate` has seen this group: this is a bug");
-                // With few tokens more blocks, with more tokens blocks that read them less often.
-                let row_tiles = if self.m <= 4 { 1 } else { 2 };
+                // With few tokens more blocks; with more tokens fewer, each of which reads them all, as long as no
+                // multiprocessor is left without one.
+                let blocks_of_four = self.n.div_ceil(4 * rows);
+                let row_tiles = match self.m {
+                    ..=4 => 1,
+                    17.. if blocks_of_four >= device.multiprocessors() as usize => 4,
+                    _ => 2,
+                };
                 (format!("int4_{kind}_{tiles}x{row_tiles}"), row_tiles)
             }
         };

@@ -67,7 +67,8 @@ impl Int4 {
 }
 
 /// n, k, group.
-const SHAPES: [(usize, usize, usize); 7] = [
+const SHAPES: [(usize, usize, usize); 8] = [
+    (20_000, 160, 32),
     (16, 32, 32),
     (17, 64, 64),
     (576, 576, 64),
@@ -100,7 +101,7 @@ fn four_bits_become_sixteen_exactly() {
 #[test]
 fn few_rows_are_multiplied_with_a_bias() {
     for (n, k, group) in SHAPES {
-        for m in [1, 2, 4, 5, 8, 9, 16, 17, 32] {
+        for m in [1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64] {
             let mut random = Random((m * n) as u64);
             let weight = Int4::random(&mut random, n, k, group);
             let (x, bias) = (random.values(F16, m * k), random.values(F16, n));
@@ -134,7 +135,7 @@ fn few_rows_are_multiplied_with_a_bias() {
 fn a_layers_chain_is_fused() {
     for (hidden, k, features, group) in [(64, 32, 24, 32), (576, 576, 1536, 64), (96, 160, 100, 32)]
     {
-        for m in [1, 3, 8, 16, 32] {
+        for m in [1, 3, 8, 16, 32, 64] {
             let mut random = Random((m * hidden) as u64);
             let down = Int4::random(&mut random, hidden, k, group);
             let gate_up = Int4::random(&mut random, 2 * features, hidden, 32);
@@ -244,6 +245,18 @@ fn shapes_that_do_not_fit_are_refused() {
         op.launch(device()).unwrap_err().to_string()
     };
     let store = Output::Store(view);
+    let many = SkinnyGemm {
+        float: F16,
+        input: Input::Plain(view),
+        weight: Weight::Int4(weight(32)),
+        bias: None,
+        output: store,
+        m: 65,
+        n: 16,
+        k: 64,
+    };
+    let message = many.launch(device()).unwrap_err().to_string();
+    assert!(message.contains("at most 64 rows"), "{message}");
     assert!(multiply(Float::Bf16, store, 16, 32).contains("with halves"));
     assert!(multiply(F16, Output::StoreF32(view), 16, 32).contains("give halves"));
     assert!(multiply(F16, store, 16, 48).contains("too short"));

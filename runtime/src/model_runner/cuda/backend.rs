@@ -268,18 +268,21 @@ impl CudaBackend {
     /// Most rows of a layer's product that is left to its neighbours.
     pub(super) fn fused_rows(&self) -> usize {
         if self.int4 {
-            skinny::MAX_ROWS
+            skinny::MAX_INT4_ROWS
         } else {
             FUSED_ROWS
         }
     }
 
-    /// Whether a layer's product with these rows is left to its neighbours.
-    fn fuses(&self, rows: usize, width: usize) -> bool {
-        if self.int4 {
-            rows <= self.fused_rows() && SkinnyGemm::takes(rows, width)
+    /// Whether a layer's product of these rows with this matrix is left to its neighbours.
+    fn fuses(&self, rows: usize, matrix: &Matrix) -> bool {
+        if matrix.is_int4() {
+            SkinnyGemm::takes_int4(rows, matrix.columns)
+        } else if self.int4 {
+            // As many as a norm is fused with below: what reads it must read it so.
+            SkinnyGemm::takes(rows, matrix.columns)
         } else {
-            Self::is_skinny(rows, width)
+            Self::is_skinny(rows, matrix.columns)
         }
     }
 
@@ -620,7 +623,7 @@ impl Backend for CudaBackend {
         out: &mut CudaBuf,
     ) {
         let (matrix, bias) = (&weight.parts[0], weight.bias.as_ref());
-        if self.fuses(x.rows, matrix.columns) {
+        if self.fuses(x.rows, matrix) {
             let product = Self::product_of(x, matrix, bias);
             out.set(x.rows, State::Product(product));
             return;
@@ -693,7 +696,7 @@ impl Backend for CudaBackend {
     ) {
         let (rows, width) = (delta.rows, residual.width);
         if let State::Product(product) = &delta.state
-            && width >= SEPARATE_NORM_WIDTH
+            && (width >= SEPARATE_NORM_WIDTH || rows > skinny::MAX_ROWS)
         {
             let result = self.run_product(product, rows, width, Output::Store(delta.view()));
             self.note(result);
@@ -709,7 +712,7 @@ impl Backend for CudaBackend {
                 weight: Arc::clone(norm),
                 num_sums: width.div_ceil(16),
             };
-            if self.fuses(rows, width) {
+            if SkinnyGemm::takes(rows, width) {
                 out.set(rows, normed);
                 return;
             }

@@ -61,6 +61,11 @@ impl Matrix {
         }
     }
 
+    /// Whether it is in four bits.
+    pub(super) fn is_int4(&self) -> bool {
+        matches!(self.data, Data::Int4 { .. })
+    }
+
     /// As products with few rows read it.
     pub(super) fn weight(&self) -> Weight<'_> {
         match &self.data {

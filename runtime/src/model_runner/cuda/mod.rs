@@ -214,13 +214,16 @@ impl CudaRunner {
     }
 
     fn capture_graphs(&mut self) -> Result<(), CudaError> {
+        let mut first_large = true;
         for rows in buckets(self.limits.max_num_seqs as usize) {
+            let is_large = rows > self.backend.fused_rows();
             let input = decode_input(rows);
             let shape = self.backend.shape;
             let processors = self.device.multiprocessors();
             let layout = self.builder.plan(&input, Some(rows), &shape, processors);
             // Kernels load at their first launch, which a capture must not contain.
-            if self.graphs.is_empty() || rows == self.backend.fused_rows() + 8 {
+            if self.graphs.is_empty() || (is_large && first_large) {
+                first_large &= !is_large;
                 self.stage(&input, layout)?;
                 self.run_layers(&input, layout)?;
                 self.device.synchronize()?;
