@@ -4,19 +4,33 @@
 // out of one masking as a pair. A cell, one for each group and row, is a pair too: the scale, and 1024 + zero.
 #include "skinny.cuh"
 
-// Pairs (0,1), (2,3), (4,5), (6,7) of a word, dequantised: 0x6400 | q is 1024 + q in fp16, the difference is exact, and the
-// product is rounded once.
-__device__ __forceinline__ void dequantize(uint32_t word, __half2 scale, __half2 zero, uint32_t *pairs) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const uint32_t biased = ((word >> (4 * j)) & 0x000f000fu) | 0x64006400u;
-        const __half2 pair = __hmul2(__hsub2(*reinterpret_cast<const __half2 *>(&biased), zero), scale);
-        pairs[j] = *reinterpret_cast<const uint32_t *>(&pair);
-    }
+// (a & mask) | bits, in one instruction: the compiler alone takes two where both are constants.
+__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) {
+#ifdef __CUDA_ARCH__
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+    return result;
+#else
+    return (a & mask) | bits;
+#endif
 }
+__device__ __forceinline__ __half2 as_half2(uint32_t v) { return *reinterpret_cast<const __half2 *>(&v); }
+__device__ __forceinline__ uint32_t as_word(__half2 v) { return *reinterpret_cast<const uint32_t *>(&v); }
+
+// Pairs (0,1), (2,3), (4,5), (6,7) of a word, dequantised. 0x6400 | q is 1024 + q in fp16, and 0x6400 | 16q is 1024 + 16q: q - zero
+// comes out of either exactly, the latter times 1/16, and its product with the scale is rounded once.
 __device__ __forceinline__ void dequantize(uint32_t word, uint32_t cell, uint32_t *pairs) {
-    const __half2 both = *reinterpret_cast<const __half2 *>(&cell);
-    dequantize(word, __low2half2(both), __high2half2(both), pairs);
+    const __half2 scale = __low2half2(as_half2(cell)), zero = __high2half2(as_half2(cell)); // zero: 1024 + z
+    const __half2 high_zero = __hsub2(as_half2(0x63806380u), zero);                         // 960 - (1024 + z) = -(64 + z)
+    const __half2 sixteenth = as_half2(0x2c002c00u);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const uint32_t four = word >> (8 * j);
+        const __half2 low = as_half2(masked(four, 0x000f000fu, 0x64006400u));
+        const __half2 high = as_half2(masked(four, 0x00f000f0u, 0x64006400u));
+        pairs[2 * j] = as_word(__hmul2(__hsub2(low, zero), scale));
+        pairs[2 * j + 1] = as_word(__hmul2(__hfma2(high, sixteenth, high_zero), scale));
+    }
 }
 
 // out[n][8·words] from weight[n][words] and cells[groups][n]. One thread per word. Bound by memory: half a byte in, two out.
