@@ -360,32 +360,38 @@ impl Bench {
                 self.random(batch * rows * 4096),
                 self.i32s(&flat),
             );
-            let us = self.time(5, |_| {
-                PrefillAttention {
-                    shape,
-                    qkv: qkv.view(),
-                    cache: cache.view(),
-                    out: out.view(),
-                    items: list.view(),
-                    sequences: Sequences {
-                        rows: first.view(),
-                        context_lens: lens.view(),
-                        table_starts: starts.view(),
-                        blocks: blocks.view(),
-                        count: batch,
-                    },
-                    query_lens: query_lens.view(),
-                    num_items: items.len(),
-                }
-                .launch(&self.device)
-                .unwrap();
-            });
-            let seen = (length - rows) as f64 * rows as f64 + rows as f64 * rows as f64 / 2.0;
-            self.rate(
-                &format!("prefill attention {batch} × {rows} of {length}"),
-                us,
-                4.0 * seen * 4096.0 * batch as f64,
-            );
+            for portable in [false, true] {
+                let us = self.time(5, |_| {
+                    PrefillAttention {
+                        shape,
+                        qkv: qkv.view(),
+                        cache: cache.view(),
+                        out: out.view(),
+                        items: list.view(),
+                        sequences: Sequences {
+                            rows: first.view(),
+                            context_lens: lens.view(),
+                            table_starts: starts.view(),
+                            blocks: blocks.view(),
+                            count: batch,
+                        },
+                        query_lens: query_lens.view(),
+                        num_items: items.len(),
+                        portable,
+                    }
+                    .launch(&self.device)
+                    .unwrap();
+                });
+                let seen = (length - rows) as f64 * rows as f64 + rows as f64 * rows as f64 / 2.0;
+                self.rate(
+                    &format!(
+                        "prefill attention {batch} × {rows} of {length}{}",
+                        if portable { " (portable)" } else { "" }
+                    ),
+                    us,
+                    4.0 * seen * 4096.0 * batch as f64,
+                );
+            }
         }
     }
 

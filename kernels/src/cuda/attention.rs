@@ -5,12 +5,15 @@ use super::{
     modules::{Shape, arguments},
     need,
     rope::BLOCK_SIZE,
+    tensor_map::{Swizzle, TensorMap},
 };
 
 /// Query heads that share a kv head, at most; 8 where a head has 256 values.
 pub const MAX_GROUP: usize = 16;
 /// Widths of a head that there are kernels for.
 pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+/// Widths of a head that Hopper's prefill kernel knows.
+const HOPPER_DIMS: [usize; 2] = [64, 128];
 /// Query rows of a prefill item.
 pub const TILE_ROWS: usize = 128;
 /// Fewest pages in a decode item: 4 warps read one each.
@@ -297,6 +300,8 @@ pub struct PrefillAttention<'a> {
     pub query_lens: View<'a>,
     /// Items.
     pub num_items: usize,
+    /// Takes the kernel for every architecture where there is one for this GPU alone, to compare the two.
+    pub portable: bool,
 }
 
 #[repr(C)]
@@ -315,6 +320,7 @@ struct PrefillParameters {
     q_stride: i32,
     window: i32,
     scale: f32,
+    num_items: i32,
 }
 
 impl PrefillAttention<'_> {
@@ -363,7 +369,11 @@ impl PrefillAttention<'_> {
             q_stride: shape.q_stride() as i32,
             window: shape.window as i32,
             scale: shape.scale(),
+            num_items: self.num_items as i32,
         };
+        if device.is_hopper() && HOPPER_DIMS.contains(&shape.head_dim) && !self.portable {
+            return self.launch_hopper(device, &parameters);
+        }
         let stored = if shape.head_dim == 96 {
             128
         } else {
@@ -384,5 +394,59 @@ impl PrefillAttention<'_> {
         // SAFETY: the parameter is the kernel's own struct; work lists fit (`validate`); rows, pages and items are in
         // range by the uploader's check.
         unsafe { device.launch(&name, launch, arguments![parameters]) }
+    }
+
+    /// The kernel for compute capability 9.0: its copies go by maps of q, K and V.
+    fn launch_hopper(
+        &self,
+        device: &Device,
+        parameters: &PrefillParameters,
+    ) -> Result<(), CudaError> {
+        let shape = &self.shape;
+        let (dim, kv_heads) = (shape.head_dim as u64, shape.num_kv_heads as u64);
+        let (float, row) = (Float::BYTES as u64, shape.q_stride() as u64);
+        let page = shape.page_bytes() as u64;
+        let head = dim * BLOCK_SIZE as u64 * float;
+        let pages = self.cache.bytes as u64 / page;
+        let q = TensorMap::new(
+            shape.float,
+            self.qkv,
+            &[row, self.qkv.bytes as u64 / (row * float)],
+            &[row * float],
+            &[64, TILE_ROWS as u32],
+            Swizzle::Bytes128,
+        )?;
+        let k = TensorMap::new(
+            shape.float,
+            self.cache,
+            &[dim, BLOCK_SIZE as u64, kv_heads, pages],
+            &[dim * float, head, page],
+            &[64, BLOCK_SIZE as u32, 1, 1],
+            Swizzle::Bytes128,
+        )?;
+        let values = (kv_heads * head) as usize;
+        let v = TensorMap::new(
+            shape.float,
+            self.cache.slice(values, self.cache.bytes - values),
+            &[BLOCK_SIZE as u64, dim, kv_heads, pages],
+            &[BLOCK_SIZE as u64 * float, head, page],
+            &[BLOCK_SIZE as u32, dim as u32, 1, 1],
+            Swizzle::Bytes32,
+        )?;
+        let name = format!(
+            "prefill_attention_hopper_{}_{}",
+            shape.head_dim,
+            shape.float.suffix()
+        );
+        let units = self.num_items * shape.num_heads;
+        let launch = Shape {
+            grid: (units.min(device.multiprocessors() as usize), 1),
+            threads: 384,
+            // Q, two stages of 128 tokens of K and V, and barriers.
+            shared: (TILE_ROWS + 2 * 2 * 128) * shape.head_dim * Float::BYTES + 128,
+        };
+        // SAFETY: the parameters are the kernel's own struct and three maps of tensors that lie inside their views; work
+        // lists fit (`validate`); rows, pages and items are in range by the uploader's check.
+        unsafe { device.launch(&name, launch, arguments![*parameters, q, k, v]) }
     }
 }

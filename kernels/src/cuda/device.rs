@@ -129,6 +129,11 @@ impl Device {
         self.inner.capability
     }
 
+    /// Whether it has compute capability 9.0, for which some kernels exist alone.
+    pub(super) fn is_hopper(&self) -> bool {
+        self.inner.capability == 90
+    }
+
     /// Multiprocessors.
     #[must_use]
     pub fn multiprocessors(&self) -> u32 {

@@ -9,6 +9,7 @@
 //! skinny      products with few rows (decode), with what stands before and after them fused in
 //! int4        four-bit weights: how they are stored, and turned into 16 bits
 //! attention   paged attention: single rows (decode) and many rows (prefill)
+//! tensor_map  boxes of tensors for Hopper's copy engine
 //! sampling    penalties, masks, top-k, top-p, min-p, draws, log-probabilities
 //! ```
 //!
@@ -28,6 +29,7 @@ mod modules;
 pub mod rope;
 pub mod sampling;
 pub mod skinny;
+mod tensor_map;
 
 pub use device::{Device, DeviceBuffer, Event, Graph, PinnedBuffer, View};
 

@@ -30,6 +30,7 @@ const IMAGES: &[(&str, &[u8])] = &[
     fatbin!("int4"),
     fatbin!("decode_attention"),
     fatbin!("prefill_attention"),
+    fatbin!("prefill_attention_sm90a"),
     fatbin!("sampling"),
 ];
 

@@ -189,6 +189,10 @@ impl Case {
     }
 
     fn prefill(&self, data: &Data) -> Vec<f32> {
+        self.prefill_by(data, false)
+    }
+
+    fn prefill_by(&self, data: &Data, portable: bool) -> Vec<f32> {
         let shape = self.shape;
         let mut items = Vec::new();
         prefill_items(
@@ -224,6 +228,7 @@ impl Case {
             },
             query_lens: query_lens.view(),
             num_items: items.len(),
+            portable,
         }
         .launch(device())
         .unwrap();
@@ -307,7 +312,11 @@ fn prefill_with_and_without_a_prefix() {
                 };
                 let data = case.data(dim as u64);
                 let what = format!("{float:?} {heads}/{kv_heads}×{dim} window {window}");
-                assert_close(&what, float, &case.prefill(&data), &case.expected(&data));
+                let expected = case.expected(&data);
+                for portable in [false, true] {
+                    let what = format!("{what} portable {portable}");
+                    assert_close(&what, float, &case.prefill_by(&data, portable), &expected);
+                }
             }
         }
     }
@@ -324,6 +333,32 @@ fn a_row_does_not_depend_on_its_company() {
     let first = alone.prefill(&data);
     for _ in 0..3 {
         assert_eq!(alone.prefill(&data), first);
+    }
+}
+
+/// More work units than blocks, lengths around every boundary, long contexts: blocks walk over several units each.
+#[test]
+fn prefill_of_more_work_than_blocks() {
+    for (heads, kv_heads, dim) in [(9, 3, 64), (16, 4, 128)] {
+        for window in [0, 200] {
+            let mut seqs: Vec<(usize, usize)> =
+                [1, 127, 128, 129, 143, 144, 145, 255, 256, 257, 640]
+                    .iter()
+                    .flat_map(|rows| [(*rows, *rows), (*rows, rows + 77), (*rows, rows + 1024)])
+                    .collect();
+            seqs.push((40, 3000));
+            let case = Case {
+                shape: shape(Float::Bf16, heads, kv_heads, dim, window),
+                seqs,
+            };
+            let data = case.data(dim as u64 + 1);
+            let what = format!("{heads}/{kv_heads}×{dim} window {window}");
+            let first = case.prefill(&data);
+            assert_close(&what, Float::Bf16, &first, &case.expected(&data));
+            for _ in 0..3 {
+                assert_eq!(case.prefill(&data), first, "{what} again");
+            }
+        }
     }
 }
 

@@ -459,6 +459,7 @@ impl CudaBackend {
             },
             query_lens: self.at(layout.prefill_query_lens),
             num_items: counts.prefill_items,
+            portable: false,
         }
         .launch(&self.device)
     }
