@@ -9,6 +9,7 @@ use std::{
     collections::HashMap,
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 use ashlar::{
@@ -125,9 +126,14 @@ impl Numbers {
 
 /// Writes the family's checkpoint into a new folder.
 fn checkpoint(family: &Family) -> PathBuf {
-    let folder = std::env::temp_dir()
-        .join(format!("ashlar-gpu-models-{}", std::process::id()))
-        .join(family.name);
+    // Tests of one process run at once.
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let folder = std::env::temp_dir().join(format!(
+        "ashlar-gpu-models-{}-{}-{}",
+        std::process::id(),
+        COUNT.fetch_add(1, Ordering::Relaxed),
+        family.name
+    ));
     fs::create_dir_all(&folder).unwrap();
     let mut config = json!({
         "architectures": [family.class], "model_type": family.class.trim_end_matches("ForCausalLM").to_lowercase(),
