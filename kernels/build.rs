@@ -27,17 +27,45 @@ fn main() {
     let archs = env::var("KERNEL_ARCHS").unwrap_or_else(|_| ARCHS.to_owned());
     let archs: Vec<&str> = archs.split(',').map(str::trim).collect();
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let sources: Vec<PathBuf> = fs::read_dir("cuda")
+    let mut files: Vec<PathBuf> = fs::read_dir("cuda")
         .expect("kernels/cuda exists")
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .collect();
+    files.sort();
+    let (headers, sources): (Vec<PathBuf>, Vec<PathBuf>) = files
+        .into_iter()
+        .partition(|path| path.extension().is_some_and(|extension| extension == "cuh"));
+    let sources: Vec<PathBuf> = sources
+        .into_iter()
         .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
         .collect();
+    let headers: Vec<u8> = headers.iter().flat_map(|path| read(path)).collect();
     thread::scope(|scope| {
         for source in &sources {
-            let (nvcc, archs, out) = (&nvcc, &archs, &out);
-            scope.spawn(move || compile(nvcc, source, archs, out));
+            let (nvcc, archs, out, headers) = (&nvcc, &archs, &out, &headers);
+            scope.spawn(move || {
+                // What a file was compiled from stands beside its result: the others need not be compiled again.
+                let name = source.file_name().expect("a file has a name");
+                let stamp = out.join(name).with_extension("stamp");
+                let made_of = [
+                    format!("{}\n{}\n", nvcc.display(), archs.join(",")).as_bytes(),
+                    include_bytes!("build.rs"),
+                    headers,
+                    &read(source),
+                ]
+                .concat();
+                let is_there = out.join(name).with_extension("fatbin").is_file();
+                if !is_there || fs::read(&stamp).ok().as_ref() != Some(&made_of) {
+                    compile(nvcc, source, archs, out);
+                    fs::write(&stamp, made_of).expect("OUT_DIR can be written");
+                }
+            });
         }
     });
+}
+
+fn read(path: &Path) -> Vec<u8> {
+    fs::read(path).unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()))
 }
 
 fn nvcc() -> PathBuf {

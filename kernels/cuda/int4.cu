@@ -1,55 +1,36 @@
 // Four-bit weights, w = (q - zero) * scale, fp16 beside them: turned into fp16, and multiplied as they are by few rows (decode).
-//
-// Words hold eight neighbouring columns in the order 0, 2, 4, 6, 1, 3, 5, 7 (lowest nibble first), so that two neighbours come
-// out of one masking as a pair. A cell, one for each group and row, is a pair too: the scale, and 1024 + zero.
+#include "int4.cuh"
 #include "skinny.cuh"
 
-// (a & mask) | bits, in one instruction: the compiler alone takes two where both are constants.
-__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) {
-#ifdef __CUDA_ARCH__
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
-    return result;
-#else
-    return (a & mask) | bits;
-#endif
-}
-__device__ __forceinline__ __half2 as_half2(uint32_t v) { return *reinterpret_cast<const __half2 *>(&v); }
-__device__ __forceinline__ uint32_t as_word(__half2 v) { return *reinterpret_cast<const uint32_t *>(&v); }
-
-// Pairs (0,1), (2,3), (4,5), (6,7) of a word, dequantised. 0x6400 | q is 1024 + q in fp16, and 0x6400 | 16q is 1024 + 16q: q - zero
-// comes out of either exactly, the latter times 1/16, and its product with the scale is rounded once.
-__device__ __forceinline__ void dequantize(uint32_t word, uint32_t cell, uint32_t *pairs) {
-    const __half2 scale = __low2half2(as_half2(cell)), zero = __high2half2(as_half2(cell)); // zero: 1024 + z
-    const __half2 high_zero = __hsub2(as_half2(0x63806380u), zero);                         // 960 - (1024 + z) = -(64 + z)
-    const __half2 sixteenth = as_half2(0x2c002c00u);
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const uint32_t four = word >> (8 * j);
-        const __half2 low = as_half2(masked(four, 0x000f000fu, 0x64006400u));
-        const __half2 high = as_half2(masked(four, 0x00f000f0u, 0x64006400u));
-        pairs[2 * j] = as_word(__hmul2(__hsub2(low, zero), scale));
-        pairs[2 * j + 1] = as_word(__hmul2(__hfma2(high, sixteenth, high_zero), scale));
-    }
-}
-
 // out[n][8·words] from weight[n][words] and cells[groups][n]. One thread per word. Bound by memory: half a byte in, two out.
-extern "C" __global__ void int4_dequantize(const uint32_t *weight, const uint32_t *cells, uint4 *out, int n, int words,
-                                           int words_per_group) {
+template <bool AFFINE>
+__device__ __forceinline__ void dequantize_all(const uint32_t *weight, const uint32_t *cells, uint4 *out, int n, int words, int words_per_group) {
     let_next_start();
     const long row = blockIdx.x;
     const int word = blockIdx.y * blockDim.x + threadIdx.x;
     if (word >= words) return;
     // Weights may be read before the earlier kernels end; `out` may still be in use by one of them.
     Vec8 values;
-    dequantize(weight[row * words + word], cells[(long)(word / words_per_group) * n + row], values.w);
+    dequantize<AFFINE>(weight[row * words + word], cells[(long)(word / words_per_group) * n + row], values.w);
     wait_for_previous();
     out[row * words + word] = values.v;
 }
 
+// Words of random bits from a hash of (seed, index), all with the same cell, for models without weights.
+extern "C" __global__ void int4_random(uint32_t *words, long count, uint32_t *cells, long cell_count, uint32_t cell, uint64_t seed) {
+    const long first = (long)blockIdx.x * blockDim.x + threadIdx.x, step = (long)gridDim.x * blockDim.x;
+    for (long i = first; i < count; i += step) {
+        uint64_t x = (i + 1) * 0x9E3779B97F4A7C15ull + seed;
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+        words[i] = (uint32_t)(x >> 32);
+    }
+    for (long i = first; i < cell_count; i += step) cells[i] = cell;
+}
+
 // y[m][n] = Σk x[m][k] · w[n][k] as in skinny_gemm.cu, with 16·ROW_TILES rows of w in a block: the more tokens, the more rows
 // share the reading of x. A lane takes 32 neighbouring values (16 bytes) of a row, a quad 128, and feeds eight products.
-template <int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ void skinny_int4(const Skinny &p) {
+template <bool AFFINE, int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ void skinny_int4(const Skinny &p) {
     using N = Num<__half>;
     constexpr int M = 8 * TILES;
     constexpr int UNROLL = 4 / ROW_TILES; // blocks of 128 k in flight per warp
@@ -125,8 +106,8 @@ template <int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ vo
 #pragma unroll
                         for (int r = 0; r < ROW_TILES; r++) {
                             uint32_t low[4], high[4];
-                            dequantize(a[u][r][0].w[first + i], cells[u][r][0], low);
-                            dequantize(a[u][r][1].w[first + i], cells[u][r][1], high);
+                            dequantize<AFFINE>(a[u][r][0].w[first + i], cells[u][r][0], low);
+                            dequantize<AFFINE>(a[u][r][1].w[first + i], cells[u][r][1], high);
                             const uint32_t even[4] = {low[0], high[0], low[1], high[1]};
                             const uint32_t odd[4] = {low[2], high[2], low[3], high[3]};
 #pragma unroll
@@ -154,20 +135,27 @@ template <int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ vo
     }
 }
 
-#define DEFINE(TILES, ROW_TILES)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(256) int4_store_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {     \
-        skinny_int4<TILES, ROW_TILES, STORE>(p);                                                                               \
+#define DEFINE(NAME, AFFINE, TILES, ROW_TILES)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256) NAME##_store_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {   \
+        skinny_int4<AFFINE, TILES, ROW_TILES, STORE>(p);                                                                       \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) int4_add_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {       \
-        skinny_int4<TILES, ROW_TILES, ADD_RESIDUAL>(p);                                                                        \
+    extern "C" __global__ void __launch_bounds__(256) NAME##_add_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {     \
+        skinny_int4<AFFINE, TILES, ROW_TILES, ADD_RESIDUAL>(p);                                                                \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) int4_silu_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {      \
-        skinny_int4<TILES, ROW_TILES, SILU_MUL>(p);                                                                            \
+    extern "C" __global__ void __launch_bounds__(256) NAME##_silu_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {    \
+        skinny_int4<AFFINE, TILES, ROW_TILES, SILU_MUL>(p);                                                                    \
     }
-DEFINE(1, 1)
-DEFINE(1, 2)
-DEFINE(2, 2)
-DEFINE(4, 2)
-DEFINE(4, 4)
-DEFINE(8, 2)
-DEFINE(8, 4)
+#define DEFINE_ALL(NAME, AFFINE)                                                                                               \
+    DEFINE(NAME, AFFINE, 1, 1)                                                                                                 \
+    DEFINE(NAME, AFFINE, 1, 2)                                                                                                 \
+    DEFINE(NAME, AFFINE, 2, 2)                                                                                                 \
+    DEFINE(NAME, AFFINE, 4, 2)                                                                                                 \
+    DEFINE(NAME, AFFINE, 8, 2)                                                                                                 \
+    extern "C" __global__ void NAME##_dequantize(const uint32_t *weight, const uint32_t *cells, uint4 *out, int n, int words,  \
+                                                 int words_per_group) {                                                        \
+        dequantize_all<AFFINE>(weight, cells, out, n, words, words_per_group);                                                 \
+    }
+DEFINE_ALL(int4, false)
+DEFINE_ALL(int4_affine, true)
+DEFINE(int4, false, 4, 4)
+DEFINE(int4, false, 8, 4)

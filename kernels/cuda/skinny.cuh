@@ -14,10 +14,11 @@ struct Skinny {
     const float *sums;        // [num_sums][m] parts of the rows' sums of squares
     void *y;                  // [m][n]; for ADD_RESIDUAL the residual stream
     float *sums_out;          // [n/16][m], for ADD_RESIDUAL
-    const uint32_t *cells;    // of four-bit weights, [groups][rows of weight]: see int4.cu
+    const uint32_t *cells;    // of integer weights, [groups][rows of weight]: see int4.cu and eight_bit.cu
+    const float *row_scales;  // [rows of weight] or null: what the sums are multiplied with
     int m, n, k, num_sums;
     float eps;
-    int group_shift;          // of four-bit weights: a group is 2^this chunks of 32 values
+    int group_shift;          // of integer weights: a group is 2^this of what a lane takes at once
 };
 
 // Rows of w that a lane's group and the group eight rows on stand for, in tile `tile` of 16 rows.
@@ -68,6 +69,10 @@ __device__ __forceinline__ void finish_tile(const Skinny &p, float (*partial)[16
         for (int w = 0; w < WARPS; w++) {
             s += partial[w][r][m];
             if (OUTPUT == SILU_MUL) up += partial[w][r + 8][m];
+        }
+        if (p.row_scales && valid) {
+            s *= p.row_scales[n];
+            if (OUTPUT == SILU_MUL) up *= p.row_scales[p.n + n];
         }
         if (p.bias && valid) {
             s += N::to(static_cast<const T *>(p.bias)[n]);

@@ -1,5 +1,6 @@
 //! Speed of the GPU kernels on one line each, as a share of this GPU's limits (read bandwidth 4.55 TB/s and 790 TFLOP/s on an
 //! H200, or `ASHLAR_GPU_GBPS` and `ASHLAR_GPU_TFLOPS`). Weights and caches rotate, so that nothing is found in the L2.
+//! Arguments name sections; without one all are run.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
 use ashlar_kernels::cuda::{
@@ -7,9 +8,11 @@ use ashlar_kernels::cuda::{
     attention::{
         DecodeAttention, DecodePlan, HeadShape, PrefillAttention, Sequences, prefill_items,
     },
+    eight_bit::{EightBit, Fp8View, QuantizeRows},
     elementwise::{AddNorm, SiluMul, fill_random},
-    gemm::{Gemm, bucket},
+    gemm::{Fp8Gemm, Gemm, bucket},
     int4::{DequantizeInt4, Int4View},
+    int4_gemm::Int4Gemm,
     rope::BLOCK_SIZE,
     sampling::{MAX_LOGPROBS, Sample, SampleRow},
     skinny::{Input, Output, SkinnyGemm, Weight},
@@ -34,6 +37,12 @@ impl Bench {
     fn random(&self, values: usize) -> DeviceBuffer {
         let buffer = self.device.alloc(values * 2).unwrap();
         fill_random(&self.device, FLOAT, buffer.view(), values as u64, 1.0).unwrap();
+        buffer
+    }
+
+    fn random_f16(&self, values: usize) -> DeviceBuffer {
+        let buffer = self.device.alloc(values * 2).unwrap();
+        fill_random(&self.device, Float::F16, buffer.view(), values as u64, 1.0).unwrap();
         buffer
     }
 
@@ -104,6 +113,7 @@ impl Bench {
                 words: weights[i % sets].0.view(),
                 cells: weights[i % sets].1.view(),
                 group,
+                affine: false,
             };
             for m in [1usize, 4, 8, 16, 32, 64] {
                 let (x, y) = (self.random(m * k), self.device.alloc(m * n * 2).unwrap());
@@ -124,7 +134,7 @@ impl Bench {
                 self.bandwidth(&format!("int4 {m} × {n} × {k}"), us, bytes as f64);
             }
             let out = self.device.alloc(n * k * 2).unwrap();
-            let us = self.time(2 * sets.max(10), |i| {
+            let dequantize = |i: usize| {
                 DequantizeInt4 {
                     weight: view(i),
                     out: out.view(),
@@ -133,9 +143,162 @@ impl Bench {
                 }
                 .launch(&self.device)
                 .unwrap();
-            });
+            };
+            let us = self.time(2 * sets.max(10), dequantize);
             let moved = (bytes + n * k * 2) as f64;
             self.bandwidth(&format!("int4 to f16 {n} × {k}"), us, moved);
+            self.many_rows_of_four_bits((n, k), &view, &dequantize, &out);
+        }
+    }
+
+    /// Products with many rows, beside the same ones with 16-bit weights.
+    fn many_rows_of_four_bits<'a>(
+        &self,
+        (n, k): (usize, usize),
+        view: &dyn Fn(usize) -> Int4View<'a>,
+        dequantize: &dyn Fn(usize),
+        scratch: &DeviceBuffer,
+    ) {
+        let sets = ((400 << 20) / (n * k * 2)).clamp(1, 64);
+        let floats: Vec<DeviceBuffer> = (0..sets).map(|_| self.random_f16(n * k)).collect();
+        let parts = self
+            .device
+            .alloc(Int4Gemm::parts_bytes(&self.device))
+            .unwrap();
+        let arrived = self
+            .device
+            .alloc(Int4Gemm::arrived_bytes(&self.device))
+            .unwrap();
+        self.device.fill(arrived.view(), 0).unwrap();
+        for m in [64usize, 128, 192, 256, 512, 1024, 4096] {
+            let (x, y) = (
+                self.random_f16(m * k),
+                self.device.alloc(m * n * 2).unwrap(),
+            );
+            let gemm = |weight: &DeviceBuffer| {
+                let op = Gemm {
+                    float: Float::F16,
+                    x: x.view(),
+                    weight: weight.view(),
+                    bias: None,
+                    y: y.view(),
+                    f32_out: false,
+                    m,
+                    n,
+                    k,
+                };
+                op.tune(&self.device, 3).unwrap();
+                op.launch(&self.device).unwrap();
+            };
+            gemm(&floats[0]);
+            let runs = if m > 1024 { 4 } else { 20 };
+            let plain = self.time(runs, |i| gemm(&floats[i % sets]));
+            let both = self.time(runs, |i| {
+                dequantize(i);
+                gemm(scratch);
+            });
+            let fused = if Int4Gemm::takes(&self.device, n, k) {
+                self.time(runs, |i| {
+                    Int4Gemm {
+                        x: x.view(),
+                        weight: view(i),
+                        bias: None,
+                        y: y.view(),
+                        m,
+                        n,
+                        k,
+                        parts: parts.view(),
+                        arrived: arrived.view(),
+                    }
+                    .launch(&self.device)
+                    .unwrap();
+                })
+            } else {
+                f64::INFINITY
+            };
+            println!(
+                "{:40} {plain:7.1} µs in f16; to f16 first {both:7.1} µs, {:5.1} %; as it is {fused:7.1} µs, {:5.1} %",
+                format!("int4 {m} × {n} × {k}"),
+                plain / both * 100.0,
+                plain / fused * 100.0
+            );
+        }
+    }
+
+    /// Eight-bit floats: few rows by the skinny kernel, more by cuBLASLt, their rounding included.
+    fn eight_bit_products(&self) {
+        for (n, k) in [(28672usize, 4096usize), (6144, 4096), (4096, 14336)] {
+            let sets = ((400 << 20) / (n * k)).clamp(1, 64);
+            let weights: Vec<DeviceBuffer> = (0..sets).map(|_| self.random(n * k / 2)).collect();
+            let scales = self.device.alloc(n * 4).unwrap();
+            self.device.fill(scales.view(), 0x3c).unwrap();
+            let weight = |i: usize| Fp8View {
+                data: weights[i % sets].view(),
+                scales: scales.view(),
+            };
+            for m in [1usize, 8, 16, 32, 64, 256, 4096] {
+                let rows = bucket(m);
+                let (x, y) = (
+                    self.random(rows * k),
+                    self.device.alloc(rows * n * 2).unwrap(),
+                );
+                let runs = if m > 1024 { 4 } else { 2 * sets.max(10) };
+                if m <= 32 {
+                    let us = self.time(runs, |i| {
+                        SkinnyGemm {
+                            float: FLOAT,
+                            input: Input::Plain(x.view()),
+                            weight: Weight::EightBit(EightBit::Fp8(weight(i))),
+                            bias: None,
+                            output: Output::Store(y.view()),
+                            m,
+                            n,
+                            k,
+                        }
+                        .launch(&self.device)
+                        .unwrap();
+                    });
+                    self.bandwidth(&format!("fp8 skinny {m} × {n} × {k}"), us, (n * k) as f64);
+                }
+                if m < 16 || !Fp8Gemm::is_available(&self.device) {
+                    continue;
+                }
+                let (q, x_scales) = (
+                    self.device.alloc(rows * k).unwrap(),
+                    self.device.alloc(rows * 4).unwrap(),
+                );
+                let gemm = |i: usize| Fp8Gemm {
+                    gemm: Gemm {
+                        float: FLOAT,
+                        x: q.view(),
+                        weight: weight(i).data,
+                        bias: None,
+                        y: y.view(),
+                        f32_out: false,
+                        m,
+                        n,
+                        k,
+                    },
+                    x_scales: x_scales.view(),
+                    weight_scales: scales.view(),
+                };
+                gemm(0).tune(&self.device, 3).unwrap();
+                let us = self.time(runs, |i| {
+                    QuantizeRows {
+                        float: FLOAT,
+                        x: x.view(),
+                        out: q.view(),
+                        scales: x_scales.view(),
+                        m,
+                        k,
+                    }
+                    .launch(&self.device)
+                    .unwrap();
+                    gemm(i).launch(&self.device).unwrap();
+                });
+                let flop = 2.0 * (m * n) as f64 * k as f64;
+                self.rate(&format!("fp8 cublaslt {m} × {n} × {k}"), us, flop);
+            }
         }
     }
 
@@ -495,6 +658,8 @@ impl Bench {
     }
 }
 
+type Section = fn(&Bench);
+
 fn main() {
     let device = Device::open(0).unwrap();
     device.bind().unwrap();
@@ -508,9 +673,18 @@ fn main() {
         gbps: limit("ASHLAR_GPU_GBPS", 4550.0),
         tflops: limit("ASHLAR_GPU_TFLOPS", 790.0),
     };
-    bench.elementwise();
-    bench.attention();
-    bench.sampling();
-    bench.four_bit_products();
-    bench.products();
+    let sections: [(&str, Section); 6] = [
+        ("elementwise", Bench::elementwise),
+        ("attention", Bench::attention),
+        ("sampling", Bench::sampling),
+        ("int4", Bench::four_bit_products),
+        ("fp8", Bench::eight_bit_products),
+        ("products", Bench::products),
+    ];
+    let asked: Vec<String> = std::env::args().skip(1).collect();
+    for (name, run) in sections {
+        if asked.is_empty() || asked.iter().any(|section| section == name) {
+            run(&bench);
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cpu         fast paths on the host: thread pool, packed matrices, int8 products, paged attention
+//! e4m3        eight-bit floats
 //! cuda        NVIDIA GPUs (feature `cuda`)
 //! reference   the truth in f32/f64, one plain loop each: for tests only
 //! ```
@@ -15,4 +16,5 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod e4m3;
 pub mod reference;

@@ -74,7 +74,8 @@ pub enum KvCacheDtype {
     /// The type that the model computes in.
     #[default]
     Auto,
-    /// 8-bit floats.
+    /// 8-bit floats (e4m3), scaled as the checkpoint says, or not at all.
+    #[value(alias = "fp8_e4m3")]
     Fp8,
 }
 
@@ -321,21 +322,15 @@ impl EngineArgs {
             let flag = format!("--tensor-parallel-size {}", self.tensor_parallel_size);
             return refuse(flag, "one GPU serves a model; use 1");
         }
-        if self.quantization == Quantization::Fp8 {
-            return refuse(
-                "--quantization fp8".to_owned(),
-                "use a 4-bit (AWQ, GPTQ), bf16, fp16 or GGUF checkpoint",
-            );
-        }
         if self.dtype == Dtype::Float32 {
             let flag = "--dtype float32".to_owned();
             return refuse(flag, "use auto, bfloat16 or float16, or --device cpu");
         }
-        if self.block_size != cpu::BLOCK_SIZE {
-            return refuse(format!("--block-size {}", self.block_size), "use 16");
-        }
         if self.kv_cache_dtype == KvCacheDtype::Fp8 {
             return refuse("--kv-cache-dtype fp8".to_owned(), "use auto");
+        }
+        if self.block_size != cpu::BLOCK_SIZE {
+            return refuse(format!("--block-size {}", self.block_size), "use 16");
         }
         Ok(())
     }
@@ -352,12 +347,6 @@ impl EngineArgs {
                 self.tensor_parallel_size
             ));
         }
-        if self.quantization == Quantization::Fp8 {
-            return Err(ConfigError::NotOnCpu {
-                flag: "--quantization fp8".to_owned(),
-                hint: "use a 4-bit (AWQ, GPTQ), bf16, fp16 or GGUF checkpoint",
-            });
-        }
         if let dtype @ (Dtype::Float16 | Dtype::Bfloat16) = self.dtype {
             return Err(ConfigError::NotOnCpu {
                 flag: format!("--dtype {}", value_name(dtype)),
@@ -368,12 +357,6 @@ impl EngineArgs {
             return Err(ConfigError::NotOnCpu {
                 flag: format!("--block-size {}", self.block_size),
                 hint: "use 16",
-            });
-        }
-        if self.kv_cache_dtype == KvCacheDtype::Fp8 {
-            return Err(ConfigError::NotOnCpu {
-                flag: "--kv-cache-dtype fp8".to_owned(),
-                hint: "use auto",
             });
         }
         Ok(())

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     chat_template::{ChatTemplate, ChatTemplateError},
-    config::{self, ConfigError, Dtype, EngineArgs, LoadFormat, Quantization},
+    config::{self, ConfigError, Dtype, EngineArgs, KvCacheDtype, LoadFormat, Quantization},
     engine::{
         Engine, EngineConfig, EngineHandle, EngineObserver, NoObserver, StartError, SubmitError,
         request::{FinishReason, Request, SamplingParams, TokenId},
@@ -19,11 +19,11 @@ use crate::{
     hub::{self, HubError, Progress},
     model_runner::{
         ModelRunner,
-        cpu::{self, CpuRunner, CpuRunnerConfig, CpuRunnerError, KvCacheSize},
+        cpu::{self, CpuRunner, CpuRunnerConfig, CpuRunnerError, KvCacheSize, KvDtype},
     },
     models::{config::ModelConfig, loader},
     tokenizer::{Tokenizer, TokenizerError},
-    weights::{Checkpoint, Int4Source, WeightsError},
+    weights::{Checkpoint, Fp8Source, Int4Source, Scheme, WeightsError},
 };
 #[cfg(feature = "cuda")]
 use crate::{
@@ -245,6 +245,11 @@ fn load_on_cpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
             Dtype::Float32 => cpu::Dtype::Float32,
             Dtype::Auto | Dtype::Float16 | Dtype::Bfloat16 => cpu::Dtype::Auto,
         },
+        quantize_fp8: args.quantization == Quantization::Fp8,
+        kv_dtype: match args.kv_cache_dtype {
+            KvCacheDtype::Auto => KvDtype::Auto,
+            KvCacheDtype::Fp8 => KvDtype::Fp8,
+        },
         kv_cache: args
             .kv_cache_memory_bytes
             .map_or(KvCacheSize::Auto, KvCacheSize::Bytes),
@@ -277,6 +282,7 @@ fn load_on_gpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
             Dtype::Bfloat16 => Some(Float::Bf16),
             Dtype::Auto | Dtype::Float32 => None,
         },
+        quantize_fp8: args.quantization == Quantization::Fp8,
         ordinal: 0,
         gpu_memory_utilization: args.gpu_memory_utilization,
         kv_cache_memory_bytes: args.kv_cache_memory_bytes,
@@ -293,7 +299,8 @@ fn load_on_gpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
     })
 }
 
-/// `--quantization` names what the checkpoint is, or nothing: it never picks another way to run it.
+/// `--quantization` names what the checkpoint is, or nothing: it never picks another way to run it. Only `fp8` does something
+/// to a checkpoint that is not quantised.
 fn check_quantization(asked: Quantization, path: &Path) -> Result<(), LoadError> {
     if asked == Quantization::Auto {
         return Ok(());
@@ -303,8 +310,17 @@ fn check_quantization(asked: Quantization, path: &Path) -> Result<(), LoadError>
         Checkpoint::Gguf(_) => ("a GGUF file", asked == Quantization::Gguf),
         Checkpoint::Safetensors(_) => {
             match ModelConfig::from_checkpoint(&checkpoint)?.quantization {
-                None => ("not quantised", asked == Quantization::None),
-                Some(scheme) => match scheme.source {
+                None => (
+                    "not quantised",
+                    matches!(asked, Quantization::None | Quantization::Fp8),
+                ),
+                Some(Scheme::Fp8(scheme)) => (
+                    "in 8-bit floats",
+                    asked == Quantization::Fp8
+                        || (scheme.source == Fp8Source::CompressedTensors
+                            && asked == Quantization::CompressedTensors),
+                ),
+                Some(Scheme::Int4(scheme)) => match scheme.source {
                     Int4Source::Awq => ("AWQ", asked == Quantization::Awq),
                     Int4Source::Gptq { .. } => ("GPTQ", asked == Quantization::Gptq),
                     Int4Source::CompressedTensors { .. } => (

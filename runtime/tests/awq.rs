@@ -14,10 +14,11 @@ use ashlar::{
     config::{EngineArgs, Quantization},
     engine::request::{SamplingParams, TokenId},
     llm::{Llm, LoadError},
-    model_runner::{CpuRunner, CpuRunnerConfig, Dtype, KvCacheSize},
+    model_runner::{CpuRunner, CpuRunnerConfig, Dtype, KvCacheSize, KvDtype},
     tokenizer::Tokenizer,
     weights::{Checkpoint, Int4Matrix, Int4Scheme, SafetensorsFolder},
 };
+use ashlar_kernels::e4m3;
 use common::{Driver, Item, model_path};
 use safetensors::{Dtype as StoredType, tensor::TensorView};
 use serde_json::{Value, json};
@@ -37,8 +38,8 @@ fn awq_path() -> PathBuf {
     )
 }
 
-fn runner(path: &Path, dtype: Dtype) -> CpuRunner {
-    CpuRunner::new(&CpuRunnerConfig {
+fn config(path: &Path, dtype: Dtype) -> CpuRunnerConfig {
+    CpuRunnerConfig {
         path: path.to_owned(),
         dtype,
         kv_cache: KvCacheSize::Blocks(130),
@@ -46,8 +47,11 @@ fn runner(path: &Path, dtype: Dtype) -> CpuRunner {
         max_num_batched_tokens: 256,
         max_model_len: Some(2048),
         ..CpuRunnerConfig::default()
-    })
-    .unwrap()
+    }
+}
+
+fn runner(path: &Path, dtype: Dtype) -> CpuRunner {
+    CpuRunner::new(&config(path, dtype)).unwrap()
 }
 
 /// Tokens of the test text, by the checkpoint's tokenizer, which must be the original's.
@@ -242,6 +246,116 @@ fn the_same_weights_in_every_layout_give_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     convert(folder.path(), compressed, as_compressed_tensors);
     assert!(logits(folder.path()) == expected, "compressed-tensors");
+}
+
+/// Eight-bit floats with a scale for each row, or for blocks of 128 × 128.
+fn as_fp8(name: &str, m: &Int4Matrix, block: Option<usize>) -> Vec<Stored> {
+    let (n, k) = (m.rows, m.columns);
+    let (height, width) = block.map_or((1, k), |block| (block, block));
+    let values = m.dequantize();
+    let across = k.div_ceil(width);
+    let mut scales = vec![1e-20f32; n.div_ceil(height) * across];
+    let place = |at: usize| at / k / height * across + at % k / width;
+    for (at, value) in values.iter().enumerate() {
+        let scale = &mut scales[place(at)];
+        *scale = scale.max(value.abs() / e4m3::MAX);
+    }
+    let data = values.iter().enumerate();
+    let data = data.map(|(at, value)| e4m3::narrow(value / scales[place(at)]));
+    let scale_bytes = scales.iter().flat_map(|scale| scale.to_le_bytes());
+    let (suffix, shape) = match block {
+        None => ("weight_scale", vec![n, 1]),
+        Some(_) => ("weight_scale_inv", vec![n.div_ceil(height), across]),
+    };
+    vec![
+        (
+            format!("{name}.weight"),
+            StoredType::F8_E4M3,
+            vec![n, k],
+            data.collect(),
+        ),
+        (
+            format!("{name}.{suffix}"),
+            StoredType::F32,
+            shape,
+            scale_bytes.collect(),
+        ),
+    ]
+}
+
+fn as_bf16(name: &str, m: &Int4Matrix) -> Vec<Stored> {
+    let values = m.dequantize();
+    let values = values.iter().map(|value| half::bf16::from_f32(*value));
+    let data = values.flat_map(half::bf16::to_le_bytes).collect();
+    let shape = vec![m.rows, m.columns];
+    vec![(format!("{name}.weight"), StoredType::BF16, shape, data)]
+}
+
+#[test]
+fn eight_bit_floats_of_a_checkpoint_and_made_at_load_have_the_perplexity_of_exact_ones() {
+    let tokens = &passage()[..700];
+    let measure = |config: &CpuRunnerConfig| -> Perplexity {
+        let mut runner = CpuRunner::new(config).unwrap();
+        perplexity(&mut runner, &[], tokens, 2048).unwrap()
+    };
+    let before = measure(&config(&awq_path(), Dtype::Float32));
+    let compressed = json!({
+        "quant_method": "compressed-tensors", "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": true},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": true},
+        }},
+        "ignore": ["lm_head"],
+    });
+    let blocks = json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]});
+    let cases: [(&str, Value, Option<usize>, bool); 3] = [
+        ("compressed-tensors", compressed, None, false),
+        ("fp8 in blocks", blocks, Some(128), false),
+        ("fp8 made at load", Value::Null, None, true),
+    ];
+    for (what, quantization, block, online) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        convert(folder.path(), quantization, |name, matrix| {
+            if online {
+                as_bf16(name, matrix)
+            } else {
+                as_fp8(name, matrix, block)
+            }
+        });
+        let with = |dtype| CpuRunnerConfig {
+            quantize_fp8: online,
+            ..config(folder.path(), dtype)
+        };
+        let served = measure(&with(Dtype::Auto));
+        let exact = measure(&with(Dtype::Float32));
+        let (change, cost) = (served.percent_above(&exact), exact.percent_above(&before));
+        println!(
+            "perplexity of {} tokens: {what} exact {:.4} ({cost:+.2} % of four bits), as served {:.4} ({change:+.4} %)",
+            served.tokens, exact.perplexity, served.perplexity
+        );
+        assert!(change.abs() <= MAX_SERVED_CHANGE_PERCENT, "{what}");
+        assert!(cost.abs() <= 4.0 && cost != 0.0, "{what}");
+    }
+}
+
+#[test]
+fn a_cache_of_eight_bit_floats_costs_little() {
+    let tokens = &passage()[..700];
+    let measure = |kv_dtype| -> Perplexity {
+        let config = CpuRunnerConfig {
+            kv_dtype,
+            ..config(&awq_path(), Dtype::Auto)
+        };
+        let mut runner = CpuRunner::new(&config).unwrap();
+        perplexity(&mut runner, &[], tokens, 2048).unwrap()
+    };
+    let (halves, eight) = (measure(KvDtype::Auto), measure(KvDtype::Fp8));
+    let cost = eight.percent_above(&halves);
+    println!(
+        "perplexity of {} tokens: K and V in 16 bits {:.4}, in 8 bits {:.4} ({cost:+.2} %)",
+        halves.tokens, halves.perplexity, eight.perplexity
+    );
+    assert!(cost.abs() <= 2.0 && cost != 0.0);
 }
 
 #[test]

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)] // Tests fail by panicking.
 
 mod common;
+#[path = "gpu_models/quantized.rs"]
+mod quantized;
 
 use std::{
     collections::HashMap,
@@ -227,6 +229,7 @@ fn gpu(path: &Path, float: Float, enforce_eager: bool) -> Driver<CudaRunner> {
             path: path.to_owned(),
             load_format: LoadFormat::Auto,
             dtype: Some(float),
+            quantize_fp8: false,
             ordinal: 0,
             gpu_memory_utilization: 0.5,
             kv_cache_memory_bytes: Some(256 << 20),

@@ -16,6 +16,7 @@ use super::{
     pool::SharedMut,
     simd::{Simd, dispatch},
 };
+use crate::e4m3::narrow;
 
 /// Tokens in a block: the lanes of a vector.
 pub const BLOCK_SIZE: usize = 16;
@@ -33,6 +34,8 @@ pub enum KvDtype {
     F32,
     /// 2 bytes.
     F16,
+    /// 1 byte, e4m3.
+    F8,
 }
 
 /// Shape of a layer's cache.
@@ -55,6 +58,7 @@ impl KvLayout {
         let value = match self.dtype {
             KvDtype::F32 => 4,
             KvDtype::F16 => 2,
+            KvDtype::F8 => 1,
         };
         2 * self.kv_heads * self.head_dim * BLOCK_SIZE * value
     }
@@ -73,12 +77,15 @@ impl KvLayout {
 pub struct LayerCache {
     layout: KvLayout,
     data: Storage,
+    /// What eight-bit K and V are multiplied with when they are read.
+    scales: [f32; 2],
 }
 
 #[derive(Debug)]
 enum Storage {
     F32(Vec<f32>),
     F16(Vec<u16>),
+    F8(Vec<u8>),
 }
 
 impl LayerCache {
@@ -92,8 +99,22 @@ impl LayerCache {
         let data = match layout.dtype {
             KvDtype::F32 => Storage::F32(zeroed(len)?),
             KvDtype::F16 => Storage::F16(zeroed(len)?),
+            KvDtype::F8 => Storage::F8(zeroed(len)?),
         };
-        Some(Self { layout, data })
+        Some(Self {
+            layout,
+            data,
+            scales: [1.0; 2],
+        })
+    }
+
+    /// Stores eight-bit K and V divided by these, positive and finite ones; other types are stored as they are.
+    #[must_use]
+    pub fn with_scales(mut self, scales: [f32; 2]) -> Self {
+        if self.layout.dtype == KvDtype::F8 {
+            self.scales = scales;
+        }
+        self
     }
 
     /// Its shape.
@@ -136,7 +157,9 @@ impl LayerCache {
         let data = match &mut self.data {
             Storage::F32(data) => SharedStorage::F32(SharedMut::new(data)),
             Storage::F16(data) => SharedStorage::F16(SharedMut::new(data)),
+            Storage::F8(data) => SharedStorage::F8(SharedMut::new(data)),
         };
+        let inverse = self.scales.map(|scale| 1.0 / scale);
         // A task is the K or the V of one head: few enough values stay on this thread.
         let tasks = 2 * layout.kv_heads;
         let write = |task: usize, _| {
@@ -169,6 +192,18 @@ impl LayerCache {
                             place(halves, to, token, is_value, part * HALVES, layout.head_dim);
                         }
                     }
+                    SharedStorage::F8(data) => {
+                        // SAFETY: as above.
+                        let to = unsafe { data.slice(base, layout.head_values()) };
+                        let mut bytes = [0u8; HALVES];
+                        let inverse = inverse[usize::from(is_value)];
+                        for (part, x) in x.chunks(HALVES).enumerate() {
+                            let bytes = &mut bytes[..x.len()];
+                            let places = bytes.iter_mut().zip(x);
+                            places.for_each(|(byte, x)| *byte = narrow(x * inverse));
+                            place(bytes, to, token, is_value, part * HALVES, layout.head_dim);
+                        }
+                    }
                 }
             }
         };
@@ -191,6 +226,7 @@ const HALVES: usize = 128;
 enum SharedStorage {
     F32(SharedMut<f32>),
     F16(SharedMut<u16>),
+    F8(SharedMut<u8>),
 }
 
 /// Puts values `first..first + x.len()` of a head of `dim` among its block's: in a column (K) or a row (V).
@@ -294,6 +330,10 @@ pub fn paged_attention_with(
 ) {
     let layout = cache.layout;
     let (dim, width) = (layout.head_dim, args.heads * layout.head_dim);
+    let args = &AttentionArgs {
+        scale: args.scale * cache.scales[0],
+        ..*args
+    };
     assert!(
         Isa::available().contains(&isa),
         "this machine has no {isa:?}"
@@ -361,6 +401,16 @@ pub fn paged_attention_with(
                         let data: &[u16] = data;
                         dispatch!(isa, attend_f16::<>(data: &[u16], layout: KvLayout, args: &AttentionArgs<'_>, item: &Item, scores: &mut Vec<f32>, out: SharedMut<f32>));
                     }
+                    Storage::F8(data) => {
+                        let data: &[u8] = data;
+                        dispatch!(isa, attend_f8::<>(data: &[u8], layout: KvLayout, args: &AttentionArgs<'_>, item: &Item, scores: &mut Vec<f32>, out: SharedMut<f32>));
+                        for i in item.first..item.first + item.count {
+                            let row = seq.query_start + i;
+                            // SAFETY: as above: this item's own part.
+                            let values = unsafe { out.slice(row * width + item.kv_head * group * dim, group * dim) };
+                            values.iter_mut().for_each(|value| *value *= cache.scales[1]);
+                        }
+                    }
                 }
             }
         });
@@ -406,6 +456,38 @@ unsafe fn attend_f16<S: Simd>(
     unsafe {
         attend::<S>(
             |at| S::load_f16(data.as_ptr().add(at)),
+            layout,
+            args,
+            item,
+            scores,
+            out,
+        )
+    }
+}
+
+/// # Safety
+/// As [`attend`].
+#[inline(always)]
+unsafe fn attend_f8<S: Simd>(
+    data: &[u8],
+    layout: KvLayout,
+    args: &AttentionArgs<'_>,
+    item: &Item,
+    scores: &mut Vec<f32>,
+    out: SharedMut<f32>,
+) {
+    // SAFETY: passed on; `at` is only called with 16 values left in `data`, and so many halves are loaded.
+    unsafe {
+        attend::<S>(
+            |at| {
+                // Moved to where a half has its exponent they lack the difference of the two biases, 8.
+                let mut halves = [0u16; 16];
+                for (i, half) in halves.iter_mut().enumerate() {
+                    let byte = u16::from(*data.get_unchecked(at + i));
+                    *half = (byte & 0x80) << 8 | (byte & 0x7f) << 7;
+                }
+                S::mul(S::load_f16(halves.as_ptr()), S::splat(256.0))
+            },
             layout,
             args,
             item,

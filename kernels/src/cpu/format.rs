@@ -82,43 +82,124 @@ impl BlockFormat {
                 Self::F32 => out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]),
                 Self::F16 => out[0] = half_at(block, 0),
                 Self::BF16 => out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32(),
-                Self::Q4_0 => legacy(out, half_at(block, 0), 0.0, &block[2..], None, 8),
-                Self::Q4_1 => legacy(
-                    out,
-                    half_at(block, 0),
-                    half_at(block, 2),
-                    &block[4..],
-                    None,
-                    0,
-                ),
-                Self::Q5_0 => legacy(
-                    out,
-                    half_at(block, 0),
-                    0.0,
-                    &block[6..],
-                    Some(&block[2..6]),
-                    16,
-                ),
-                Self::Q5_1 => legacy(
-                    out,
-                    half_at(block, 0),
-                    half_at(block, 2),
-                    &block[8..],
-                    Some(&block[4..8]),
-                    0,
-                ),
-                Self::Q8_0 => {
-                    let d = half_at(block, 0);
-                    out.iter_mut()
-                        .zip(&block[2..])
-                        .for_each(|(out, q)| *out = f32::from(q.cast_signed()) * d);
+                _ => {
+                    let (mut q, mut cells) = ([0; MAX_BLOCK], [Cell::default(); MAX_BLOCK / 16]);
+                    let q = &mut q[..out.len()];
+                    let group = self.split(block, q, &mut cells);
+                    let groups = out.chunks_exact_mut(group).zip(q.chunks_exact(group));
+                    for ((out, q), cell) in groups.zip(&cells) {
+                        out.iter_mut()
+                            .zip(q)
+                            .for_each(|(out, q)| *out = f32::from(*q) * cell.scale + cell.offset);
+                    }
                 }
-                Self::Q4K => k_quant(out, block, None, &block[16..]),
-                Self::Q5K => k_quant(out, block, Some(&block[16..48]), &block[48..]),
-                Self::Q6K => q6_k(out, block),
             }
         }
         Ok(())
+    }
+
+    /// Values that share a [`Cell`]; none in formats of floats.
+    #[must_use]
+    pub const fn group_len(self) -> Option<usize> {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => None,
+            Self::Q6K => Some(16),
+            _ => Some(32),
+        }
+    }
+
+    /// The integers of whole blocks and their cells: `value = q · scale + offset`, exactly.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] when `data` does not hold exactly `q.len()` values, `cells` are not one for each
+    /// [`Self::group_len`] of them, or the format has no integers.
+    pub fn integers(
+        self,
+        data: &[u8],
+        q: &mut [i8],
+        cells: &mut [Cell],
+    ) -> Result<(), KernelError> {
+        let group = self.group_len().filter(|group| {
+            self.row_bytes(q.len()) == Some(data.len()) && cells.len() == q.len() / group
+        });
+        let Some(group) = group else {
+            return Err(KernelError::Shape {
+                op: "integers",
+                message: format!(
+                    "{} bytes of {self:?} are not {} integers in {} groups",
+                    data.len(),
+                    q.len(),
+                    cells.len()
+                ),
+            });
+        };
+        let len = self.block_len();
+        let blocks = data
+            .chunks_exact(self.block_bytes())
+            .zip(q.chunks_exact_mut(len));
+        for ((block, q), cells) in blocks.zip(cells.chunks_exact_mut(len / group)) {
+            self.split(block, q, cells);
+        }
+        Ok(())
+    }
+
+    /// [`Self::integers`] of one block; returns the length of a group.
+    fn split(self, block: &[u8], q: &mut [i8], cells: &mut [Cell]) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => return 1,
+            Self::Q4_0 => {
+                cells[0] = Cell::scaled(half_at(block, 0));
+                legacy(q, &block[2..], None, 8);
+            }
+            Self::Q4_1 => {
+                cells[0] = Cell::pair_at(block);
+                legacy(q, &block[4..], None, 0);
+            }
+            Self::Q5_0 => {
+                cells[0] = Cell::scaled(half_at(block, 0));
+                legacy(q, &block[6..], Some(&block[2..6]), 16);
+            }
+            Self::Q5_1 => {
+                cells[0] = Cell::pair_at(block);
+                legacy(q, &block[8..], Some(&block[4..8]), 0);
+            }
+            Self::Q8_0 => {
+                cells[0] = Cell::scaled(half_at(block, 0));
+                q.iter_mut()
+                    .zip(&block[2..])
+                    .for_each(|(q, stored)| *q = stored.cast_signed());
+            }
+            Self::Q4K => k_quant(q, cells, block, None, &block[16..]),
+            Self::Q5K => k_quant(q, cells, block, Some(&block[16..48]), &block[48..]),
+            Self::Q6K => q6_k(q, cells, block),
+        }
+        self.group_len().unwrap_or(1)
+    }
+}
+
+/// Values in the longest block.
+const MAX_BLOCK: usize = 256;
+
+/// What the integers of a group stand for.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Cell {
+    /// Multiplies the integer.
+    pub scale: f32,
+    /// Is added then.
+    pub offset: f32,
+}
+
+impl Cell {
+    fn scaled(scale: f32) -> Self {
+        Self { scale, offset: 0.0 }
+    }
+
+    /// Two halves at the start of a block.
+    fn pair_at(block: &[u8]) -> Self {
+        Self {
+            scale: half_at(block, 0),
+            offset: half_at(block, 2),
+        }
     }
 }
 
@@ -127,16 +208,15 @@ pub(crate) fn half_at(block: &[u8], at: usize) -> f32 {
 }
 
 /// Q4_0, Q4_1, Q5_0, Q5_1: 16 bytes of nibbles (low half first), a fifth bit each where `high` holds them.
-fn legacy(out: &mut [f32], d: f32, m: f32, nibbles: &[u8], high: Option<&[u8]>, offset: i32) {
+fn legacy(q: &mut [i8], nibbles: &[u8], high: Option<&[u8]>, offset: i8) {
     let high = high.map_or(0, |h| u32::from_le_bytes([h[0], h[1], h[2], h[3]]));
-    for (i, out) in out.iter_mut().enumerate() {
+    for (i, q) in q.iter_mut().enumerate() {
         let nibble = if i < 16 {
             nibbles[i] & 15
         } else {
             nibbles[i - 16] >> 4
         };
-        let q = i32::from(nibble) | (((high >> i) & 1) << 4).cast_signed();
-        *out = (q - offset) as f32 * d + m;
+        *q = (nibble | (((high >> i) & 1) << 4) as u8).cast_signed() - offset;
     }
 }
 
@@ -154,31 +234,36 @@ fn scale_min(j: usize, s: &[u8]) -> (f32, f32) {
 }
 
 /// Q4_K and Q5_K: eight groups of 32, each with a scale and a minimum.
-fn k_quant(out: &mut [f32], block: &[u8], high: Option<&[u8]>, nibbles: &[u8]) {
+fn k_quant(q: &mut [i8], cells: &mut [Cell], block: &[u8], high: Option<&[u8]>, nibbles: &[u8]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
-    for (group, out) in out.chunks_exact_mut(32).enumerate() {
+    for (group, (q, cell)) in q.chunks_exact_mut(32).zip(cells).enumerate() {
         let (scale, min) = scale_min(group, &block[4..16]);
-        for (i, out) in out.iter_mut().enumerate() {
+        *cell = Cell {
+            scale: d * scale,
+            offset: -(dmin * min),
+        };
+        for (i, q) in q.iter_mut().enumerate() {
             let byte = nibbles[group / 2 * 32 + i];
             let low = if group % 2 == 0 { byte & 15 } else { byte >> 4 };
             let fifth = high.map_or(0, |high| (high[i] >> group) & 1);
-            *out = d * scale * f32::from(low | (fifth << 4)) - dmin * min;
+            *q = (low | (fifth << 4)).cast_signed();
         }
     }
 }
 
 /// Q6_K: sixteen groups of 16 with a signed 8-bit scale each; four low bits and two high bits apart.
-fn q6_k(out: &mut [f32], block: &[u8]) {
+fn q6_k(q: &mut [i8], cells: &mut [Cell], block: &[u8]) {
     let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
     let d = half_at(block, 208);
-    for (i, out) in out.iter_mut().enumerate() {
+    for (cell, scale) in cells.iter_mut().zip(scales) {
+        *cell = Cell::scaled(d * f32::from(scale.cast_signed()));
+    }
+    for (i, q) in q.iter_mut().enumerate() {
         let (half, within) = (i / 128, i % 128);
         let (quarter, l) = (within / 32, within % 32);
         let byte = low[half * 64 + (quarter % 2) * 32 + l];
         let four = if quarter < 2 { byte & 15 } else { byte >> 4 };
         let two = (high[half * 32 + l] >> (2 * quarter)) & 3;
-        let q = i32::from(four | (two << 4)) - 32;
-        let scale = f32::from(scales[half * 8 + within / 16].cast_signed());
-        *out = d * scale * q as f32;
+        *q = (four | (two << 4)).cast_signed() - 32;
     }
 }

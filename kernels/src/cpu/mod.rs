@@ -13,7 +13,7 @@ pub mod quantize;
 mod simd;
 
 pub use attention::{AttentionArgs, AttentionSeq, KvDtype, KvLayout, LayerCache};
-pub use format::BlockFormat;
+pub use format::{BlockFormat, Cell};
 pub use matmul::{MatmulInput, linear, matmul};
 pub use packed::{Int4Args, PackedMatrix};
 pub use pool::ThreadPool;

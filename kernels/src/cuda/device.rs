@@ -130,7 +130,8 @@ impl Device {
     }
 
     /// Whether it has compute capability 9.0, for which some kernels exist alone.
-    pub(super) fn is_hopper(&self) -> bool {
+    #[must_use]
+    pub fn is_hopper(&self) -> bool {
         self.inner.capability == 90
     }
 

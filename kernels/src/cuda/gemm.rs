@@ -28,7 +28,9 @@ pub fn bucket(m: usize) -> usize {
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
+    /// Type of the result; of x and weight too, unless they are e4m3.
     float: Float,
+    fp8: bool,
     f32_out: bool,
     bias: bool,
     m: usize,
@@ -122,40 +124,153 @@ pub struct Gemm<'a> {
 }
 
 impl Gemm<'_> {
+    /// Queues it.
+    ///
+    /// # Errors
+    /// [`CudaError`] when sizes do not fit or cuBLASLt refuses.
+    pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
+        self.call().launch(device)
+    }
+
+    /// Times the likeliest algorithms for this shape on this GPU and keeps the fastest for all later launches.
+    /// Overwrites `y`; a plan that was timed is not timed again. Returns the microseconds of the kept one.
+    ///
+    /// # Errors
+    /// [`CudaError`] when sizes do not fit or cuBLASLt refuses.
+    pub fn tune(&self, device: &Device, rounds: usize) -> Result<f32, CudaError> {
+        self.call().tune(device, rounds)
+    }
+
+    fn call(&self) -> Call<'_> {
+        Call {
+            gemm: *self,
+            scales: None,
+        }
+    }
+}
+
+/// `y = (x · weightᵀ) · x_scales · weight_scales + bias` with x and weight in e4m3: as [`Gemm`], but for widths in multiples
+/// of 16, and on GPUs where [`Self::is_available`].
+#[derive(Clone, Copy)]
+pub struct Fp8Gemm<'a> {
+    /// Its `float` is the type of y and bias; x and weight have one byte a value.
+    pub gemm: Gemm<'a>,
+    /// `[bucket(m)]` f32, one for each row of x; those behind `m` may be anything.
+    pub x_scales: View<'a>,
+    /// `[n]` f32.
+    pub weight_scales: View<'a>,
+}
+
+impl Fp8Gemm<'_> {
+    /// Whether this GPU and its cuBLASLt multiply e4m3 with a scale for each row on both sides (Hopper does).
+    #[must_use]
+    pub fn is_available(device: &Device) -> bool {
+        const SIZE: usize = 64;
+        let probe = || {
+            let (values, y) = (device.alloc(SIZE * SIZE)?, device.alloc(SIZE * SIZE * 2)?);
+            let scales = device.alloc(SIZE * 4)?;
+            device.fill(values.view(), 0)?;
+            device.fill(scales.view(), 0)?;
+            let gemm = Gemm {
+                float: Float::Bf16,
+                x: values.view(),
+                weight: values.view(),
+                bias: None,
+                y: y.view(),
+                f32_out: false,
+                m: SIZE,
+                n: SIZE,
+                k: SIZE,
+            };
+            let (x_scales, weight_scales) = (scales.view(), scales.view());
+            Fp8Gemm {
+                gemm,
+                x_scales,
+                weight_scales,
+            }
+            .launch(device)?;
+            device.synchronize()
+        };
+        device.capability() >= 89 && probe().is_ok()
+    }
+
+    /// As [`Gemm::launch`].
+    ///
+    /// # Errors
+    /// [`CudaError`] when sizes do not fit or cuBLASLt refuses.
+    pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
+        self.call().launch(device)
+    }
+
+    /// As [`Gemm::tune`].
+    ///
+    /// # Errors
+    /// [`CudaError`] when sizes do not fit or cuBLASLt refuses.
+    pub fn tune(&self, device: &Device, rounds: usize) -> Result<f32, CudaError> {
+        self.call().tune(device, rounds)
+    }
+
+    fn call(&self) -> Call<'_> {
+        Call {
+            gemm: self.gemm,
+            scales: Some((self.x_scales, self.weight_scales)),
+        }
+    }
+}
+
+/// Either of the two.
+struct Call<'a> {
+    gemm: Gemm<'a>,
+    /// Of x and of weight, which then are e4m3.
+    scales: Option<(View<'a>, View<'a>)>,
+}
+
+impl Call<'_> {
     fn validate(&self) -> Result<(), CudaError> {
-        let (m, n, k) = (bucket(self.m), self.n, self.k);
-        let out = if self.f32_out { 4 } else { 2 };
+        let gemm = &self.gemm;
+        let (m, n, k) = (bucket(gemm.m), gemm.n, gemm.k);
+        let out = if gemm.f32_out { 4 } else { 2 };
+        let (value, multiple) = match self.scales {
+            None => (2, 8),
+            Some(_) => (1, 16),
+        };
         need(
-            self.m > 0 && n.is_multiple_of(8) && k.is_multiple_of(8) && n > 0 && k > 0,
+            gemm.m > 0
+                && n.is_multiple_of(multiple)
+                && k.is_multiple_of(multiple)
+                && n > 0
+                && k > 0,
             "gemm",
-            || format!("{m} × {n} × {k}: widths must be multiples of 8"),
+            || format!("{m} × {n} × {k}: widths must be multiples of {multiple}"),
         )?;
+        let scales_fit = self
+            .scales
+            .is_none_or(|(x, weight)| x.bytes >= m * 4 && weight.bytes >= n * 4);
         need(
-            self.x.bytes >= m * k * 2
-                && self.weight.bytes >= n * k * 2
-                && self.y.bytes >= m * n * out
-                && self.bias.is_none_or(|bias| bias.bytes >= n * 2),
+            scales_fit
+                && gemm.x.bytes >= m * k * value
+                && gemm.weight.bytes >= n * k * value
+                && gemm.y.bytes >= m * n * out
+                && gemm.bias.is_none_or(|bias| bias.bytes >= n * 2),
             "gemm",
             || format!("a view is too short for {m} × {n} × {k}"),
         )
     }
 
     fn key(&self) -> Key {
+        let gemm = &self.gemm;
         Key {
-            float: self.float,
-            f32_out: self.f32_out,
-            bias: self.bias.is_some(),
-            m: bucket(self.m),
-            n: self.n,
-            k: self.k,
+            float: gemm.float,
+            fp8: self.scales.is_some(),
+            f32_out: gemm.f32_out,
+            bias: gemm.bias.is_some(),
+            m: bucket(gemm.m),
+            n: gemm.n,
+            k: gemm.k,
         }
     }
 
-    /// Queues it.
-    ///
-    /// # Errors
-    /// [`CudaError`] when sizes do not fit or cuBLASLt refuses.
-    pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
+    fn launch(&self, device: &Device) -> Result<(), CudaError> {
         self.validate()?;
         let mut cublas = lock(&device.inner.cublas);
         let workspace = cublas.workspace(device)?;
@@ -168,12 +283,7 @@ impl Gemm<'_> {
         self.run(device, cublas.handle, plan, workspace)
     }
 
-    /// Times the likeliest algorithms for this shape on this GPU and keeps the fastest for all later launches.
-    /// Overwrites `y`; a plan that was timed is not timed again. Returns the microseconds of the kept one.
-    ///
-    /// # Errors
-    /// [`CudaError`] when sizes do not fit or cuBLASLt refuses.
-    pub fn tune(&self, device: &Device, rounds: usize) -> Result<f32, CudaError> {
+    fn tune(&self, device: &Device, rounds: usize) -> Result<f32, CudaError> {
         self.validate()?;
         let mut cublas = lock(&device.inner.cublas);
         let workspace = cublas.workspace(device)?;
@@ -220,51 +330,55 @@ impl Gemm<'_> {
         };
         let f32_type = sys::cudaDataType_t::CUDA_R_32F;
         let (m, n, k) = (key.m as u64, key.n as u64, key.k as u64);
-        let set = failed("cublasLtMatmulDescSetAttribute");
+        let input = if key.fp8 {
+            sys::cudaDataType_t::CUDA_R_8F_E4M3
+        } else {
+            float
+        };
         // Row-major y = x·wᵀ is column-major yᵀ = w·xᵀ: the weight comes first and transposed.
         let make = || -> Result<_, CudaError> {
             let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
             let description = result::create_matmul_desc(compute, f32_type)
                 .map_err(failed("cublasLtMatmulDescCreate"))?;
-            let transposed = 1i32;
-            // SAFETY: the attribute is an i32 and the descriptor is valid.
-            unsafe {
-                result::set_matmul_desc_attribute(
-                    description,
-                    sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
-                    (&raw const transposed).cast(),
-                    size_of::<i32>(),
-                )
-            }
-            .map_err(&set)?;
+            use sys::cublasLtMatmulDescAttributes_t as Attribute;
+            set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &1i32)?;
             if key.bias {
                 let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
-                // SAFETY: the attribute is this enum and the descriptor is valid.
-                unsafe {
-                    result::set_matmul_desc_attribute(
-                        description,
-                        sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE,
-                        (&raw const epilogue).cast(),
-                        size_of::<sys::cublasLtEpilogue_t>(),
-                    )
-                }
-                .map_err(&set)?;
-                // SAFETY: as above.
-                unsafe {
-                    result::set_matmul_desc_attribute(
-                        description,
-                        sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
-                        (&raw const float).cast(),
-                        size_of::<sys::cudaDataType_t>(),
-                    )
-                }
-                .map_err(&set)?;
+                set(
+                    description,
+                    Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                    &epilogue,
+                )?;
+                let bias_type = Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE;
+                set(description, bias_type, &float)?;
+            }
+            if key.fp8 {
+                // One scale for each row of either side. Sums stay in the tensor cores' own precision, about 14 bits, as
+                // everyone's do: what the inputs' three bits cost is far more.
+                let mode =
+                    sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+                set(
+                    description,
+                    Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE,
+                    &mode,
+                )?;
+                set(
+                    description,
+                    Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE,
+                    &mode,
+                )?;
+                set(
+                    description,
+                    Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM,
+                    &1i8,
+                )?;
+                self.set_scales(description)?;
             }
             let layout = failed("cublasLtMatrixLayoutCreate");
             Ok((
                 description,
-                result::create_matrix_layout(float, k, n, k as i64).map_err(&layout)?,
-                result::create_matrix_layout(float, k, m, k as i64).map_err(&layout)?,
+                result::create_matrix_layout(input, k, n, k as i64).map_err(&layout)?,
+                result::create_matrix_layout(input, k, m, k as i64).map_err(&layout)?,
                 result::create_matrix_layout(out, n, m, n as i64).map_err(&layout)?,
             ))
         };
@@ -289,6 +403,18 @@ impl Gemm<'_> {
         Ok(plans)
     }
 
+    /// Says where the scales are, in products that have them.
+    fn set_scales(&self, description: sys::cublasLtMatmulDesc_t) -> Result<(), CudaError> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let Some((x, weight)) = self.scales else {
+            return Ok(());
+        };
+        let weight_pointer = Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER;
+        set(description, weight_pointer, &weight.address())?;
+        let x_pointer = Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER;
+        set(description, x_pointer, &x.address())
+    }
+
     fn run(
         &self,
         device: &Device,
@@ -296,19 +422,11 @@ impl Gemm<'_> {
         plan: &Plan,
         workspace: u64,
     ) -> Result<(), CudaError> {
-        if let Some(bias) = self.bias {
-            let address = bias.address();
-            // SAFETY: the attribute is a device pointer and the descriptor is valid.
-            unsafe {
-                result::set_matmul_desc_attribute(
-                    plan.description,
-                    sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
-                    (&raw const address).cast(),
-                    size_of::<u64>(),
-                )
-            }
-            .map_err(failed("cublasLtMatmulDescSetAttribute"))?;
+        if let Some(bias) = self.gemm.bias {
+            let pointer = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+            set(plan.description, pointer, &bias.address())?;
         }
+        self.set_scales(plan.description)?;
         let (one, zero) = (1f32, 0f32);
         let pointer = |view: View<'_>| view.address() as *mut c_void;
         // SAFETY: the layouts describe views that are long enough (`validate`); handle, plan and workspace are valid, and
@@ -319,13 +437,13 @@ impl Gemm<'_> {
                 plan.description,
                 (&raw const one).cast(),
                 (&raw const zero).cast(),
-                pointer(self.weight),
+                pointer(self.gemm.weight),
                 plan.weight,
-                pointer(self.x),
+                pointer(self.gemm.x),
                 plan.x,
-                pointer(self.y),
+                pointer(self.gemm.y),
                 plan.y,
-                pointer(self.y),
+                pointer(self.gemm.y),
                 plan.y,
                 &raw const plan.algorithm,
                 workspace as *mut c_void,
@@ -335,6 +453,24 @@ impl Gemm<'_> {
         }
         .map_err(failed("cublasLtMatmul"))
     }
+}
+
+/// Sets an attribute whose type is `V`: each caller's is the one that the attribute has.
+fn set<V: Copy>(
+    description: sys::cublasLtMatmulDesc_t,
+    attribute: sys::cublasLtMatmulDescAttributes_t,
+    value: &V,
+) -> Result<(), CudaError> {
+    // SAFETY: the descriptor is valid, and so many bytes are read from `value`.
+    unsafe {
+        result::set_matmul_desc_attribute(
+            description,
+            attribute,
+            ptr::from_ref(value).cast(),
+            size_of::<V>(),
+        )
+    }
+    .map_err(failed("cublasLtMatmulDescSetAttribute"))
 }
 
 type Layouts = (

@@ -1,5 +1,5 @@
-//! Four-bit weights on the GPU, `w = (q − zero) · scale` with IEEE halves beside them: how they are stored, and how they become
-//! halves for large products. Small ones read them as they are ([`SkinnyGemm`](super::skinny::SkinnyGemm)).
+//! Four-bit weights on the GPU, `w = (q − zero) · scale` or `q · scale + offset`, with IEEE halves beside them: how they are
+//! stored, and how they become halves for large products. Small ones read them as they are ([`SkinnyGemm`](super::skinny::SkinnyGemm)).
 
 use half::f16;
 
@@ -23,6 +23,8 @@ pub struct Int4View<'a> {
     pub cells: View<'a>,
     /// Columns that share a cell; see [`takes`].
     pub group: usize,
+    /// Cells hold a scale and an offset, `w = q · scale + offset`, from [`eight_bit::cells`](super::eight_bit::cells).
+    pub affine: bool,
 }
 
 /// Whether rows of `k` values in groups of `group` can be kept in four bits here.
@@ -81,6 +83,10 @@ pub fn cells(scales: &[f16], zeros: &[u8]) -> Vec<u8> {
 }
 
 impl Int4View<'_> {
+    pub(super) fn kernel(&self) -> &'static str {
+        if self.affine { "int4_affine" } else { "int4" }
+    }
+
     pub(super) fn fits(&self, n: usize, k: usize) -> bool {
         takes(k, self.group)
             && self.words.bytes >= n * k / 2
@@ -88,7 +94,36 @@ impl Int4View<'_> {
     }
 }
 
-/// `out = (q − zero) · scale`, rounded once to halves.
+/// Fills words with random bits that depend on the seed alone, and every cell with this scale and zero.
+///
+/// # Errors
+/// [`CudaError::Driver`].
+pub fn fill_random(
+    device: &Device,
+    (words, word_cells): (View<'_>, View<'_>),
+    (scale, zero): (f16, u8),
+    seed: u64,
+) -> Result<(), CudaError> {
+    let cell = cells(&[scale], &[zero]);
+    let cell = u32::from_le_bytes([cell[0], cell[1], cell[2], cell[3]]);
+    let (word_count, cell_count) = ((words.bytes / 4) as i64, (word_cells.bytes / 4) as i64);
+    let (to_words, to_cells) = (words.address(), word_cells.address());
+    let shape = Shape {
+        grid: (device.multiprocessors() as usize * 8, 1),
+        threads: 256,
+        shared: 0,
+    };
+    // SAFETY: parameters as in `int4.cu`; as many words lie in each view.
+    unsafe {
+        device.launch(
+            "int4_random",
+            shape,
+            arguments![to_words, word_count, to_cells, cell_count, cell, seed],
+        )
+    }
+}
+
+/// `out = w`, rounded once to halves.
 #[derive(Clone, Copy)]
 pub struct DequantizeInt4<'a> {
     /// `[n, k]`
@@ -136,7 +171,7 @@ impl DequantizeInt4<'_> {
         // (`validate`); a thread reads and writes its own word's place alone.
         unsafe {
             device.launch(
-                "int4_dequantize",
+                &format!("{}_dequantize", self.weight.kernel()),
                 shape,
                 arguments![weight, cells, out, n, words_i32, per_group],
             )

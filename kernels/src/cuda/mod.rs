@@ -8,6 +8,8 @@
 //! gemm        products with many rows: cuBLASLt, plans timed once per shape
 //! skinny      products with few rows (decode), with what stands before and after them fused in
 //! int4        four-bit weights: how they are stored, and turned into 16 bits
+//! int4_gemm   products of many rows with them, on Hopper
+//! eight_bit   eight-bit weights, floats and integers, likewise
 //! attention   paged attention: single rows (decode) and many rows (prefill)
 //! tensor_map  boxes of tensors for Hopper's copy engine
 //! sampling    penalties, masks, top-k, top-p, min-p, draws, log-probabilities
@@ -22,9 +24,11 @@
 
 pub mod attention;
 pub mod device;
+pub mod eight_bit;
 pub mod elementwise;
 pub mod gemm;
 pub mod int4;
+pub mod int4_gemm;
 mod modules;
 pub mod rope;
 pub mod sampling;

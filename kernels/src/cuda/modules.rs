@@ -28,6 +28,8 @@ const IMAGES: &[(&str, &[u8])] = &[
     fatbin!("rope"),
     fatbin!("skinny_gemm"),
     fatbin!("int4"),
+    fatbin!("int4_gemm_sm90a"),
+    fatbin!("eight_bit"),
     fatbin!("decode_attention"),
     fatbin!("prefill_attention"),
     fatbin!("prefill_attention_sm90a"),

@@ -2,6 +2,7 @@
 
 use super::{
     CudaError, Device, Float, View,
+    eight_bit::{self, EightBit},
     int4::{Int4View, group_shift},
     modules::{Shape, arguments},
     need,
@@ -40,6 +41,8 @@ pub enum Weight<'a> {
     Float(View<'a>),
     /// Four bits; everything else is IEEE halves, and logits are not made.
     Int4(Int4View<'a>),
+    /// Eight bits; integers take and give IEEE halves, and logits are not made.
+    EightBit(EightBit<'a>),
 }
 
 /// What becomes of the product.
@@ -92,6 +95,7 @@ struct Parameters {
     y: u64,
     sums_out: u64,
     cells: u64,
+    row_scales: u64,
     m: i32,
     n: i32,
     k: i32,
@@ -117,7 +121,7 @@ impl SkinnyGemm<'_> {
         let op = "skinny_gemm";
         let (m, n, k) = (self.m, self.n, self.k);
         let (takes, most) = match self.weight {
-            Weight::Float(_) => (Self::takes(m, k), MAX_ROWS),
+            Weight::Float(_) | Weight::EightBit(_) => (Self::takes(m, k), MAX_ROWS),
             Weight::Int4(_) => (Self::takes_int4(m, k), MAX_INT4_ROWS),
         };
         need(takes && n > 0 && n < 1 << 28, op, || {
@@ -149,14 +153,25 @@ impl SkinnyGemm<'_> {
                     && sums.bytes >= num_sums * m * 4
             }
         };
+        let is_logits = matches!(self.output, Output::StoreF32(_));
         let weight_fits = match self.weight {
             Weight::Float(view) => view.bytes >= weight_rows * k * 2,
             Weight::Int4(view) => {
-                let is_logits = matches!(self.output, Output::StoreF32(_));
                 need(self.float == Float::F16 && !is_logits, op, || {
                     "four-bit weights are multiplied with halves and give halves".to_owned()
                 })?;
                 view.fits(weight_rows, k)
+            }
+            Weight::EightBit(weight) => {
+                let halves = matches!(weight, EightBit::Fp8(_)) || self.float == Float::F16;
+                need(halves && !is_logits, op, || {
+                    "eight-bit weights give 16 bits, and integers are multiplied with halves"
+                        .to_owned()
+                })?;
+                match weight {
+                    EightBit::Fp8(view) => view.fits(weight_rows, k),
+                    EightBit::Int8(view) => view.fits(weight_rows, k),
+                }
             }
         };
         let weights_fit = weight_fits && self.bias.is_none_or(|bias| bias.bytes >= weight_rows * 2);
@@ -180,6 +195,7 @@ impl SkinnyGemm<'_> {
             y: 0,
             sums_out: 0,
             cells: 0,
+            row_scales: 0,
             m: self.m as i32,
             n: self.n as i32,
             k: self.k as i32,
@@ -238,10 +254,35 @@ impl SkinnyGemm<'_> {
                 let blocks_of_four = self.n.div_ceil(4 * rows);
                 let row_tiles = match self.m {
                     ..=4 => 1,
-                    17.. if blocks_of_four >= device.multiprocessors() as usize => 4,
+                    17.. if !weight.affine
+                        && blocks_of_four >= device.multiprocessors() as usize =>
+                    {
+                        4
+                    }
                     _ => 2,
                 };
-                (format!("int4_{kind}_{tiles}x{row_tiles}"), row_tiles)
+                (
+                    format!("{}_{kind}_{tiles}x{row_tiles}", weight.kernel()),
+                    row_tiles,
+                )
+            }
+            Weight::EightBit(weight) => {
+                let name = match weight {
+                    EightBit::Fp8(view) => {
+                        parameters.weight = view.data.address();
+                        parameters.row_scales = view.scales.address();
+                        "fp8"
+                    }
+                    EightBit::Int8(view) => {
+                        parameters.weight = view.data.address();
+                        parameters.cells = view.cells.address();
+                        parameters.group_shift = eight_bit::group_shift(self.k, view.group)
+                            .expect("`validate` has seen this group: this is a bug");
+                        "int8"
+                    }
+                };
+                let suffix = self.float.suffix();
+                (format!("{name}_{kind}_{tiles}_{suffix}"), 1)
             }
         };
         let shape = Shape {

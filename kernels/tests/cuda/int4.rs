@@ -48,6 +48,7 @@ impl Int4 {
             words: self.words.view(),
             cells: self.cells.view(),
             group: self.group,
+            affine: false,
         }
     }
 
@@ -216,6 +217,7 @@ fn shapes_that_do_not_fit_are_refused() {
         words: view,
         cells: view,
         group,
+        affine: false,
     };
     let dequantize = |n, k, group| {
         let op = DequantizeInt4 {

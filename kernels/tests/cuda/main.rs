@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
 
 mod attention;
+mod eight_bit;
 mod elementwise;
 mod int4;
+mod int4_gemm;
 mod products;
 mod rope;
 mod sampling;

@@ -163,7 +163,9 @@ impl Backend for Recorder {
         for part in stacked {
             all.extend(match part {
                 Weight::Rows(raw) => values(raw)?,
-                Weight::Int4(_) => return Err("the model is quantised already".to_owned()),
+                Weight::Int4(_) | Weight::Fp8(_) => {
+                    return Err("the model is quantised already".to_owned());
+                }
             });
         }
         let packed = PackedMatrix::from_f32(rows, columns, &all);

@@ -82,15 +82,14 @@ fn contradictions_and_what_the_cpu_cannot_do_are_refused_by_name() {
     };
     refused(&["m", "--device", "cuda"], "--device cuda");
     refused(&["m", "--tp", "2"], "--tensor-parallel-size 2");
-    refused(
-        &["m", "-q", "fp8"],
-        "--quantization fp8 cannot be used on the CPU",
-    );
-    for method in ["awq", "gptq", "compressed-tensors"] {
+    for method in ["awq", "gptq", "compressed-tensors", "fp8"] {
         assert_eq!(parse(&["m", "-q", method]).unwrap().validate(), Ok(()));
     }
     refused(&["m", "--dtype", "half"], "--dtype float16");
-    refused(&["m", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8");
+    for dtype in ["auto", "fp8", "fp8_e4m3"] {
+        let args = parse(&["m", "--kv-cache-dtype", dtype]).unwrap();
+        assert_eq!(args.validate(), Ok(()));
+    }
     refused(&["m", "--max-model-len", "0"], "--max-model-len");
     refused(
         &["m", "--gpu-memory-utilization", "1.2"],

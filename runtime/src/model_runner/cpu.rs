@@ -53,6 +53,8 @@ pub enum KvDtype {
     Float16,
     /// 4 bytes a value.
     Float32,
+    /// 1 byte a value, e4m3.
+    Fp8,
 }
 
 /// How large the KV cache is.
@@ -77,6 +79,8 @@ pub struct CpuRunnerConfig {
     pub load_format: LoadFormat,
     /// Weights and arithmetic.
     pub dtype: Dtype,
+    /// Rounds 16-bit weights to eight-bit floats as they are loaded.
+    pub quantize_fp8: bool,
     /// K and V.
     pub kv_dtype: KvDtype,
     /// Size of the KV cache.
@@ -97,6 +101,7 @@ impl Default for CpuRunnerConfig {
             path: PathBuf::new(),
             load_format: LoadFormat::Auto,
             dtype: Dtype::Auto,
+            quantize_fp8: false,
             kv_dtype: KvDtype::Auto,
             kv_cache: KvCacheSize::Auto,
             max_num_seqs: 64,
@@ -177,7 +182,7 @@ impl CpuRunner {
     pub fn new(config: &CpuRunnerConfig) -> Result<Self, CpuRunnerError> {
         let started = Instant::now();
         let checkpoint = Checkpoint::open_for(&config.path, config.load_format)?;
-        let model = ModelConfig::from_checkpoint(&checkpoint)?;
+        let model = ModelConfig::from_checkpoint(&checkpoint)?.with_fp8(config.quantize_fp8);
         if !model.head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
             let message = format!(
                 "its heads have {} values, not a multiple of {HEAD_DIM_MULTIPLE}",
@@ -198,6 +203,11 @@ impl CpuRunner {
         let backend_config = CpuBackendConfig {
             exact: config.dtype == Dtype::Float32,
             kv_dtype,
+            kv_scales: if kv_dtype == KvDtype::Fp8 {
+                checkpoint.kv_scales(model.num_layers)?
+            } else {
+                Vec::new()
+            },
             num_blocks: limits.num_blocks,
             threads,
         };

@@ -20,7 +20,7 @@ use crate::{
         config::ModelConfig,
     },
     sampler::philox4x32,
-    weights::{GgmlType, Int4Matrix, RawTensor, Weight},
+    weights::{Fp8Matrix, GgmlType, Int4Matrix, RawTensor, Weight},
 };
 
 /// Rows that make a task worth handing out, where a row is a few thousand operations.
@@ -33,6 +33,8 @@ pub(super) struct CpuBackendConfig {
     pub(super) exact: bool,
     /// K and V; [`KvDtype::Auto`] has been resolved.
     pub(super) kv_dtype: KvDtype,
+    /// Of each layer's K and V where they are eight-bit floats; none means 1.
+    pub(super) kv_scales: Vec<[f32; 2]>,
     /// Blocks in the pool.
     pub(super) num_blocks: u32,
     /// Threads, the engine's own included.
@@ -105,6 +107,7 @@ fn kernel_dtype(dtype: KvDtype) -> kernels::KvDtype {
     match dtype {
         KvDtype::Auto | KvDtype::Float16 => kernels::KvDtype::F16,
         KvDtype::Float32 => kernels::KvDtype::F32,
+        KvDtype::Fp8 => kernels::KvDtype::F8,
     }
 }
 
@@ -138,7 +141,10 @@ impl CpuBackend {
             cos: Vec::new(),
             sin: Vec::new(),
             caches: (0..model.num_layers)
-                .map(|_| LayerCache::new(layout))
+                .map(|layer| {
+                    let scales = config.kv_scales.get(layer).copied().unwrap_or([1.0; 2]);
+                    LayerCache::new(layout).map(|cache| cache.with_scales(scales))
+                })
                 .collect::<Option<_>>()?,
             quantized: QuantizedRows::default(),
             split: Vec::new(),
@@ -241,11 +247,26 @@ impl CpuBackend {
         (self.split, self.products) = (split, products);
     }
 
+    /// Eight-bit floats are multiplied as brain floats, which hold them and all but the last bits of their scales.
+    fn pack_fp8(&self, matrix: &Fp8Matrix<'_>) -> Result<PackedMatrix, String> {
+        let values = matrix.dequantize();
+        let packed = if self.exact {
+            PackedMatrix::from_f32(matrix.rows, matrix.columns, &values)
+        } else {
+            let values = values.iter();
+            let bytes: Vec<u8> = values
+                .flat_map(|value| half::bf16::from_f32(*value).to_le_bytes())
+                .collect();
+            PackedMatrix::from_rows(BlockFormat::BF16, matrix.rows, matrix.columns, &bytes)
+        };
+        packed.map_err(|error| error.to_string())
+    }
+
     /// Parts of one storage type, one above the other.
     fn pack_rows(&self, parts: &[Weight<'_>]) -> Result<PackedMatrix, String> {
         let mut parts = parts.iter().filter_map(|part| match part {
             Weight::Rows(raw) => Some(raw),
-            Weight::Int4(_) => None,
+            Weight::Int4(_) | Weight::Fp8(_) => None,
         });
         let mut whole = parts.next().ok_or("no part: this is a bug")?.clone();
         let kind = whole.kind;
@@ -264,7 +285,7 @@ impl CpuBackend {
             .iter()
             .filter_map(|part| match part {
                 Weight::Int4(matrix) => Some(matrix),
-                Weight::Rows(_) => None,
+                Weight::Rows(_) | Weight::Fp8(_) => None,
             })
             .collect();
         let whole = Int4Matrix::stack(&parts);
@@ -382,12 +403,10 @@ impl Backend for CpuBackend {
             (Weight::Int4(a), Weight::Int4(b)) => a.group == b.group,
             _ => false,
         });
-        let packed = of_one_type.map(|parts| {
-            if matches!(parts[0], Weight::Rows(_)) {
-                self.pack_rows(parts)
-            } else {
-                self.pack_int4(parts)
-            }
+        let packed = of_one_type.map(|parts| match &parts[0] {
+            Weight::Rows(_) => self.pack_rows(parts),
+            Weight::Int4(_) => self.pack_int4(parts),
+            Weight::Fp8(matrix) => self.pack_fp8(matrix),
         });
         packed.collect()
     }

@@ -7,7 +7,10 @@
 //!   starts, so a row may attend to blocks that another row of the same step has written.
 
 use super::registry::Shard;
-use crate::{engine::request::TokenId, weights::Weight};
+use crate::{
+    engine::request::TokenId,
+    weights::{Scheme, Weight},
+};
 
 /// A matrix `[out, in]` made of stacked parts (one per storage type), with its bias.
 #[derive(Debug)]
@@ -79,6 +82,14 @@ pub trait Backend: Sync {
     /// What about a storage type or shape cannot be computed with.
     fn pack(&self, stacked: &[Weight<'_>]) -> Result<Vec<Self::Matrix>, String>;
 
+    /// [`Self::pack`] of the embedding or the head.
+    ///
+    /// # Errors
+    /// What about a storage type or shape cannot be computed with.
+    fn pack_vocabulary(&self, stacked: &[Weight<'_>]) -> Result<Vec<Self::Matrix>, String> {
+        self.pack(stacked)
+    }
+
     /// Takes a norm's weights or a bias.
     ///
     /// # Errors
@@ -90,6 +101,19 @@ pub trait Backend: Sync {
     /// # Errors
     /// Why the device cannot hold it.
     fn random(&self, rows: usize, columns: usize, seed: u64) -> Result<Self::Matrix, String>;
+
+    /// The same, stored as a scheme says.
+    ///
+    /// # Errors
+    /// Why the device cannot hold it.
+    fn random_quantized(
+        &self,
+        scheme: &Scheme,
+        shape: (usize, usize),
+        seed: u64,
+    ) -> Result<Vec<Self::Matrix>, String> {
+        self.pack(&[scheme.random(shape, seed)?])
+    }
 
     /// `residual = embedding[tokens]`, `out = norm(residual)`.
     fn embed_norm(

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use super::registry::Architecture;
 use crate::{
     engine::request::TokenId,
-    weights::{Checkpoint, Gguf, Int4Scheme, SafetensorsFolder, WeightsError},
+    weights::{Checkpoint, Fp8Scheme, Gguf, SafetensorsFolder, Scheme, WeightsError},
 };
 
 /// Largest value of any size in a configuration: far above every real model, far below overflow.
@@ -44,8 +44,8 @@ pub struct ModelConfig {
     pub tie_embeddings: bool,
     /// q, k and v must have a bias.
     pub qkv_bias: bool,
-    /// How the matrices of the layers are quantised to four bits, in checkpoints of safetensors.
-    pub quantization: Option<Int4Scheme>,
+    /// How the matrices of the layers are quantised, in checkpoints of safetensors.
+    pub quantization: Option<Scheme>,
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<TokenId>,
 }
@@ -129,6 +129,15 @@ impl ModelConfig {
             .check()
             .map_err(|message| checkpoint.mismatch(message))?;
         Ok(config)
+    }
+
+    /// Where `on`, 16-bit matrices of the layers become eight-bit floats as they are loaded; quantised ones stay as they are.
+    #[must_use]
+    pub fn with_fp8(mut self, on: bool) -> Self {
+        if on && self.quantization.is_none() {
+            self.quantization = Some(Scheme::Fp8(Fp8Scheme::ONLINE));
+        }
+        self
     }
 
     /// Rows of the fused q, k, v matrix.
@@ -272,7 +281,7 @@ fn from_hf(folder: &SafetensorsFolder) -> Result<ModelConfig, WeightsError> {
         .as_ref()
         .or(hf.compression_config.as_ref())
         .filter(|config| !config.is_null())
-        .map(Int4Scheme::from_config)
+        .map(Scheme::from_config)
         .transpose()
         .map_err(|message| folder.unsupported(message))?;
     if let Some(activation) = hf

@@ -8,7 +8,7 @@ use super::{
     decoder::{Decoder, Layer, Mlp},
     registry::{GGUF_WEIGHTS, HF_WEIGHTS, MatrixEntry, Part, Role, WeightMap},
 };
-use crate::weights::{Checkpoint, Int4Matrix, RawTensor, Weight, WeightsError};
+use crate::weights::{Checkpoint, Fp8Matrix, Fp8Scheme, RawTensor, Scheme, Weight, WeightsError};
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -201,10 +201,13 @@ impl<B: Backend> Loader<'_, B> {
             bias.resize(out_features, 0.0);
         }
         let bias = bias.map(|values| self.vector(&name, values)).transpose()?;
-        let parts = self
-            .backend
-            .pack(&stacked)
-            .map_err(|reason| self.checkpoint.unsupported(format!("{name}: {reason}")))?;
+        let packed = if entry.parts[0].role == Role::Vocabulary {
+            self.backend.pack_vocabulary(&stacked)
+        } else {
+            self.backend.pack(&stacked)
+        };
+        let parts =
+            packed.map_err(|reason| self.checkpoint.unsupported(format!("{name}: {reason}")))?;
         Ok(Linear {
             parts,
             bias,
@@ -233,14 +236,8 @@ impl<B: Backend> Loader<'_, B> {
             .transpose()?;
         let parts = match self.config.quantization {
             Some(scheme) if entry.parts[0].role != Role::Vocabulary => {
-                let group = scheme.group_of(in_features);
-                if !in_features.is_multiple_of(group) {
-                    return Err(refused(format!(
-                        "{in_features} inputs are not groups of {group}"
-                    )));
-                }
-                let matrix = Int4Matrix::random((out_features, in_features), group, seed);
-                self.backend.pack(&[Weight::Int4(matrix)])
+                let shape = (out_features, in_features);
+                self.backend.random_quantized(&scheme, shape, seed)
             }
             _ => {
                 let matrix = self.backend.random(out_features, in_features, seed);
@@ -262,9 +259,9 @@ impl<B: Backend> Loader<'_, B> {
         let (rows, columns) = self.shape(part.role);
         if let Some(scheme) = &self.config.quantization
             && part.role != Role::Vocabulary
-            && let Some(matrix) = self.checkpoint.int4(scheme, &name, (rows, columns))?
+            && let Some(weight) = self.checkpoint.quantized(scheme, &name, (rows, columns))?
         {
-            return Ok(Weight::Int4(matrix));
+            return Ok(weight);
         }
         let name = format!("{name}.weight");
         let raw = self.checkpoint.tensor(&name)?;
@@ -278,6 +275,12 @@ impl<B: Backend> Loader<'_, B> {
                 raw.rows, raw.columns
             );
             return Err(self.checkpoint.mismatch(message));
+        }
+        if self.config.quantization == Some(Scheme::Fp8(Fp8Scheme::ONLINE))
+            && part.role != Role::Vocabulary
+            && let Some(matrix) = Fp8Matrix::quantize(&raw)
+        {
+            return Ok(Weight::Fp8(matrix));
         }
         if !self.permuted(part.role) {
             return Ok(Weight::Rows(raw));

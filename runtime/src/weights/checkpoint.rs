@@ -4,7 +4,9 @@ use std::{borrow::Cow, path::Path};
 
 use half::{bf16, f16};
 
-use super::{GgmlType, Gguf, Int4Matrix, Int4Scheme, SafetensorsFolder, WeightsError};
+use super::{
+    Fp8Matrix, GgmlType, Gguf, Int4Matrix, SafetensorsFolder, Scheme, WeightsError, fp8::floats,
+};
 use crate::models::loader::LoadFormat;
 
 /// An open checkpoint.
@@ -36,6 +38,8 @@ pub enum Weight<'a> {
     Rows(RawTensor<'a>),
     /// Four bits with scales and zeros, read from whatever layout the checkpoint has.
     Int4(Int4Matrix),
+    /// Eight-bit floats with their scales.
+    Fp8(Fp8Matrix<'a>),
 }
 
 impl Weight<'_> {
@@ -45,6 +49,7 @@ impl Weight<'_> {
         match self {
             Self::Rows(raw) => raw.rows,
             Self::Int4(matrix) => matrix.rows,
+            Self::Fp8(matrix) => matrix.rows,
         }
     }
 
@@ -54,6 +59,7 @@ impl Weight<'_> {
         match self {
             Self::Rows(raw) => raw.columns,
             Self::Int4(matrix) => matrix.columns,
+            Self::Fp8(matrix) => matrix.columns,
         }
     }
 }
@@ -175,25 +181,77 @@ impl Checkpoint {
         }
     }
 
-    /// The matrix `name` (without `.weight`) in four bits, if that is how the checkpoint holds it.
+    /// The matrix `name` (without `.weight`) as the scheme says, if that is how the checkpoint holds it.
     ///
     /// # Errors
     /// [`WeightsError::Mismatch`] when its tensors do not fit each other, the scheme or the shape.
-    pub fn int4(
+    pub fn quantized(
         &self,
-        scheme: &Int4Scheme,
+        scheme: &Scheme,
         name: &str,
         shape: (usize, usize),
-    ) -> Result<Option<Int4Matrix>, WeightsError> {
-        match self {
-            Self::Safetensors(folder) if !folder.has(&format!("{name}.weight")) => {
-                let matrix = Int4Matrix::read(scheme, name, shape, |tensor| folder.stored(tensor));
-                matrix
-                    .map(Some)
-                    .map_err(|error| self.mismatch(error.to_string()))
-            }
-            _ => Ok(None),
+    ) -> Result<Option<Weight<'_>>, WeightsError> {
+        let Self::Safetensors(folder) = self else {
+            return Ok(None);
+        };
+        let find = |tensor: &str| folder.stored(tensor);
+        match scheme {
+            Scheme::Int4(_) if folder.has(&format!("{name}.weight")) => Ok(None),
+            Scheme::Int4(scheme) => Int4Matrix::read(scheme, name, shape, find)
+                .map(|matrix| Some(Weight::Int4(matrix)))
+                .map_err(|error| self.mismatch(error.to_string())),
+            Scheme::Fp8(scheme) => Fp8Matrix::read(scheme, name, shape, find)
+                .map(|matrix| matrix.map(Weight::Fp8))
+                .map_err(|error| self.mismatch(error.to_string())),
         }
+    }
+
+    /// What K and V of each layer are divided by before they are stored in eight bits; 1 where the checkpoint says nothing, of
+    /// which a warning tells.
+    ///
+    /// # Errors
+    /// [`WeightsError::Mismatch`] when a scale is no positive number.
+    pub fn kv_scales(&self, num_layers: usize) -> Result<Vec<[f32; 2]>, WeightsError> {
+        let scales = (0..num_layers).map(|layer| {
+            Ok([
+                self.kv_scale(layer, "k_scale", "k_proj")?,
+                self.kv_scale(layer, "v_scale", "v_proj")?,
+            ])
+        });
+        let scales: Vec<[Option<f32>; 2]> = scales.collect::<Result<_, WeightsError>>()?;
+        if scales.iter().flatten().any(Option::is_none) {
+            tracing::warn!(
+                "the checkpoint has no scales for K and V in 8 bits: they are stored unscaled, and values beyond 448 are cut"
+            );
+        }
+        let given = |scales: &[Option<f32>; 2]| scales.map(|scale| scale.unwrap_or(1.0));
+        Ok(scales.iter().map(given).collect())
+    }
+
+    fn kv_scale(
+        &self,
+        layer: usize,
+        name: &str,
+        projection: &str,
+    ) -> Result<Option<f32>, WeightsError> {
+        let Self::Safetensors(folder) = self else {
+            return Ok(None);
+        };
+        let attention = format!("model.layers.{layer}.self_attn");
+        for name in [
+            format!("{attention}.{name}"),
+            format!("{attention}.attn.{name}"),
+            format!("{attention}.{projection}.{name}"),
+        ] {
+            if let Some(tensor) = folder.stored(&name) {
+                let values = floats(&tensor).unwrap_or_default();
+                return match values.as_slice() {
+                    [value] if value.is_finite() && *value > 0.0 => Ok(Some(*value)),
+                    _ => Err(self.mismatch(format!("{name} is not one positive number"))),
+                };
+            }
+        }
+        Ok(None)
     }
 
     /// Tells the kernel that all of it is about to be read.

@@ -111,6 +111,12 @@ impl Int4Matrix {
         values
     }
 
+    /// The scale of random weights: uniform integers in −8..=7 spread by 4.6.
+    #[must_use]
+    pub fn random_scale(columns: usize) -> f16 {
+        f16::from_f32(1.0 / (4.6 * (columns as f32).sqrt()))
+    }
+
     /// Values that look random and depend on the seed alone, of about the size that initialised weights have.
     #[must_use]
     pub fn random((rows, columns): (usize, usize), group: usize, seed: u64) -> Self {
@@ -130,8 +136,7 @@ impl Int4Matrix {
         }
         qweight.truncate(rows * columns / PER_WORD);
         let cells = rows * (columns / group);
-        // Uniform in −8..=7 spreads by 4.6.
-        let scale = f16::from_f32(1.0 / (4.6 * (columns as f32).sqrt()));
+        let scale = Self::random_scale(columns);
         Self {
             rows,
             columns,

@@ -8,16 +8,20 @@
 use std::{fs::File, io, ops::Deref, path::Path};
 
 pub mod checkpoint;
+pub mod fp8;
 pub mod ggml_type;
 pub mod gguf;
 pub mod int4;
 pub mod safetensors;
+mod scheme;
 
 pub use checkpoint::{Checkpoint, RawTensor, Weight};
+pub use fp8::{Fp8Matrix, Fp8Scales, Fp8Scheme, Fp8Source};
 pub use ggml_type::GgmlType;
 pub use gguf::Gguf;
 pub use int4::{Int4Matrix, Int4Scheme, Int4Source};
 pub use safetensors::SafetensorsFolder;
+pub use scheme::Scheme;
 
 /// Why a checkpoint could not be read.
 #[derive(Debug, thiserror::Error)]

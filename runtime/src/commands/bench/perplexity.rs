@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use ashlar::{
     bench::perplexity::{Perplexity, perplexity},
-    config::{Device, Dtype, EngineArgs},
+    config::{Device, Dtype, EngineArgs, KvCacheDtype},
     hub::Progress,
     llm::ModelOnDevice,
 };
@@ -96,6 +96,7 @@ fn exact(args: &EngineArgs) -> EngineArgs {
     EngineArgs {
         device: Device::Cpu,
         dtype: Dtype::Float32,
+        kv_cache_dtype: KvCacheDtype::Auto,
         ..args.clone()
     }
 }

@@ -14,9 +14,11 @@ use ashlar_kernels::{
     cuda::{
         CudaError, Device, DeviceBuffer, Float, View,
         attention::{DecodeAttention, HeadShape, PrefillAttention, Sequences},
+        eight_bit::{self, QuantizeRows},
         elementwise::{AddNorm, EmbedNorm, GatherRows, SiluMul, fill_random},
-        gemm::Gemm,
+        gemm::{Fp8Gemm, Gemm},
         int4,
+        int4_gemm::Int4Gemm,
         rope::RopeWriteKv,
         skinny::{self, Input, Output, SkinnyGemm},
     },
@@ -24,6 +26,7 @@ use ashlar_kernels::{
 use half::{bf16, f16};
 
 use super::{
+    integers,
     matrix::Matrix,
     step::{DecodeSection, Layout},
 };
@@ -33,12 +36,16 @@ use crate::{
         backend::{AdapterRows, AttentionSeq, Backend, Linear, RopeArgs},
         config::ModelConfig,
     },
-    weights::{GgmlType, Int4Matrix, RawTensor, Weight},
+    weights::{Fp8Scales, GgmlType, Int4Matrix, RawTensor, Scheme, Weight},
 };
 
 /// Products with at most so many rows run as skinny ones, fused with their neighbours; wide ones with half as many, where
 /// cuBLASLt reads weights faster.
 pub(super) const FUSED_ROWS: usize = 16;
+
+/// Products with at most so many rows read four-bit weights as they are where the GPU can; with more it is faster to turn them
+/// into 16 bits first.
+const INT4_GEMM_ROWS: usize = 1024;
 
 /// From this width on a norm is a kernel of its own: inside a product every block would repeat it (on an H200 at 4,096 columns
 /// 32 µs in each layer, against 6 for two small kernels).
@@ -68,6 +75,13 @@ struct Product {
     norm: Option<(GpuVector, usize)>,
     matrix: GpuMatrix,
     bias: Option<GpuVector>,
+}
+
+/// A product with many rows, by what is multiplied.
+enum LargeProduct<'a> {
+    Float(Gemm<'a>),
+    Fp8(Fp8Gemm<'a>),
+    Int4(Int4Gemm<'a>),
 }
 
 /// Rows of activations.
@@ -112,6 +126,8 @@ impl CudaBuf {
 /// Sizes of a [`CudaBackend`].
 pub(super) struct CudaBackendConfig {
     pub(super) float: Float,
+    /// Layers hold integers, in four bits for the most part.
+    pub(super) integers: bool,
     /// Positions in the rotary table.
     pub(super) max_model_len: usize,
     /// Bytes that a step's arrays may take.
@@ -145,10 +161,14 @@ pub(super) struct CudaBackend {
     sums: DeviceBuffer,
     parts: DeviceBuffer,
     arrived: DeviceBuffer,
-    /// Where four-bit weights become 16-bit ones, one matrix after another.
+    /// Where weights of fewer bits become 16-bit ones, one matrix after another.
     scratch: Option<DeviceBuffer>,
-    /// Whether layers hold four-bit weights, which few rows multiply as they are, and many only once they are 16-bit ones.
-    int4: bool,
+    /// Where rows of activations become eight-bit floats, and their scales; on GPUs that multiply such.
+    fp8_rows: Option<(DeviceBuffer, DeviceBuffer)>,
+    /// Parts and counters of products with four-bit weights as they are; on GPUs that have such.
+    int4_parts: Option<(DeviceBuffer, DeviceBuffer)>,
+    /// Whether layers hold integers, which few rows multiply as they are, and many only once they are 16-bit floats.
+    integers: bool,
     error: Option<CudaError>,
 }
 
@@ -180,8 +200,11 @@ impl CudaBackend {
             config.max_model_len,
         )?;
         let groups = config.max_num_seqs.max(config.max_logit_rows);
-        let int4 = model.quantization.is_some() && config.float == Float::F16;
-        let sum_rows = if int4 { skinny::MAX_ROWS } else { FUSED_ROWS };
+        let sum_rows = if config.integers {
+            skinny::MAX_ROWS
+        } else {
+            FUSED_ROWS
+        };
         let widest = model.hidden_size.div_ceil(16);
         Ok(Self {
             float: config.float,
@@ -199,15 +222,47 @@ impl CudaBackend {
             parts: device.alloc(config.max_items * shape.part_bytes())?,
             arrived: device.alloc(groups * model.num_kv_heads * 4)?,
             scratch: None,
-            int4,
+            fp8_rows: None,
+            int4_parts: None,
+            integers: config.integers,
             error: None,
             device: device.clone(),
         })
     }
 
-    /// Reserves what the largest of the matrices needs; those that take none need not be called for.
-    pub(super) fn reserve_scratch(&mut self, bytes: usize) -> Result<(), CudaError> {
-        if bytes > 0 {
+    /// Reserves what products of up to `rows` rows (a bucket) with any of the matrices need.
+    pub(super) fn reserve_scratch<'a>(
+        &mut self,
+        matrices: impl Iterator<Item = &'a GpuMatrix> + Clone,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let fp8 = matrices
+            .clone()
+            .filter(|matrix| matrix.fp8_view().is_some());
+        let widest = fp8.map(|matrix| matrix.columns).max();
+        if let Some(columns) = widest
+            && Fp8Gemm::is_available(&self.device)
+        {
+            let (data, scales) = (
+                self.device.alloc(rows * columns)?,
+                self.device.alloc(rows * 4)?,
+            );
+            // Rows of padding are multiplied too.
+            self.device.fill(scales.view(), 0)?;
+            self.device.fill(data.view(), 0)?;
+            self.fp8_rows = Some((data, scales));
+        }
+        if self.device.is_hopper() && matrices.clone().any(|matrix| matrix.is_int4()) {
+            let parts = self.device.alloc(Int4Gemm::parts_bytes(&self.device))?;
+            let arrived = self.device.alloc(Int4Gemm::arrived_bytes(&self.device))?;
+            self.device.fill(arrived.view(), 0)?;
+            self.int4_parts = Some((parts, arrived));
+        }
+        let bytes = matrices
+            .filter(|matrix| matrix.fp8_view().is_none() || self.fp8_rows.is_none())
+            .map(|matrix| matrix.scratch_bytes())
+            .max();
+        if let Some(bytes) = bytes.filter(|bytes| *bytes > 0) {
             self.scratch = Some(self.device.alloc(bytes)?);
         }
         Ok(())
@@ -215,7 +270,7 @@ impl CudaBackend {
 
     /// The matrix in 16-bit floats, for the product with many rows that is queued next.
     fn values<'a>(&'a self, matrix: &'a Matrix) -> Result<View<'a>, CudaError> {
-        matrix.values(&self.device, self.scratch.as_ref())
+        matrix.values(&self.device, self.float, self.scratch.as_ref())
     }
 
     /// Bytes of K and V of one block, all layers.
@@ -267,7 +322,7 @@ impl CudaBackend {
 
     /// Most rows of a layer's product that is left to its neighbours.
     pub(super) fn fused_rows(&self) -> usize {
-        if self.int4 {
+        if self.integers && self.int4_parts.is_none() {
             skinny::MAX_INT4_ROWS
         } else {
             FUSED_ROWS
@@ -276,10 +331,13 @@ impl CudaBackend {
 
     /// Whether a layer's product of these rows with this matrix is left to its neighbours.
     fn fuses(&self, rows: usize, matrix: &Matrix) -> bool {
-        if matrix.is_int4() {
+        if rows > self.fused_rows() {
+            // All alike: what reads a fused norm must be fused too.
+            false
+        } else if matrix.is_int4() {
             SkinnyGemm::takes_int4(rows, matrix.columns)
-        } else if self.int4 {
-            // As many as a norm is fused with below: what reads it must read it so.
+        } else if matrix.is_eight_bit() || self.integers {
+            // As many as a norm is fused with below.
             SkinnyGemm::takes(rows, matrix.columns)
         } else {
             Self::is_skinny(rows, matrix.columns)
@@ -357,25 +415,60 @@ impl CudaBackend {
         }
     }
 
-    fn gemm(
+    /// A product with many rows, launched or timed by `run`.
+    fn gemm<T>(
         &self,
         x: &CudaBuf,
         (matrix, bias): (&GpuMatrix, Option<&GpuVector>),
-        y: View<'_>,
-        f32_out: bool,
-    ) -> Result<(), CudaError> {
-        Gemm {
+        (y, f32_out): (View<'_>, bool),
+        rows: usize,
+        run: impl Fn(&LargeProduct<'_>) -> Result<T, CudaError>,
+    ) -> Result<T, CudaError> {
+        let (n, k) = (matrix.rows, matrix.columns);
+        if let (Some(weight), Some((parts, arrived))) = (matrix.int4_view(), &self.int4_parts)
+            && rows <= INT4_GEMM_ROWS
+            && Int4Gemm::takes(&self.device, n, k)
+        {
+            return run(&LargeProduct::Int4(Int4Gemm {
+                x: x.view(),
+                weight,
+                bias: bias.map(|bias| bias.view()),
+                y,
+                m: rows,
+                n,
+                k,
+                parts: parts.view(),
+                arrived: arrived.view(),
+            }));
+        }
+        let gemm = |x, weight| Gemm {
             float: self.float,
-            x: x.view(),
-            weight: self.values(matrix)?,
+            x,
+            weight,
             bias: bias.map(|bias| bias.view()),
             y,
             f32_out,
-            m: x.rows,
-            n: matrix.rows,
+            m: rows,
+            n,
+            k,
+        };
+        let (Some(weight), Some((data, scales))) = (matrix.fp8_view(), &self.fp8_rows) else {
+            return run(&LargeProduct::Float(gemm(x.view(), self.values(matrix)?)));
+        };
+        QuantizeRows {
+            float: self.float,
+            x: x.view(),
+            out: data.view(),
+            scales: scales.view(),
+            m: rows,
             k: matrix.columns,
         }
-        .launch(&self.device)
+        .launch(&self.device)?;
+        run(&LargeProduct::Fp8(Fp8Gemm {
+            gemm: gemm(data.view(), weight.data),
+            x_scales: scales.view(),
+            weight_scales: weight.scales,
+        }))
     }
 
     /// Finds the fastest plans for products of `rows` rows with this matrix.
@@ -387,18 +480,25 @@ impl CudaBackend {
         f32_out: bool,
         rows: usize,
     ) -> Result<f32, CudaError> {
-        Gemm {
-            float: self.float,
-            x: x.view(),
-            weight: self.values(matrix)?,
-            bias: None,
-            y: y.view(),
-            f32_out,
-            m: rows,
-            n: matrix.rows,
-            k: matrix.columns,
-        }
-        .tune(&self.device, 3)
+        let target = (y.view(), f32_out);
+        self.gemm(x, (matrix, None), target, rows, |product| match product {
+            LargeProduct::Float(gemm) => gemm.tune(&self.device, 3),
+            LargeProduct::Fp8(gemm) => gemm.tune(&self.device, 3),
+            LargeProduct::Int4(_) => Ok(0.0),
+        })
+    }
+
+    fn launch_gemm(
+        &self,
+        x: &CudaBuf,
+        operands: (&GpuMatrix, Option<&GpuVector>),
+        target: (View<'_>, bool),
+    ) -> Result<(), CudaError> {
+        self.gemm(x, operands, target, x.rows, |product| match product {
+            LargeProduct::Float(gemm) => gemm.launch(&self.device),
+            LargeProduct::Fp8(gemm) => gemm.launch(&self.device),
+            LargeProduct::Int4(gemm) => gemm.launch(&self.device),
+        })
     }
 
     fn rows_attention(
@@ -494,19 +594,36 @@ impl CudaBackend {
     }
 
     /// The parts, where all are in four bits and can stay so together; their scales are IEEE halves.
-    fn int4_parts<'a>(&self, stacked: &'a [Weight<'_>]) -> Option<Vec<&'a Int4Matrix>> {
+    fn four_bit_parts<'a>(&self, stacked: &'a [Weight<'_>]) -> Option<Vec<&'a Int4Matrix>> {
         let parts: Option<Vec<&Int4Matrix>> = stacked
             .iter()
             .map(|part| match part {
                 Weight::Int4(matrix) => Some(matrix),
-                Weight::Rows(_) => None,
+                Weight::Rows(_) | Weight::Fp8(_) => None,
             })
             .collect();
         parts.filter(|parts| {
-            self.int4
+            self.integers
                 && parts.iter().all(|part| part.group == parts[0].group)
                 && int4::takes(parts[0].columns, parts[0].group)
         })
+    }
+
+    /// The parts' values and scales, where all are eight-bit floats with scales of rows, and of a shape that the products
+    /// take.
+    fn fp8_parts<'a>(stacked: &'a [Weight<'_>]) -> Option<Vec<(&'a [u8], &'a [f32])>> {
+        let parts: Option<Vec<_>> = stacked
+            .iter()
+            .map(|part| match part {
+                Weight::Fp8(matrix) => match &matrix.scales {
+                    Fp8Scales::Rows(scales) => Some((&*matrix.data, scales.as_slice())),
+                    Fp8Scales::Blocks { .. } => None,
+                },
+                Weight::Rows(_) | Weight::Int4(_) => None,
+            })
+            .collect();
+        let rows: usize = stacked.iter().map(Weight::rows).sum();
+        parts.filter(|_| rows.is_multiple_of(16) && eight_bit::takes(stacked[0].columns()))
     }
 
     fn is_native(&self, kind: GgmlType) -> bool {
@@ -517,8 +634,8 @@ impl CudaBackend {
     }
 }
 
-/// Formats that are dequantised at load.
-fn block_format(kind: GgmlType) -> Option<BlockFormat> {
+/// GGUF's formats of quantised blocks.
+pub(super) fn block_format(kind: GgmlType) -> Option<BlockFormat> {
     Some(match kind {
         GgmlType::Q4_0 => BlockFormat::Q4_0,
         GgmlType::Q4_1 => BlockFormat::Q4_1,
@@ -538,14 +655,32 @@ impl Backend for CudaBackend {
     type Vector = GpuVector;
 
     fn pack(&self, stacked: &[Weight<'_>]) -> Result<Vec<GpuMatrix>, String> {
-        let rows = stacked.iter().map(Weight::rows).sum();
         let columns = stacked[0].columns();
         let text = |error: CudaError| error.to_string();
-        if let Some(parts) = self.int4_parts(stacked) {
+        if let Some(parts) = self.four_bit_parts(stacked) {
             let whole = Int4Matrix::stack(&parts);
             let matrix = Matrix::int4(&self.device, &whole).map_err(text)?;
             return Ok(vec![Arc::new(matrix)]);
         }
+        if self.integers
+            && int4::takes(columns, 32)
+            && let Some(whole) = integers::of_blocks(stacked)
+        {
+            let matrix = Matrix::integers(&self.device, &whole).map_err(text)?;
+            return Ok(vec![Arc::new(matrix)]);
+        }
+        if let Some(parts) = Self::fp8_parts(stacked) {
+            let matrix = Matrix::fp8(&self.device, &parts, columns).map_err(text)?;
+            return Ok(vec![Arc::new(matrix)]);
+        }
+        self.pack_vocabulary(stacked)
+    }
+
+    /// In 16 bits: rows are looked up in it, and logits need all of its precision.
+    fn pack_vocabulary(&self, stacked: &[Weight<'_>]) -> Result<Vec<GpuMatrix>, String> {
+        let rows = stacked.iter().map(Weight::rows).sum();
+        let columns = stacked[0].columns();
+        let text = |error: CudaError| error.to_string();
         let data = self
             .device
             .alloc(rows * columns * Float::BYTES)
@@ -558,6 +693,7 @@ impl Backend for CudaBackend {
                 Weight::Rows(raw) if self.is_native(raw.kind) => Cow::Borrowed(&raw.data),
                 Weight::Rows(raw) => Cow::Owned(self.convert(raw)?),
                 Weight::Int4(matrix) => Cow::Owned(self.to_bytes(&matrix.dequantize())),
+                Weight::Fp8(matrix) => Cow::Owned(self.to_bytes(&matrix.dequantize())),
             };
             self.device.write(&values, place).map_err(text)?;
             offset += bytes;
@@ -584,6 +720,28 @@ impl Backend for CudaBackend {
             Ok(Arc::new(Matrix::float(data, rows, columns)))
         };
         store().map_err(|error: CudaError| error.to_string())
+    }
+
+    fn random_quantized(
+        &self,
+        scheme: &Scheme,
+        shape: (usize, usize),
+        seed: u64,
+    ) -> Result<Vec<GpuMatrix>, String> {
+        let matrix = match scheme {
+            Scheme::Int4(scheme)
+                if self.integers && int4::takes(shape.1, scheme.group_of(shape.1)) =>
+            {
+                let group = scheme.group_of(shape.1);
+                Matrix::random_int4(&self.device, shape, group, seed)
+            }
+            Scheme::Fp8(_) if shape.0.is_multiple_of(16) && eight_bit::takes(shape.1) => {
+                Matrix::random_fp8(&self.device, self.float, shape, seed)
+            }
+            _ => return self.pack(&[scheme.random(shape, seed)?]),
+        };
+        let matrix = matrix.map_err(|error| error.to_string())?;
+        Ok(vec![Arc::new(matrix)])
     }
 
     fn embed_norm(
@@ -629,7 +787,7 @@ impl Backend for CudaBackend {
             out.set(x.rows, State::Product(product));
             return;
         }
-        let result = self.gemm(x, (matrix, bias), out.view(), false);
+        let result = self.launch_gemm(x, (matrix, bias), (out.view(), false));
         self.note(result);
         out.set(x.rows, State::Ready);
     }
@@ -768,7 +926,7 @@ impl Backend for CudaBackend {
             let output = Output::StoreF32(out.view());
             self.run_product(&product, x.rows, out.width, output)
         } else {
-            self.gemm(x, (matrix, bias), out.view(), true)
+            self.launch_gemm(x, (matrix, bias), (out.view(), true))
         };
         self.note(result);
         out.set(x.rows, State::Ready);

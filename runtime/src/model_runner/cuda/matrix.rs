@@ -1,11 +1,14 @@
-//! Weight matrices on the GPU: 16-bit floats, or four bits as the checkpoint has them.
+//! Weight matrices on the GPU: 16-bit floats, or fewer bits as the checkpoint has them.
 
 use ashlar_kernels::cuda::{
     CudaError, Device, DeviceBuffer, Float, View,
+    eight_bit::{self, DequantizeEightBit, EightBit, Fp8View, Int8View, QuantizeRows},
+    elementwise::fill_random,
     int4::{self, DequantizeInt4, Int4View},
     skinny::Weight,
 };
 
+use super::integers::Integers;
 use crate::weights::Int4Matrix;
 
 /// A matrix `[rows, columns]` on the GPU.
@@ -23,6 +26,19 @@ enum Data {
         words: DeviceBuffer,
         cells: DeviceBuffer,
         group: usize,
+        /// Cells hold offsets instead of zeros.
+        affine: bool,
+    },
+    /// Beside IEEE halves.
+    Int8 {
+        data: DeviceBuffer,
+        cells: DeviceBuffer,
+        group: usize,
+    },
+    /// e4m3, a scale for each row.
+    Fp8 {
+        data: DeviceBuffer,
+        scales: DeviceBuffer,
     },
 }
 
@@ -47,23 +63,166 @@ impl Matrix {
                 words: upload(&int4::words(&matrix.qweight))?,
                 cells: upload(&int4::cells(&matrix.scales, &matrix.zeros))?,
                 group: matrix.group,
+                affine: false,
             },
             rows: matrix.rows,
             columns: matrix.columns,
         })
     }
 
-    /// Bytes of scratch memory that [`Self::values`] needs.
+    /// Random values that depend on the seed alone, made on the GPU.
+    pub(super) fn random_int4(
+        device: &Device,
+        (rows, columns): (usize, usize),
+        group: usize,
+        seed: u64,
+    ) -> Result<Self, CudaError> {
+        device.bind()?;
+        let words = device.alloc(rows * columns / 2)?;
+        let cells = device.alloc(columns / group * rows * 4)?;
+        let cell = (Int4Matrix::random_scale(columns), 8);
+        int4::fill_random(device, (words.view(), cells.view()), cell, seed)?;
+        Ok(Self {
+            data: Data::Int4 {
+                words,
+                cells,
+                group,
+                affine: false,
+            },
+            rows,
+            columns,
+        })
+    }
+
+    /// Copies integers that the kernels take to the GPU.
+    pub(super) fn integers(device: &Device, whole: &Integers) -> Result<Self, CudaError> {
+        let upload = |bytes: &[u8]| {
+            let buffer = device.alloc(bytes.len())?;
+            device.write(bytes, buffer.view())?;
+            Ok::<_, CudaError>(buffer)
+        };
+        let cells = upload(&eight_bit::cells(&whole.scales, &whole.offsets))?;
+        let group = whole.group;
+        let data = if whole.four_bits {
+            Data::Int4 {
+                words: upload(&int4::words(&whole.words()))?,
+                cells,
+                group,
+                affine: true,
+            }
+        } else {
+            Data::Int8 {
+                data: upload(&whole.bytes())?,
+                cells,
+                group,
+            }
+        };
+        Ok(Self {
+            data,
+            rows: whole.rows,
+            columns: whole.columns,
+        })
+    }
+
+    /// Copies rows of e4m3 to the GPU, parts one above the other.
+    pub(super) fn fp8(
+        device: &Device,
+        parts: &[(&[u8], &[f32])],
+        columns: usize,
+    ) -> Result<Self, CudaError> {
+        let rows = parts.iter().map(|(_, scales)| scales.len()).sum();
+        let (data, all_scales) = (device.alloc(rows * columns)?, device.alloc(rows * 4)?);
+        let mut first = 0;
+        for (values, scales) in parts {
+            let bytes: Vec<u8> = scales
+                .iter()
+                .flat_map(|scale| scale.to_le_bytes())
+                .collect();
+            device.write(values, data.view().slice(first * columns, values.len()))?;
+            device.write(&bytes, all_scales.view().slice(first * 4, bytes.len()))?;
+            first += scales.len();
+        }
+        Ok(Self {
+            data: Data::Fp8 {
+                data,
+                scales: all_scales,
+            },
+            rows,
+            columns,
+        })
+    }
+
+    /// Rounds random values that depend on the seed alone, made on the GPU.
+    pub(super) fn random_fp8(
+        device: &Device,
+        float: Float,
+        (rows, columns): (usize, usize),
+        seed: u64,
+    ) -> Result<Self, CudaError> {
+        device.bind()?;
+        let values = device.alloc(rows * columns * Float::BYTES)?;
+        fill_random(
+            device,
+            float,
+            values.view(),
+            seed,
+            1.0 / (columns as f32).sqrt(),
+        )?;
+        let (data, scales) = (device.alloc(rows * columns)?, device.alloc(rows * 4)?);
+        QuantizeRows {
+            float,
+            x: values.view(),
+            out: data.view(),
+            scales: scales.view(),
+            m: rows,
+            k: columns,
+        }
+        .launch(device)?;
+        device.synchronize()?;
+        Ok(Self {
+            data: Data::Fp8 { data, scales },
+            rows,
+            columns,
+        })
+    }
+
+    /// Bytes that its values take in 16 bits, if it has others; see [`Self::values`].
     pub(super) fn scratch_bytes(&self) -> usize {
         match self.data {
             Data::Float(_) => 0,
-            Data::Int4 { .. } => self.rows * self.columns * Float::BYTES,
+            Data::Int4 { .. } | Data::Int8 { .. } | Data::Fp8 { .. } => {
+                self.rows * self.columns * Float::BYTES
+            }
         }
     }
 
     /// Whether it is in four bits.
     pub(super) fn is_int4(&self) -> bool {
         matches!(self.data, Data::Int4 { .. })
+    }
+
+    /// Whether it is in eight bits.
+    pub(super) fn is_eight_bit(&self) -> bool {
+        matches!(self.data, Data::Fp8 { .. } | Data::Int8 { .. })
+    }
+
+    /// Its four-bit weights, if it has such.
+    pub(super) fn int4_view(&self) -> Option<Int4View<'_>> {
+        match self.weight() {
+            Weight::Int4(view) => Some(view),
+            Weight::Float(_) | Weight::EightBit(_) => None,
+        }
+    }
+
+    /// Its eight-bit floats, if it has such.
+    pub(super) fn fp8_view(&self) -> Option<Fp8View<'_>> {
+        match &self.data {
+            Data::Fp8 { data, scales } => Some(Fp8View {
+                data: data.view(),
+                scales: scales.view(),
+            }),
+            Data::Float(_) | Data::Int4 { .. } | Data::Int8 { .. } => None,
+        }
     }
 
     /// As products with few rows read it.
@@ -74,36 +233,60 @@ impl Matrix {
                 words,
                 cells,
                 group,
+                affine,
             } => Weight::Int4(Int4View {
                 words: words.view(),
                 cells: cells.view(),
                 group: *group,
+                affine: *affine,
             }),
+            Data::Int8 { data, cells, group } => Weight::EightBit(EightBit::Int8(Int8View {
+                data: data.view(),
+                cells: cells.view(),
+                group: *group,
+            })),
+            Data::Fp8 { data, scales } => Weight::EightBit(EightBit::Fp8(Fp8View {
+                data: data.view(),
+                scales: scales.view(),
+            })),
         }
     }
 
-    /// The matrix in 16-bit floats, for the product with many rows that is queued next: four bits are turned into them in
+    /// The matrix in 16-bit floats, for the product with many rows that is queued next: fewer bits are turned into them in
     /// `scratch`. That product must not read its weights before the kernel in front of it has ended.
     pub(super) fn values<'a>(
         &'a self,
         device: &Device,
+        float: Float,
         scratch: Option<&'a DeviceBuffer>,
     ) -> Result<View<'a>, CudaError> {
-        let weight = match self.weight() {
-            Weight::Float(view) => return Ok(view),
-            Weight::Int4(weight) => weight,
-        };
+        let weight = self.weight();
+        if let Weight::Float(view) = weight {
+            return Ok(view);
+        }
         let out = scratch.ok_or_else(|| CudaError::Shape {
-            op: "dequantize_int4",
+            op: "dequantize",
             message: "there is no scratch memory: this is a bug".to_owned(),
         })?;
-        DequantizeInt4 {
-            weight,
-            out: out.view(),
-            n: self.rows,
-            k: self.columns,
+        let (n, k) = (self.rows, self.columns);
+        match weight {
+            Weight::Float(_) => {}
+            Weight::Int4(weight) => DequantizeInt4 {
+                weight,
+                out: out.view(),
+                n,
+                k,
+            }
+            .launch(device)?,
+            Weight::EightBit(weight) => DequantizeEightBit {
+                float,
+                weight,
+                out: out.view(),
+                n,
+                k,
+            }
+            .launch(device)?,
         }
-        .launch(device)?;
         Ok(out.view())
     }
 }

@@ -10,6 +10,7 @@
 //! padding rows write nothing.
 
 mod backend;
+mod integers;
 mod matrix;
 mod sampling;
 mod staging;
@@ -25,7 +26,7 @@ pub use ashlar_kernels::cuda::{CudaError, Float};
 use ashlar_kernels::cuda::{Device, Graph, gemm};
 
 use self::{
-    backend::{CudaBackend, CudaBackendConfig, CudaBuf},
+    backend::{CudaBackend, CudaBackendConfig, CudaBuf, GpuMatrix, block_format},
     sampling::GpuSampler,
     staging::Staging,
     step::{Counts, Layout, StepBuilder, max_items},
@@ -41,7 +42,7 @@ use crate::{
         decoder::{Activations, Decoder, Mlp},
         loader::{self, LoadFormat},
     },
-    weights::{Checkpoint, GgmlType, WeightsError},
+    weights::{Checkpoint, GgmlType, Scheme, WeightsError},
 };
 
 /// Tokens in a block.
@@ -64,6 +65,8 @@ pub struct CudaRunnerConfig {
     pub load_format: LoadFormat,
     /// Type of weights and activations; `None` takes the checkpoint's.
     pub dtype: Option<Float>,
+    /// Rounds 16-bit weights to eight-bit floats as they are loaded.
+    pub quantize_fp8: bool,
     /// Which GPU.
     pub ordinal: usize,
     /// Share of the GPU's memory to use.
@@ -147,7 +150,7 @@ impl CudaRunner {
         let started = Instant::now();
         let device = Device::open(config.ordinal)?;
         let checkpoint = Checkpoint::open_for(&config.path, config.load_format)?;
-        let model = ModelConfig::from_checkpoint(&checkpoint)?;
+        let model = ModelConfig::from_checkpoint(&checkpoint)?.with_fp8(config.quantize_fp8);
         check_widths(&checkpoint, &model)?;
         let float = config
             .dtype
@@ -156,7 +159,8 @@ impl CudaRunner {
         let max_num_seqs = config.max_num_seqs as usize;
         let max_logit_rows = max_num_seqs.max(MIN_LOGIT_ROWS);
         let max_rows = gemm::bucket(config.max_num_batched_tokens as usize);
-        let backend_config = backend_config(&device, config, &model, float, max_model_len);
+        let mut backend_config = backend_config(&device, config, &model, float, max_model_len);
+        backend_config.integers = float == Float::F16 && has_integers(&checkpoint, &model);
         let mut backend = CudaBackend::new(&device, &model, &backend_config)?;
         let decoder = loader::load(
             &checkpoint,
@@ -165,7 +169,7 @@ impl CudaRunner {
             config.load_format,
             LOAD_THREADS,
         )?;
-        backend.reserve_scratch(scratch_bytes(&decoder))?;
+        backend.reserve_scratch(layer_matrices(&decoder), max_rows)?;
         let activations = activations(&device, &model, max_rows, max_logit_rows)?;
         device.synchronize()?;
         let loaded = started.elapsed();
@@ -290,9 +294,21 @@ fn check_widths(checkpoint: &Checkpoint, model: &ModelConfig) -> Result<(), Weig
     Ok(())
 }
 
-/// IEEE floats for four-bit weights, whose scales are such; the checkpoint's own 16-bit type; brain floats for everything else.
+/// Whether the layers' matrices are integers: four bits, or GGUF's blocks.
+fn has_integers(checkpoint: &Checkpoint, model: &ModelConfig) -> bool {
+    let is_blocks = |name: &str| {
+        let tensor = checkpoint.tensor(name).ok().flatten();
+        tensor.is_some_and(|tensor| block_format(tensor.kind).is_some())
+    };
+    match checkpoint {
+        Checkpoint::Gguf(_) => is_blocks("blk.0.attn_q.weight") || is_blocks("blk.0.ffn_up.weight"),
+        Checkpoint::Safetensors(_) => matches!(model.quantization, Some(Scheme::Int4(_))),
+    }
+}
+
+/// IEEE floats for integers, whose scales are such; the checkpoint's own 16-bit type; brain floats for everything else.
 fn float_of(checkpoint: &Checkpoint, model: &ModelConfig) -> Float {
-    if model.quantization.is_some() {
+    if has_integers(checkpoint, model) {
         return Float::F16;
     }
     let is_half = match checkpoint {
@@ -310,17 +326,13 @@ fn float_of(checkpoint: &Checkpoint, model: &ModelConfig) -> Float {
     if is_half { Float::F16 } else { Float::Bf16 }
 }
 
-/// What the largest matrix of four-bit weights takes in 16 bits.
-fn scratch_bytes(decoder: &Decoder<CudaBackend>) -> usize {
+/// The matrices of all layers.
+fn layer_matrices(decoder: &Decoder<CudaBackend>) -> impl Iterator<Item = &GpuMatrix> + Clone {
     let layers = decoder.layers.iter().flat_map(|layer| {
         let Mlp::Dense { gate_up, down } = &layer.mlp;
         [&layer.qkv, &layer.attention_output, gate_up, down]
     });
-    let matrices = layers.flat_map(|linear| &linear.parts);
-    matrices
-        .map(|matrix| matrix.scratch_bytes())
-        .max()
-        .unwrap_or(0)
+    layers.flat_map(|linear| &linear.parts)
 }
 
 fn model_len(config: &CudaRunnerConfig, model: &ModelConfig) -> Result<u32, CudaRunnerError> {
@@ -364,6 +376,7 @@ fn backend_config(
     });
     CudaBackendConfig {
         float,
+        integers: false,
         max_model_len: max_model_len as usize,
         step_bytes: largest.bytes,
         max_logit_rows,

@@ -100,8 +100,8 @@ fn refuses_what_it_would_compute_wrongly() {
         ),
         (json!({"rope_theta": -5.0}), "out of range"),
         (
-            json!({"quantization_config": {"quant_method": "fp8"}}),
-            "the method fp8",
+            json!({"quantization_config": {"quant_method": "bitsandbytes"}}),
+            "the method bitsandbytes",
         ),
         (
             json!({"quantization_config": {"quant_method": "awq", "bits": 3}}),
