@@ -1,7 +1,8 @@
 //! OpenAI's answer objects: whole ones and the chunks of a stream, for chat and text completions.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -64,6 +65,32 @@ pub(crate) struct ChoiceState {
     finish: Option<TextFinish>,
     /// Bytes of text before the next token: `text_offset` of log-probabilities.
     offset: usize,
+}
+
+/// One object of a stream. Written as it stands: a stream has one for every token.
+#[derive(Debug, Serialize)]
+pub(crate) struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: &'a [ChunkChoice<'a>],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Value>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct ChunkChoice<'a> {
+    index: usize,
+    /// Of a chat.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delta: Option<Map<String, Value>>,
+    /// Of a text completion.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<Cow<'a, str>>,
+    logprobs: Value,
+    finish_reason: Option<&'static str>,
+    stop_reason: Value,
 }
 
 impl Answer {
@@ -154,11 +181,9 @@ impl Answer {
             }
         }
         choice.insert("logprobs".to_owned(), logprobs);
-        insert_finish(
-            &mut choice,
-            state.finish.as_ref(),
-            state.message.calls_tools(),
-        );
+        let (reason, cause) = finish_fields(state.finish.as_ref(), state.message.calls_tools());
+        choice.insert("finish_reason".to_owned(), reason.into());
+        choice.insert("stop_reason".to_owned(), cause);
         Value::Object(choice)
     }
 
@@ -219,7 +244,7 @@ impl Answer {
         state: &mut ChoiceState,
         update: &TextUpdate,
         usage: Option<Usage>,
-        mut send: impl FnMut(&Value),
+        mut send: impl FnMut(&Chunk<'_>),
     ) {
         let last = update.tokens.len().checked_sub(1);
         for (at, token) in update.tokens.iter().enumerate() {
@@ -229,30 +254,28 @@ impl Answer {
                 false => &token.text,
             };
             let tokens = std::slice::from_ref(token);
-            if let Some(chunk) = self.chunk(index, state, text, tokens, finish, usage) {
-                send(&chunk);
+            if let Some(choice) = self.chunk(index, state, text, tokens, finish) {
+                send(&self.envelope(&[choice], usage));
             }
         }
         if last.is_none() && (update.finish.is_some() || !update.tail.is_empty()) {
             let finish = update.finish.as_ref();
-            if let Some(chunk) = self.chunk(index, state, &update.tail, &[], finish, usage) {
-                send(&chunk);
+            if let Some(choice) = self.chunk(index, state, &update.tail, &[], finish) {
+                send(&self.envelope(&[choice], usage));
             }
         }
     }
 
     /// `None` for a token that only became part of something to be told later.
-    fn chunk(
+    fn chunk<'a>(
         &self,
         index: usize,
         state: &mut ChoiceState,
-        text: &str,
+        text: &'a str,
         tokens: &[TextToken],
         finish: Option<&TextFinish>,
-        usage: Option<Usage>,
-    ) -> Option<Value> {
-        let mut choice = Map::new();
-        choice.insert("index".to_owned(), index.into());
+    ) -> Option<ChunkChoice<'a>> {
+        let (mut said, mut added) = (None, None);
         let is_first = !std::mem::replace(&mut state.begun, true);
         match self.kind {
             Kind::Chat => {
@@ -261,17 +284,26 @@ impl Answer {
                 if says_nothing && !self.format.is_plain() {
                     return None;
                 }
-                choice.insert("delta".to_owned(), Value::Object(delta));
+                added = Some(delta);
             }
             Kind::Completion => {
-                let echoed = if is_first { state.text.as_str() } else { "" };
-                choice.insert("text".to_owned(), format!("{echoed}{text}").into());
+                said = Some(if is_first && !state.text.is_empty() {
+                    Cow::Owned(format!("{}{text}", state.text))
+                } else {
+                    Cow::Borrowed(text)
+                });
             }
         }
         let logprobs = self.logprobs_of(tokens, &mut state.offset);
-        choice.insert("logprobs".to_owned(), logprobs);
-        insert_finish(&mut choice, finish, state.message.calls_tools());
-        Some(self.envelope(vec![Value::Object(choice)], usage))
+        let (finish_reason, stop_reason) = finish_fields(finish, state.message.calls_tools());
+        Some(ChunkChoice {
+            index,
+            delta: added,
+            text: said,
+            logprobs,
+            finish_reason,
+            stop_reason,
+        })
     }
 
     /// What a chat's text and its end add to the message.
@@ -342,22 +374,23 @@ impl Answer {
     }
 
     /// The last chunk of a stream that asked for `usage`.
-    pub(crate) fn usage_chunk(&self, usage: Usage) -> Value {
-        self.envelope(Vec::new(), Some(usage))
+    pub(crate) fn usage_chunk(&self, usage: Usage) -> Chunk<'_> {
+        self.envelope(&[], Some(usage))
     }
 
-    fn envelope(&self, choices: Vec<Value>, usage: Option<Usage>) -> Value {
+    fn envelope<'a>(&'a self, choices: &'a [ChunkChoice<'a>], usage: Option<Usage>) -> Chunk<'a> {
         let object = match self.kind {
             Kind::Chat => "chat.completion.chunk",
             Kind::Completion => "text_completion",
         };
-        let mut chunk = json!({
-            "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices,
-        });
-        if let Some(usage) = usage {
-            chunk["usage"] = usage.to_json();
+        Chunk {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.model,
+            choices,
+            usage: usage.map(Usage::to_json),
         }
-        chunk
     }
 
     fn logprobs_of(&self, tokens: &[TextToken], offset: &mut usize) -> Value {
@@ -452,17 +485,17 @@ fn call_object(call: &Call) -> Value {
     })
 }
 
-fn insert_finish(choice: &mut Map<String, Value>, finish: Option<&TextFinish>, calls_tools: bool) {
+/// `finish_reason` and `stop_reason`.
+fn finish_fields(finish: Option<&TextFinish>, calls_tools: bool) -> (Option<&'static str>, Value) {
     let reason = finish.map(|finish| match calls_tools {
         true => "tool_calls",
         false => finish.reason.as_str(),
     });
     let cause = finish.and_then(|finish| finish.stop_cause.as_ref());
-    choice.insert("finish_reason".to_owned(), reason.into());
     let cause = match cause {
         None => Value::Null,
         Some(StopCause::Text(text)) => text.as_str().into(),
         Some(StopCause::Token(id)) => (*id).into(),
     };
-    choice.insert("stop_reason".to_owned(), cause);
+    (reason, cause)
 }

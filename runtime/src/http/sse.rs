@@ -8,6 +8,7 @@ use axum::{
 };
 use futures::stream;
 use http::{HeaderName, HeaderValue, header};
+use serde::Serialize;
 use serde_json::Value;
 
 use super::{
@@ -17,9 +18,14 @@ use super::{
 };
 
 /// Appends a frame.
-pub(super) fn frame(out: &mut String, value: &Value) {
-    // Writing to a string cannot fail.
-    let _ = write!(out, "data: {value}\n\n");
+pub(super) fn frame(out: &mut String, value: &impl Serialize) {
+    out.push_str("data: ");
+    match serde_json::to_string(value) {
+        Ok(text) => out.push_str(&text),
+        // Only maps with keys that are no strings fail: the project's own have none.
+        Err(error) => tracing::error!(%error, "a frame could not be written: this is a bug"),
+    }
+    out.push_str("\n\n");
 }
 
 /// Appends a frame with an event's name.
