@@ -26,6 +26,12 @@ test("chat, whole and streamed", async () => {
   assert.equal(text, whole.choices[0].message.content);
 });
 
+test("embeddings", async () => {
+  const answer = await api.embeddings.create({ model, input: ["a cat", "a dog"] });
+  assert.deepEqual(answer.data.map((item) => item.embedding.length), [576, 576]);
+  assert.equal(answer.usage.total_tokens, answer.usage.prompt_tokens);
+});
+
 test("a forced tool call, whole and streamed", async () => {
   const request = {
     model, messages, tools, tool_choice: "required", parallel_tool_calls: false, max_tokens: 128, temperature: 0,

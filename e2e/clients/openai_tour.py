@@ -134,6 +134,23 @@ class OpenAITour(unittest.TestCase):
         self.assertEqual((call.type, call.name), ("function_call", "weather"))
         self.assertEqual(set(json.loads(call.arguments)), {"city", "days"})
 
+    def test_embeddings(self):
+        texts = ["A cat sat on the mat.", "The cat was sitting on a mat.", "Interest rates were raised again."]
+        # As the client likes it: base64 on the wire.
+        answer = self.api.embeddings.create(model=MODEL, input=texts)
+        cat, same, other = [item.embedding for item in answer.data]
+        self.assertEqual([len(cat), answer.usage.total_tokens], [576, answer.usage.prompt_tokens])
+        self.assertAlmostEqual(sum(x * x for x in cat), 1, places=4)
+
+        def near(a, b):
+            return sum(x * y for x, y in zip(a, b))
+
+        self.assertGreater(near(cat, same), near(cat, other))
+        floats = self.api.embeddings.create(model=MODEL, input=texts[0], encoding_format="float").data[0].embedding
+        self.assertGreater(near(floats, cat), 0.9999)
+        short = self.api.embeddings.create(model=MODEL, input=[[1, 2, 3]], dimensions=64).data[0].embedding
+        self.assertEqual(len(short), 64)
+
     def test_errors(self):
         with self.assertRaises(openai.AuthenticationError):
             client(api_key="wrong").models.list()
@@ -142,6 +159,9 @@ class OpenAITour(unittest.TestCase):
         with self.assertRaises(openai.BadRequestError) as caught:
             self.api.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=-1)
         self.assertEqual(caught.exception.param, "temperature")
+        with self.assertRaises(openai.BadRequestError) as caught:
+            self.api.embeddings.create(model=MODEL, input="a", dimensions=5000)
+        self.assertEqual(caught.exception.param, "dimensions")
 
     def test_cancel(self):
         stream = self.api.completions.create(model=MODEL, prompt="Once", max_tokens=3000, stream=True, extra_body={"ignore_eos": True})

@@ -37,7 +37,7 @@ def one(rng):
     """One request of a random kind: its kind, and what is wrong with its answer."""
     text = " ".join(rng.choice(["river", "stone", "quick", "seven", "blue"]) for _ in range(rng.randint(1, 150)))
     sampling = {"max_tokens": rng.randint(1, 150), "temperature": rng.choice([0, 1]), "seed": rng.randint(0, 9), "ignore_eos": rng.random() < 0.5}
-    kind = rng.choice(["whole", "whole", "stream", "stream", "leave", "bad", "schema", "tool", "messages", "responses", "stop", "n"])
+    kind = rng.choice(["whole", "whole", "stream", "stream", "leave", "bad", "schema", "tool", "messages", "responses", "stop", "n", "embed"])
     if kind == "bad":
         bad = rng.choice(['{"prompt": 1e400}', "{", '{"prompt": "x", "n": 1000}', '{"prompt": "x", "structured_outputs": {"regex": "("}}'])
         status, _ = post("/v1/completions", bad)
@@ -56,6 +56,9 @@ def one(rng):
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}
         status, body = post("/v1/chat/completions", chat | sampling | {"tools": [tool], "tool_choice": "required"})
         return kind, None if status in (200, 429) else (status, body)
+    if kind == "embed":
+        status, body = post("/v1/embeddings", {"input": [text] * rng.randint(1, 5)})
+        return kind, None if status == 429 or status == 200 and len(json.loads(body)["data"][0]["embedding"]) == 576 else (status, body)
     request = {"prompt": text} | sampling
     if kind == "n":
         request["n"] = rng.randint(2, 4)

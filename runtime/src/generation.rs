@@ -13,7 +13,7 @@ use std::{
 use crate::{
     detokenizer::Detokenizer,
     engine::{
-        Finish, SequenceStream, StreamUpdate,
+        Finish, SequenceStream, StreamUpdate, Timings,
         request::{FinishReason, SamplingParams, TokenId, TokenLogprobs},
     },
     stop_strings::StopStrings,
@@ -70,6 +70,8 @@ pub struct TextFinish {
     pub stop_cause: Option<StopCause>,
     /// What went wrong, when `reason` is [`FinishReason::Error`].
     pub error: Option<String>,
+    /// The request itself is at fault.
+    pub refused: bool,
 }
 
 /// What has happened since the last call.
@@ -154,6 +156,12 @@ impl TextStream {
             self.stream.finish_at(num_tokens);
         }
         update
+    }
+
+    /// When it went through its phases, as far as it is.
+    #[must_use]
+    pub fn timings(&self) -> Option<Timings> {
+        self.stream.timings()
     }
 
     /// Tokens so far.
@@ -245,6 +253,7 @@ impl TextDecoder {
             reason: FinishReason::Stop,
             stop_cause: Some(StopCause::Text(stop)),
             error: None,
+            refused: false,
         });
         update
     }
@@ -257,6 +266,7 @@ impl TextDecoder {
             reason: finish.reason,
             stop_cause: cause.map(StopCause::Token),
             error: finish.error,
+            refused: finish.refused,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! http ──► generation ──► engine ──► scheduler ──► kv_cache        (blocks, tables, prefix hashes: pure)
 //!   │          │             └─────► model_runner ──► models ──► kernels
 //!   │          └► tokenizer, chat_template                └► weights (safetensors, 4 bits, GGUF)
-//!   └► metrics
+//!   └► metrics, traces
 //! ```
 //!
 //! Invariants:
@@ -31,9 +31,11 @@ pub mod metrics;
 pub mod model_runner;
 pub mod models;
 pub mod output;
+pub mod pooler;
 pub mod sampler;
 pub mod shutdown;
 pub mod stop_strings;
 pub mod telemetry;
 pub mod tokenizer;
+pub mod traces;
 pub mod weights;

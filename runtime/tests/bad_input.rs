@@ -328,7 +328,7 @@ async fn schemas_and_expressions_that_are_none_or_too_much() {
         })
         .collect();
     for reply in street.send(COMPLETIONS, &bodies).await {
-        assert!([200, 400, 500].contains(&reply.status), "{reply:?}");
+        assert!([200, 400].contains(&reply.status), "{reply:?}");
     }
     assert!(
         started.elapsed() < Duration::from_secs(30),
@@ -388,6 +388,27 @@ async fn templates_and_their_variables() {
         .await;
     let fine = chat(json!({"chat_template_kwargs": {"enable_thinking": false}})).to_string();
     assert_eq!(street.send(CHAT, &[fine]).await[0].status, 200);
+}
+
+#[tokio::test]
+async fn embeddings_without_bound() {
+    let street = Street::new().await;
+    let id = tiny_tokenizer::VOCAB_SIZE;
+    street
+        .refuses(
+            "/v1/embeddings",
+            &[
+                (json!({"input": vec!["a"; 5000]}), "input"),
+                (json!({"input": "a".repeat(100_000)}), "input"),
+                (json!({"input": [[1], [id]]}), "input"),
+                (json!({"input": ""}), "input"),
+                (json!({"input": "a", "dimensions": u32::MAX}), "dimensions"),
+            ],
+        )
+        .await;
+    let many = json!({"input": vec!["a"; 2048]}).to_string();
+    let reply = street.send("/v1/embeddings", &[many]).await.remove(0);
+    assert_eq!(reply.status, 200);
 }
 
 #[tokio::test]
@@ -459,6 +480,7 @@ async fn bodies_that_are_no_requests() {
         CHAT,
         "/v1/responses",
         "/v1/messages",
+        "/v1/embeddings",
         "/tokenize",
         "/generate",
     ] {
@@ -513,6 +535,7 @@ async fn routes_methods_and_heads() {
         "/tokenize",
         "/detokenize",
         COMPLETIONS,
+        "/v1/embeddings",
         "/v1/messages",
         "/v1/responses",
         "/generate",

@@ -97,7 +97,7 @@ impl Recorder {
             }],
             // All rows go through the last layer.
             logit_rows: (0..rows).collect(),
-            init_slots: Vec::new(),
+            ..ModelInput::default()
         };
         let mut activations = Activations {
             residual: Rows::new(config.hidden_size),

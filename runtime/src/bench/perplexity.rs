@@ -186,11 +186,12 @@ fn run_piece(
         }],
         logit_rows: (0..rows.len() as u32).collect(),
         init_slots: if rows.start == 0 { vec![init] } else { vec![] },
+        ..ModelInput::default()
     };
     let step = runner.submit(&input)?;
     let sample = SampleInput {
-        rows: Vec::new(),
         return_logits: true,
+        ..SampleInput::default()
     };
     runner.sample(step, &sample)?;
     let output = runner.poll(step, STEP_LIMIT)?;
@@ -276,8 +277,8 @@ mod tests {
 
         fn poll(&mut self, _: StepId, _: Duration) -> Result<Option<StepOutput>, RunnerError> {
             Ok(Some(StepOutput {
-                rows: Vec::new(),
                 logits: self.logits.clone(),
+                ..StepOutput::default()
             }))
         }
 

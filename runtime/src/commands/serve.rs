@@ -18,8 +18,10 @@ use ashlar::{
     hub::Progress,
     llm::LoadedModel,
     metrics::{LateObserver, Metrics},
+    pooler::PoolerConfig,
     shutdown::{DrainTimes, Lifecycle, Phase, Signals, StopSignal},
     telemetry::{self, LogFormat},
+    traces::Traces,
 };
 use tokio::net::TcpListener;
 
@@ -114,6 +116,17 @@ struct ServerArgs {
     /// that; both share places fairly between tenants
     #[arg(long, env = "ASHLAR_SCHEDULING_POLICY", value_enum, default_value_t)]
     scheduling_policy: SchedulingPolicy,
+    /// How embeddings are made: {"pooling_type": "LAST" or "MEAN", "normalize": true} [default: the model's own, or the
+    /// last token's state at length 1]
+    #[arg(long, env = "ASHLAR_POOLER_CONFIG", value_name = "JSON")]
+    pooler_config: Option<PoolerConfig>,
+    /// Show metrics under their former vLLM names too: gpu_cache_usage_perc, gpu_prefix_cache_hits and _queries,
+    /// time_per_output_token_seconds, num_requests_swapped, cpu_cache_usage_perc
+    #[arg(long, env = "ASHLAR_ENABLE_METRIC_ALIASES")]
+    enable_metric_aliases: bool,
+    /// Where to send OpenTelemetry traces, a span per request, by OTLP over HTTP: http://COLLECTOR:4318
+    #[arg(long, env = "ASHLAR_OTLP_TRACES_ENDPOINT", value_name = "URL")]
+    otlp_traces_endpoint: Option<String>,
     /// Form of log lines
     #[arg(long, env = "ASHLAR_LOG_FORMAT", value_enum, default_value_t)]
     log_format: LogFormat,
@@ -155,6 +168,10 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
 
 async fn serve(args: ServeArgs, started: Instant) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("signal handlers could not be installed")?;
+    let traces = match &args.server.otlp_traces_endpoint {
+        Some(endpoint) => Some(Traces::new(endpoint)?),
+        None => None,
+    };
     let address = SocketAddr::new(args.server.host, args.server.port);
     let listener = TcpListener::bind(address)
         .await
@@ -185,13 +202,17 @@ async fn serve(args: ServeArgs, started: Instant) -> anyhow::Result<()> {
         }
     };
     let engine = model.engine.clone();
-    let config = api_config(&args);
+    let config = api_config(&args, &model, traces.clone())?;
     let name = config
         .served_model_names
         .first()
         .cloned()
         .unwrap_or_default();
-    let metrics = Arc::new(Metrics::new(&name, engine.clone())?);
+    let mut metrics = Metrics::new(&name, engine.clone())?;
+    if args.server.enable_metric_aliases {
+        metrics = metrics.with_former_names(&name)?;
+    }
+    let metrics = Arc::new(metrics);
     observer.set(metrics.observer());
     site.set_ready(http::router(
         model.clone(),
@@ -208,17 +229,32 @@ async fn serve(args: ServeArgs, started: Instant) -> anyhow::Result<()> {
             drain(&engine, &lifecycle, &connections, times, &mut signals).await?;
         }
     }
+    if let Some(traces) = traces {
+        tokio::task::spawn_blocking(move || traces.shutdown())
+            .await
+            .context("sending the last traces panicked")?;
+    }
     tracing::info!("stopped");
     Ok(())
 }
 
-fn api_config(args: &ServeArgs) -> ApiConfig {
+fn api_config(
+    args: &ServeArgs,
+    model: &LoadedModel,
+    traces: Option<Traces>,
+) -> anyhow::Result<ApiConfig> {
     let mut names = args.server.served_model_name.clone();
     names.retain(|name| !name.is_empty());
     if names.is_empty() {
         names.push(args.engine.model.clone());
     }
-    ApiConfig {
+    let pooler = match args.server.pooler_config {
+        Some(config) => config,
+        None => PoolerConfig::of_model(&model.path).map_err(anyhow::Error::msg)?,
+    };
+    Ok(ApiConfig {
+        pooler,
+        traces,
         served_model_names: names,
         api_keys: ApiKeys::new(&args.server.api_key),
         stall_limit: Duration::from_secs(args.server.health_stall_timeout),
@@ -230,7 +266,7 @@ fn api_config(args: &ServeArgs) -> ApiConfig {
         tenant_header: args.server.tenant_header.clone(),
         isolate_prefix_cache: args.server.isolate_prefix_cache,
         honour_priority: args.server.scheduling_policy == SchedulingPolicy::Priority,
-    }
+    })
 }
 
 fn log_ready(model: &LoadedModel, name: &str, address: SocketAddr, started: Instant) {

@@ -14,7 +14,7 @@ use super::{
     request::{FinishReason, GeneratedToken, SeqId, TokenLogprobs},
     scheduler::SchedulerOutput,
     sequence::Sequence,
-    stream::{Finish, StreamCell, StreamSender},
+    stream::{Finish, StreamCell, StreamSender, Timings},
 };
 
 struct Client {
@@ -26,11 +26,23 @@ struct Client {
     last_token: Option<Instant>,
 }
 
+impl Client {
+    fn timings(&self) -> Timings {
+        Timings {
+            queued: self.queued,
+            scheduled: self.scheduled,
+            first_token: self.first_token,
+            last_token: self.last_token,
+        }
+    }
+}
+
 /// News for one client.
 struct Delivery {
     cell: Arc<StreamCell>,
     tokens: Vec<GeneratedToken>,
     cached_prompt_tokens: u32,
+    timings: Timings,
     /// The end, with the sender that it sets free.
     end: Option<(Finish, StreamSender)>,
 }
@@ -98,18 +110,22 @@ impl Clients {
         let Some(client) = self.clients.get_mut(&seq) else {
             return;
         };
-        let tally = &mut self.tally;
-        tally.generation_tokens += num_tokens;
+        self.tally.generation_tokens += num_tokens;
+        let last = client.last_token.replace(now);
         if client.first_token.is_none() {
             client.first_token = Some(now);
-            tally.prompt_tokens += prompt.num_tokens;
-            tally.cached_prompt_tokens += prompt.num_cached;
             let waited = now.saturating_duration_since(client.arrival);
-            tally.time_to_first_token.push(waited);
-        } else if let Some(last) = client.last_token {
-            tally.inter_token_latency.push(now - last);
+            self.tally.time_to_first_token.push(waited);
+            self.count_prompt(prompt);
+        } else if let Some(last) = last {
+            self.tally.inter_token_latency.push(now - last);
         }
-        client.last_token = Some(now);
+    }
+
+    /// Counts a prompt that is through.
+    pub(super) fn count_prompt(&mut self, prompt: Prompt) {
+        self.tally.prompt_tokens += prompt.num_tokens;
+        self.tally.cached_prompt_tokens += prompt.num_cached;
     }
 
     /// Tokens on their way to a sequence that goes on.
@@ -119,6 +135,7 @@ impl Clients {
                 cell: Arc::clone(client.stream.cell()),
                 tokens,
                 cached_prompt_tokens: cached,
+                timings: client.timings(),
                 end: None,
             });
         }
@@ -128,6 +145,13 @@ impl Clients {
     pub(super) fn send_prompt_logprobs(&self, seq: SeqId, logprobs: Vec<TokenLogprobs>) {
         if let Some(client) = self.clients.get(&seq) {
             client.stream.cell().set_prompt_logprobs(logprobs);
+        }
+    }
+
+    /// A prompt's embedding on its way, before its end.
+    pub(super) fn send_embedding(&self, seq: SeqId, embedding: Vec<f32>) {
+        if let Some(client) = self.clients.get(&seq) {
+            client.stream.cell().set_embedding(embedding);
         }
     }
 
@@ -149,7 +173,10 @@ impl Clients {
             num_prompt_tokens: sequence.num_prompt(),
             num_cached_tokens: sequence.num_cached.unwrap_or(0),
             num_generation_tokens: kept,
-            max_tokens: sequence.params.max_tokens,
+            max_tokens: match sequence.pooling {
+                None => Some(sequence.params.max_tokens),
+                Some(_) => None,
+            },
             num_preemptions: sequence.num_preemptions,
             arrival: client.arrival,
             queued: client.queued,
@@ -162,6 +189,7 @@ impl Clients {
             cell: Arc::clone(client.stream.cell()),
             tokens,
             cached_prompt_tokens: sequence.num_cached.unwrap_or(0),
+            timings: client.timings(),
             end: Some((finish, client.stream)),
         });
     }
@@ -174,12 +202,25 @@ impl Clients {
         self.overcounted -= taken_off;
         tally.generation_tokens -= taken_off;
         stats.steps.fetch_add(1, Relaxed);
+        let (mut context, mut attended) = (0u64, 0u64);
+        for item in &plan.items {
+            let (before, rows) = (u64::from(item.start), u64::from(item.num_tokens));
+            context += before + rows;
+            // Each row sees what was there before, the rows ahead of it, and itself.
+            attended += rows * before + rows * (rows + 1) / 2;
+        }
         for (counter, count) in [
-            (&stats.prompt_tokens, tally.prompt_tokens),
-            (&stats.prompt_tokens_cached, tally.cached_prompt_tokens),
-            (&stats.generation_tokens, tally.generation_tokens),
+            (&stats.prompt_tokens, tally.prompt_tokens.into()),
+            (
+                &stats.prompt_tokens_cached,
+                tally.cached_prompt_tokens.into(),
+            ),
+            (&stats.generation_tokens, tally.generation_tokens.into()),
+            (&stats.computed_tokens, plan.num_tokens.into()),
+            (&stats.context_tokens, context),
+            (&stats.attended_tokens, attended),
         ] {
-            counter.fetch_add(count.into(), Relaxed);
+            counter.fetch_add(count, Relaxed);
         }
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         self.observer.on_step(&StepReport {
@@ -208,7 +249,8 @@ impl Clients {
                 self.shared.stats.in_system.fetch_sub(1, Relaxed);
             }
             let cached = delivery.cached_prompt_tokens;
-            delivery.cell.push(delivery.tokens, cached, finish);
+            let timings = Some(delivery.timings);
+            delivery.cell.push(delivery.tokens, cached, timings, finish);
         }
     }
 
@@ -225,7 +267,7 @@ impl Clients {
                 Some(error) => Finish::failed(error.to_owned()),
                 None => Finish::because(FinishReason::Abort),
             };
-            stream.cell().push(Vec::new(), 0, Some(finish));
+            stream.cell().push(Vec::new(), 0, None, Some(finish));
         }
     }
 }

@@ -15,6 +15,7 @@ use super::{
     handle::{Command, Phase, Shared},
     input::InputBuilder,
     observer::EngineObserver,
+    pooling::PooledPrompts,
     prompt_logprobs::PromptLogprobs,
     request::{FinishReason, GeneratedToken, SeqId},
     scheduler::{ScheduledItem, Scheduler, SchedulerOutput},
@@ -44,6 +45,7 @@ pub(super) struct Core {
     /// Requests with a deadline, the earliest first; those that ended before it are passed over.
     deadlines: BinaryHeap<Reverse<(Instant, SeqId)>>,
     prompt_logprobs: PromptLogprobs,
+    pooled: PooledPrompts,
     /// Set while there is work; the pool is checked when it ends.
     busy: bool,
     /// Set when every sequence waits for its mask.
@@ -64,6 +66,7 @@ impl Core {
             input: InputBuilder::default(),
             deadlines: BinaryHeap::new(),
             prompt_logprobs: PromptLogprobs::default(),
+            pooled: PooledPrompts::default(),
             shared,
             busy: false,
             blocked: false,
@@ -229,7 +232,7 @@ impl Core {
         };
         match sequence.constraint.grammar().map(|grammar| grammar.state()) {
             Some(GrammarState::Ended) => self.end(seq, Finish::because(FinishReason::Stop)),
-            Some(GrammarState::Failed(message)) => self.end(seq, Finish::failed(message)),
+            Some(GrammarState::Failed(message)) => self.end(seq, Finish::refused(message)),
             None | Some(GrammarState::Pending | GrammarState::Ready(_)) => {}
         }
     }
@@ -307,6 +310,19 @@ impl Core {
             self.prompt_logprobs
                 .collect(&step.plan, &output.logits, vocab_size, &self.scheduler);
         }
+        let pools = step.plan.items.iter().filter(|item| item.pools);
+        assert_eq!(
+            pools.clone().count(),
+            output.pooled.len(),
+            "the runner answers everything to be pooled: this is a bug"
+        );
+        for (item, pooled) in pools.zip(output.pooled) {
+            assert!(
+                item.seq == pooled.seq && item.epoch == pooled.epoch,
+                "the runner pooled another sequence: this is a bug"
+            );
+            self.deal_out_pooled(item, pooled.sum);
+        }
         for (item, row) in samples.zip(output.rows) {
             assert!(
                 item.seq == row.seq && item.epoch == row.epoch,
@@ -324,6 +340,7 @@ impl Core {
         };
         if drawn.is_empty() {
             let message = "the model gave logits that are not finite for this request";
+            self.shared.stats.corrupted_requests.fetch_add(1, Relaxed);
             self.end(item.seq, Finish::failed(message.to_owned()));
             return;
         }
@@ -344,9 +361,8 @@ impl Core {
         match (accepted.finish, ended) {
             (Some((reason, stop_token)), Some(sequence)) => {
                 let finish = Finish {
-                    reason,
                     stop_token,
-                    error: None,
+                    ..Finish::because(reason)
                 };
                 let kept = sequence.num_generated();
                 self.clients.end(&sequence, drawn, kept, finish);
@@ -354,6 +370,37 @@ impl Core {
             _ => {
                 self.advance_grammar(item.seq, &drawn);
                 self.clients.send(item.seq, drawn, prompt.num_cached);
+            }
+        }
+    }
+
+    /// Adds to an embedding; ends its sequence when the prompt is through.
+    fn deal_out_pooled(&mut self, item: &ScheduledItem, sum: Vec<f64>) {
+        let is_current = |seq: &&Sequence| seq.epoch == item.epoch;
+        let Some(seq) = self.scheduler.sequence(item.seq).filter(is_current) else {
+            return;
+        };
+        let Some(pooling) = seq.pooling else {
+            return;
+        };
+        self.pooled.add(item.seq, item.start, sum);
+        let prompt = Prompt {
+            num_tokens: seq.num_prompt(),
+            num_cached: seq.num_cached.unwrap_or(0),
+        };
+        if item.start + item.num_tokens < prompt.num_tokens {
+            return;
+        }
+        match self.pooled.finish(item.seq, pooling, prompt.num_tokens) {
+            Some(embedding) => {
+                self.clients.count_prompt(prompt);
+                self.clients.send_embedding(item.seq, embedding);
+                self.end(item.seq, Finish::because(FinishReason::Stop));
+            }
+            None => {
+                let message = "the model gave hidden states that are not finite for this request";
+                self.shared.stats.corrupted_requests.fetch_add(1, Relaxed);
+                self.end(item.seq, Finish::failed(message.to_owned()));
             }
         }
     }
@@ -408,6 +455,7 @@ impl Core {
     fn remove(&mut self, seq: SeqId) -> Option<Sequence> {
         let sequence = self.scheduler.remove(seq)?;
         self.prompt_logprobs.take(seq);
+        self.pooled.forget(seq);
         if sequence.num_cached.is_none() {
             // It never had a place: it leaves the queue here.
             self.shared.stats.queued.fetch_sub(1, Relaxed);

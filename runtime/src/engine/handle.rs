@@ -17,7 +17,7 @@ use super::{
     stats::{EngineStats, StatsCells},
     stream::{SequenceStream, StreamCell, StreamSender},
 };
-use crate::model_runner::RunnerLimits;
+use crate::model_runner::{ModelCosts, RunnerLimits};
 
 /// Why a request was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -66,6 +66,11 @@ pub enum SubmitError {
         /// The vocabulary.
         vocab_size: u32,
     },
+    /// The model's device cannot pool hidden states.
+    #[error(
+        "embeddings are computed on the CPU only so far: start the server with --device cpu to embed"
+    )]
+    NoEmbeddings,
     /// The server is draining.
     #[error("the server is shutting down: send the request to another replica")]
     ShuttingDown,
@@ -122,6 +127,13 @@ pub(super) struct Inbox {
     exit_wakers: Vec<Waker>,
 }
 
+/// What a runner can do beside generating.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Abilities {
+    pub(super) hidden_size: Option<u32>,
+    pub(super) costs: Option<ModelCosts>,
+}
+
 /// What engine thread, handles and streams share.
 pub(super) struct Shared {
     inbox: Mutex<Inbox>,
@@ -132,11 +144,12 @@ pub(super) struct Shared {
     next_seq: AtomicU64,
     pub(super) stats: StatsCells,
     pub(super) limits: RunnerLimits,
+    pub(super) abilities: Abilities,
     pub(super) config: EngineConfig,
 }
 
 impl Shared {
-    pub(super) fn new(limits: RunnerLimits, config: EngineConfig) -> Self {
+    pub(super) fn new(limits: RunnerLimits, abilities: Abilities, config: EngineConfig) -> Self {
         Self {
             inbox: Mutex::new(Inbox {
                 commands: Vec::new(),
@@ -149,6 +162,7 @@ impl Shared {
             next_seq: AtomicU64::new(1),
             stats: StatsCells::new(limits.num_blocks.saturating_sub(1)),
             limits,
+            abilities,
             config,
         }
     }
@@ -313,11 +327,18 @@ impl EngineHandle {
         if params.max_tokens == 0 {
             return Err(SubmitError::NoTokensWanted);
         }
-        let length = request.prompt.len() as u64 + u64::from(params.max_tokens);
+        let outputs = match request.pooling {
+            None => params.max_tokens,
+            Some(_) if self.shared.abilities.hidden_size.is_none() => {
+                return Err(SubmitError::NoEmbeddings);
+            }
+            Some(_) => 0,
+        };
+        let length = request.prompt.len() as u64 + u64::from(outputs);
         if length > u64::from(limits.max_model_len) {
             return Err(SubmitError::TooLong {
                 prompt_tokens: request.prompt.len(),
-                max_tokens: params.max_tokens,
+                max_tokens: outputs,
                 limit: limits.max_model_len,
             });
         }
@@ -347,6 +368,18 @@ impl EngineHandle {
     #[must_use]
     pub fn limits(&self) -> &RunnerLimits {
         &self.shared.limits
+    }
+
+    /// Width of embeddings; `None` when the model's device cannot compute them.
+    #[must_use]
+    pub fn hidden_size(&self) -> Option<u32> {
+        self.shared.abilities.hidden_size
+    }
+
+    /// What the model costs, where there is one.
+    #[must_use]
+    pub fn costs(&self) -> Option<ModelCosts> {
+        self.shared.abilities.costs
     }
 
     /// The settings in force (sizes lowered to the runner's).

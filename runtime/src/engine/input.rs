@@ -1,12 +1,13 @@
 //! Turns a plan into what the runner takes. Buffers are kept from step to step, so that a steady decode allocates nothing.
 
 use super::{
+    request::Pooling,
     scheduler::{Scheduler, SchedulerOutput},
     sequence::Sequence,
 };
 use crate::{
     kv_cache::BlockId,
-    model_runner::{ModelInput, SampleInput, SampleRow, SeqInput, TOKEN_FROM_SLOT},
+    model_runner::{ModelInput, PoolRows, SampleInput, SampleRow, SeqInput, TOKEN_FROM_SLOT},
 };
 
 /// Builds the inputs of one step after another.
@@ -64,6 +65,9 @@ impl InputBuilder {
             if item.samples || item.prompt_logits {
                 self.model.logit_rows.push(last);
             }
+            if item.pools {
+                self.pool(seq, query_start, last);
+            }
             if item.samples {
                 let logit_index = u32::try_from(self.model.logit_rows.len() - 1)
                     .expect("a step is bounded by its budget: this is a bug");
@@ -78,6 +82,23 @@ impl InputBuilder {
                 });
             }
         }
+    }
+
+    /// Asks for the hidden states that a sequence's embedding is made of.
+    fn pool(&mut self, seq: &Sequence, first: u32, last: u32) {
+        let count = |rows: &Vec<u32>| {
+            u32::try_from(rows.len()).expect("a step is bounded by its budget: this is a bug")
+        };
+        let start = count(&self.model.hidden_rows);
+        match seq.pooling {
+            Some(Pooling::Mean) => self.model.hidden_rows.extend(first..=last),
+            Some(Pooling::Last) | None => self.model.hidden_rows.push(last),
+        }
+        self.sample.pool.push(PoolRows {
+            seq: seq.id,
+            epoch: seq.epoch,
+            rows: start..count(&self.model.hidden_rows),
+        });
     }
 
     fn push_row(&mut self, seq: &Sequence, position: u32, block_size: u32) {
@@ -95,12 +116,14 @@ impl InputBuilder {
         model.positions.clear();
         model.slot_mapping.clear();
         model.logit_rows.clear();
+        model.hidden_rows.clear();
         model.init_slots.clear();
         for mut seq in model.seqs.drain(..) {
             seq.block_table.clear();
             self.spare_tables.push(seq.block_table);
         }
         self.sample.rows.clear();
+        self.sample.pool.clear();
         self.sample.return_logits = false;
     }
 }

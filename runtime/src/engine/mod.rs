@@ -20,6 +20,7 @@ mod core;
 mod handle;
 mod input;
 mod observer;
+mod pooling;
 mod prompt_logprobs;
 pub mod request;
 pub mod scheduler;
@@ -38,7 +39,7 @@ pub use handle::{EngineHandle, SubmitError};
 pub use observer::{EngineObserver, FinishedRequest, NoObserver, StepReport};
 pub use sequence::Sequence;
 pub use stats::EngineStats;
-pub use stream::{Finish, SequenceStream, StreamUpdate};
+pub use stream::{Finish, SequenceStream, StreamUpdate, Timings};
 
 use crate::model_runner::ModelRunner;
 
@@ -81,6 +82,10 @@ impl Engine {
         observer: Arc<dyn EngineObserver>,
     ) -> Result<EngineHandle, StartError> {
         let limits = runner.limits().clone();
+        let abilities = handle::Abilities {
+            hidden_size: runner.hidden_size(),
+            costs: runner.costs(),
+        };
         config.max_num_batched_tokens = config
             .max_num_batched_tokens
             .min(limits.max_num_batched_tokens);
@@ -104,7 +109,7 @@ impl Engine {
                 return Err(StartError::Zero { name });
             }
         }
-        let shared = Arc::new(handle::Shared::new(limits, config));
+        let shared = Arc::new(handle::Shared::new(limits, abilities, config));
         let core = core::Core::new(runner, Arc::clone(&shared), observer);
         std::thread::Builder::new()
             .name("ashlar-engine".to_owned())

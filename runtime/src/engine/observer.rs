@@ -21,8 +21,8 @@ pub struct FinishedRequest {
     pub num_cached_tokens: u32,
     /// Tokens generated and kept.
     pub num_generation_tokens: u32,
-    /// The request's `max_tokens`.
-    pub max_tokens: u32,
+    /// The request's `max_tokens`; `None` for an embedding.
+    pub max_tokens: Option<u32>,
     /// Times it was preempted.
     pub num_preemptions: u32,
     /// When the request reached the server.

@@ -67,10 +67,19 @@ impl Default for SamplingParams {
     }
 }
 
-/// One sequence to generate: validated, tokenised, within the model's length.
+/// How a prompt's final hidden states become its embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Pooling {
+    /// The last token's.
+    Last,
+    /// The mean over all tokens: such a prompt is computed whole, without the prefix cache.
+    Mean,
+}
+
+/// One sequence to generate, or one prompt to embed: validated, tokenised, within the model's length.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Prompt tokens, at least one, `prompt.len() + max_tokens ≤ max_model_len`.
+    /// Prompt tokens, at least one, `prompt.len() + max_tokens ≤ max_model_len` (an embedding has no output).
     pub prompt: Arc<[TokenId]>,
     /// How to sample.
     pub params: SamplingParams,
@@ -89,6 +98,8 @@ pub struct Request {
     /// Log-probabilities of the prompt's own tokens, with this many most likely ones each. Such a prompt is computed
     /// whole, in small pieces, without the prefix cache.
     pub prompt_logprobs: Option<u32>,
+    /// Embed the prompt instead of going on from it.
+    pub pooling: Option<Pooling>,
 }
 
 impl Request {
@@ -105,6 +116,21 @@ impl Request {
             tenant: 0,
             deadline: None,
             prompt_logprobs: None,
+            pooling: None,
+        }
+    }
+
+    /// A request for a prompt's embedding.
+    #[must_use]
+    pub fn embed(prompt: impl Into<Arc<[TokenId]>>, pooling: Pooling) -> Self {
+        // Nothing is drawn: the parameters have no effect, beyond one token to wait for.
+        let params = SamplingParams {
+            max_tokens: 1,
+            ..SamplingParams::default()
+        };
+        Self {
+            pooling: Some(pooling),
+            ..Self::new(prompt, params)
         }
     }
 }

@@ -15,7 +15,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::{
     config::{EngineConfig, KvReservation, MAX_TOKENS_WITH_DECODE},
-    request::{FinishReason, Request, SeqId, TokenId},
+    request::{FinishReason, Pooling, Request, SeqId, TokenId},
     sequence::Sequence,
     stop,
     waiting::WaitingQueue,
@@ -49,6 +49,8 @@ pub struct ScheduledItem {
     pub num_generated: u32,
     /// Whether the logits of all its rows are wanted.
     pub prompt_logits: bool,
+    /// Whether hidden states are pooled: the last row's or all rows', as its sequence says.
+    pub pools: bool,
 }
 
 /// A sequence that was given a place.
@@ -362,7 +364,9 @@ impl Scheduler {
                 .get_mut(&id)
                 .expect("a waiting sequence exists: this is a bug");
             let num_tokens = seq.num_tokens();
-            let use_cache = self.blocks.prefix_caching() && seq.prompt_logprobs.is_none();
+            let use_cache = self.blocks.prefix_caching()
+                && seq.prompt_logprobs.is_none()
+                && seq.pooling != Some(Pooling::Mean);
             let hits = if use_cache {
                 self.blocks.lookup(seq.block_hashes(), num_tokens)
             } else {
@@ -404,7 +408,13 @@ impl Scheduler {
             .sequences
             .get_mut(&id)
             .expect("a running sequence exists: this is a bug");
-        let samples = num_tokens == seq.remaining();
+        let is_last = num_tokens == seq.remaining();
+        let samples = is_last && seq.pooling.is_none();
+        let pools = match seq.pooling {
+            None => false,
+            Some(Pooling::Last) => is_last,
+            Some(Pooling::Mean) => true,
+        };
         plan.items.push(ScheduledItem {
             seq: id,
             slot: seq
@@ -417,6 +427,7 @@ impl Scheduler {
             samples,
             num_generated: seq.num_generated() + seq.num_placeholders,
             prompt_logits: wants_prompt_logits(seq),
+            pools,
         });
         plan.num_tokens += num_tokens;
         *budget -= num_tokens;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{
     config::{EngineConfig, KvReservation},
     constraint::{Constraint, GrammarState},
-    request::{Request, SamplingParams, SeqId, TokenId},
+    request::{Pooling, Request, SamplingParams, SeqId, TokenId},
     waiting::TenantId,
 };
 use crate::{
@@ -33,6 +33,8 @@ pub struct Sequence {
     pub tenant: TenantId,
     /// Log-probabilities of the prompt are wanted, with this many alternatives.
     pub prompt_logprobs: Option<u32>,
+    /// Its prompt is to be embedded: nothing is drawn.
+    pub pooling: Option<Pooling>,
     /// Prompt and output known on the host.
     pub tokens: Vec<TokenId>,
     /// Tokens whose K and V exist once all submitted steps have run.
@@ -80,6 +82,7 @@ impl Sequence {
             priority: request.priority,
             tenant: request.tenant,
             prompt_logprobs: request.prompt_logprobs,
+            pooling: request.pooling,
             num_computed: 0,
             num_placeholders: 0,
             table: BlockTable::default(),

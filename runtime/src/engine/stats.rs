@@ -34,6 +34,14 @@ pub struct EngineStats {
     pub steps: u64,
     /// Steps that failed.
     pub failed_steps: u64,
+    /// Rows that steps computed: prompt and decode tokens.
+    pub computed_tokens: u64,
+    /// Tokens of the sequences' contexts that steps read, once a sequence and step.
+    pub context_tokens: u64,
+    /// Pairs of a row and a token that it attended to.
+    pub attended_tokens: u64,
+    /// Requests that failed because the model's numbers were not finite.
+    pub corrupted_requests: u64,
     /// Time since the last sign of progress while there is work; `None` when there is none.
     pub stalled_for: Option<Duration>,
     /// False once the engine thread has ended.
@@ -57,6 +65,10 @@ pub(super) struct StatsCells {
     pub(super) generation_tokens: AtomicU64,
     pub(super) steps: AtomicU64,
     pub(super) failed_steps: AtomicU64,
+    pub(super) computed_tokens: AtomicU64,
+    pub(super) context_tokens: AtomicU64,
+    pub(super) attended_tokens: AtomicU64,
+    pub(super) corrupted_requests: AtomicU64,
     pub(super) alive: AtomicBool,
     pub(super) draining: AtomicBool,
     /// Sequences submitted and not ended.
@@ -84,6 +96,10 @@ impl StatsCells {
             generation_tokens: AtomicU64::new(0),
             steps: AtomicU64::new(0),
             failed_steps: AtomicU64::new(0),
+            computed_tokens: AtomicU64::new(0),
+            context_tokens: AtomicU64::new(0),
+            attended_tokens: AtomicU64::new(0),
+            corrupted_requests: AtomicU64::new(0),
             alive: AtomicBool::new(true),
             draining: AtomicBool::new(false),
             in_system: AtomicU32::new(0),
@@ -133,6 +149,10 @@ impl StatsCells {
             generation_tokens: self.generation_tokens.load(Relaxed),
             steps: self.steps.load(Relaxed),
             failed_steps: self.failed_steps.load(Relaxed),
+            computed_tokens: self.computed_tokens.load(Relaxed),
+            context_tokens: self.context_tokens.load(Relaxed),
+            attended_tokens: self.attended_tokens.load(Relaxed),
+            corrupted_requests: self.corrupted_requests.load(Relaxed),
             stalled_for,
             alive: self.alive.load(Relaxed),
             draining: self.draining.load(Relaxed),

@@ -6,6 +6,7 @@ use std::{
     future::poll_fn,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
+    time::Instant,
 };
 
 use super::{
@@ -22,6 +23,8 @@ pub struct Finish {
     pub stop_token: Option<TokenId>,
     /// What went wrong, when `reason` is [`FinishReason::Error`], or [`FinishReason::Abort`] at the request's deadline.
     pub error: Option<String>,
+    /// The request itself is at fault: it asked for what cannot be done.
+    pub refused: bool,
 }
 
 impl Finish {
@@ -32,6 +35,7 @@ impl Finish {
             reason,
             stop_token: None,
             error: None,
+            refused: false,
         }
     }
 
@@ -44,15 +48,36 @@ impl Finish {
         }
     }
 
+    /// The request asked for what cannot be done.
+    #[must_use]
+    pub fn refused(error: String) -> Self {
+        Self {
+            refused: true,
+            ..Self::failed(error)
+        }
+    }
+
     /// The request failed.
     #[must_use]
     pub fn failed(error: String) -> Self {
         Self {
-            reason: FinishReason::Error,
-            stop_token: None,
             error: Some(error),
+            ..Self::because(FinishReason::Error)
         }
     }
+}
+
+/// When a sequence went through its phases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timings {
+    /// The engine took it in.
+    pub queued: Instant,
+    /// It was last given a place.
+    pub scheduled: Option<Instant>,
+    /// Its first token was known.
+    pub first_token: Option<Instant>,
+    /// Its last token was known.
+    pub last_token: Option<Instant>,
 }
 
 /// What has happened since the last update.
@@ -66,6 +91,8 @@ pub struct StreamUpdate {
     pub cached_prompt_tokens: u32,
     /// Set once, with the first token, when the request asked for them: one per prompt token after the first.
     pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    /// Set once, with the end of a request for an embedding: `[hidden_size]`, as pooled.
+    pub embedding: Option<Vec<f32>>,
 }
 
 #[derive(Default)]
@@ -76,6 +103,9 @@ struct Buffer {
     finished: bool,
     cached_prompt_tokens: u32,
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    embedding: Option<Vec<f32>>,
+    /// So far.
+    timings: Option<Timings>,
     /// The task that waits for the next update.
     waker: Option<Waker>,
 }
@@ -110,12 +140,14 @@ impl StreamCell {
         &self,
         tokens: Vec<GeneratedToken>,
         cached_prompt_tokens: u32,
+        timings: Option<Timings>,
         finish: Option<Finish>,
     ) {
         self.change(|buffer| {
             if buffer.finished {
                 return;
             }
+            buffer.timings = timings.or(buffer.timings);
             buffer.cached_prompt_tokens = buffer.cached_prompt_tokens.max(cached_prompt_tokens);
             if buffer.tokens.is_empty() {
                 buffer.tokens = tokens;
@@ -132,15 +164,21 @@ impl StreamCell {
         self.lock().prompt_logprobs = Some(logprobs);
     }
 
+    /// The prompt's embedding; the reader takes it with the end that follows.
+    pub(super) fn set_embedding(&self, embedding: Vec<f32>) {
+        self.lock().embedding = Some(embedding);
+    }
+
     fn take(buffer: &mut Buffer) -> Option<StreamUpdate> {
         if buffer.tokens.is_empty() && buffer.finish.is_none() {
             return None;
         }
         Some(StreamUpdate {
             tokens: std::mem::take(&mut buffer.tokens),
-            finish: buffer.finish.take(),
             cached_prompt_tokens: buffer.cached_prompt_tokens,
             prompt_logprobs: buffer.prompt_logprobs.take(),
+            embedding: buffer.embedding.take(),
+            finish: buffer.finish.take(),
         })
     }
 }
@@ -161,7 +199,7 @@ impl StreamSender {
 impl Drop for StreamSender {
     fn drop(&mut self) {
         let finish = Finish::failed("the engine lost the request".to_owned());
-        self.0.push(Vec::new(), 0, Some(finish));
+        self.0.push(Vec::new(), 0, None, Some(finish));
     }
 }
 
@@ -182,6 +220,12 @@ impl SequenceStream {
             shared,
             ended: false,
         }
+    }
+
+    /// When it went through its phases, as far as it is; `None` before its first token.
+    #[must_use]
+    pub fn timings(&self) -> Option<Timings> {
+        self.cell.lock().timings
     }
 
     /// The sequence's id.

@@ -19,8 +19,15 @@ use axum::{
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use hyper::body::{Frame, SizeHint};
 
+use opentelemetry::Context as TraceContext;
+
 use super::App;
-use crate::{metrics::HttpSample, shutdown::Phase};
+use crate::{
+    engine::Timings,
+    metrics::HttpSample,
+    shutdown::Phase,
+    traces::{Asked, RequestSpan, Traces},
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest id that is taken over from a client.
@@ -35,6 +42,10 @@ pub(crate) struct AccessInfo {
     pub(crate) cached_tokens: AtomicU32,
     pub(crate) completion_tokens: AtomicU32,
     pub(crate) finish: OnceLock<&'static str>,
+    /// When the first choice went through its phases.
+    pub(crate) timings: OnceLock<Timings>,
+    /// What it asked for, where it generates.
+    pub(crate) asked: OnceLock<Asked>,
     /// When the request reached the server.
     pub(crate) arrival: OnceLock<Instant>,
     /// Whose request it is.
@@ -72,6 +83,51 @@ struct Record {
     request_bytes: u64,
     response_bytes: u64,
     complete: bool,
+    /// The trace that it belongs to; `None` when it is not traced.
+    trace: Option<TraceContext>,
+}
+
+impl Record {
+    /// Hands the request's span over.
+    fn trace(&self, duration: Duration) {
+        let (Some(traces), Some(parent)) = (&self.app.config.traces, &self.trace) else {
+            return;
+        };
+        traces.record(
+            parent,
+            &RequestSpan {
+                method: self.method,
+                route: &self.handler,
+                status: self.status.as_u16(),
+                model: self.app.model_name(),
+                request_id: self.request_id.to_str().unwrap_or_default(),
+                started: Some(self.started),
+                duration,
+                client_left: !self.complete,
+                prompt_tokens: self.info.prompt_tokens.load(Relaxed),
+                cached_tokens: self.info.cached_tokens.load(Relaxed),
+                completion_tokens: self.info.completion_tokens.load(Relaxed),
+                finish: self.info.finish.get().copied(),
+                asked: self.info.asked.get().copied(),
+                timings: self.info.timings.get().copied(),
+            },
+        );
+    }
+
+    /// Milliseconds without a place, to the first token, and from there to the last, of the first choice.
+    fn phases(&self) -> [f64; 3] {
+        let ms = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64() * 1e3,
+            _ => 0.0,
+        };
+        self.info.timings.get().map_or([0.0; 3], |t| {
+            [
+                ms(Some(t.queued), t.scheduled),
+                ms(t.scheduled, t.first_token),
+                ms(t.first_token, t.last_token),
+            ]
+        })
+    }
 }
 
 impl Drop for Record {
@@ -88,9 +144,11 @@ impl Drop for Record {
                 response_bytes: self.response_bytes,
             });
         }
+        self.trace(duration);
         if !self.app.config.access_log {
             return;
         }
+        let [queue_ms, prefill_ms, decode_ms] = self.phases();
         macro_rules! line {
             ($level:ident) => {
                 tracing::$level!(
@@ -101,6 +159,9 @@ impl Drop for Record {
                     status = self.status.as_u16(),
                     duration_ms = duration.as_secs_f64() * 1e3,
                     first_byte_ms = self.first_byte.unwrap_or(duration).as_secs_f64() * 1e3,
+                    queue_ms,
+                    prefill_ms,
+                    decode_ms,
                     response_bytes = self.response_bytes,
                     prompt_tokens = self.info.prompt_tokens.load(Relaxed),
                     cached_tokens = self.info.cached_tokens.load(Relaxed),
@@ -139,8 +200,12 @@ pub(super) async fn record(
         request_bytes: request.body().size_hint().lower(),
         response_bytes: 0,
         complete: false,
+        trace: None,
         app: Arc::clone(&app),
     };
+    if app.config.traces.is_some() && !PROBES.contains(&record.handler.as_str()) {
+        record.trace = Some(Traces::parent(request.headers()));
+    }
     let arrival = info.arrival();
     if let Some(limit) = app.config.request_timeout {
         // Set once, here.

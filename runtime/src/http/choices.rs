@@ -10,6 +10,7 @@ use super::{App, access::AccessInfo, error::ApiError, sampling::Sampling};
 use crate::{
     engine::request::{FinishReason, Request, TokenId},
     generation::{TextStream, TextUpdate},
+    traces::Asked,
 };
 
 /// Most sequences of one request: prompts × n.
@@ -19,6 +20,16 @@ pub(crate) const MAX_CHOICES: usize = 256;
 pub(crate) struct Prompt {
     pub(crate) tokens: Vec<TokenId>,
     pub(crate) text: Option<String>,
+}
+
+/// What keeps prefix-cache hits among a tenant's requests of one salt.
+pub(super) fn tenant_salt(info: &AccessInfo, own: Option<&str>) -> Option<String> {
+    let tenant = info.tenant.get().and_then(|tenant| tenant.salt.clone());
+    let salts = [tenant, own.map(str::to_owned)];
+    salts
+        .into_iter()
+        .flatten()
+        .reduce(|tenant, own| format!("{tenant}/{own}"))
 }
 
 /// Tokens of a request, all choices together.
@@ -71,14 +82,7 @@ impl Choices {
         }
         let limits = sampling.output_limits(app).await?;
         let tenant = info.tenant.get();
-        let salts = [
-            tenant.and_then(|t| t.salt.clone()),
-            sampling.cache_salt.clone(),
-        ];
-        let cache_salt = salts
-            .into_iter()
-            .flatten()
-            .reduce(|tenant, own| format!("{tenant}/{own}"));
+        let cache_salt = tenant_salt(info, sampling.cache_salt.as_deref());
         let mut streams = Vec::with_capacity(total);
         let mut usage = Usage::default();
         let mut submitted = Vec::with_capacity(prompts.len());
@@ -125,6 +129,13 @@ impl Choices {
             }
         }
         app.metrics.observe_n(sampling.n);
+        // Only the first is kept.
+        let _ = info.asked.set(Asked {
+            n: sampling.n,
+            max_tokens: Some(sampling.params.max_tokens).filter(|&tokens| tokens != u32::MAX),
+            temperature: sampling.params.temperature,
+            top_p: sampling.params.top_p,
+        });
         info.prompt_tokens.store(usage.prompt_tokens, Relaxed);
         Ok(Self {
             streams,
@@ -184,6 +195,15 @@ impl Choices {
         found
     }
 
+    /// Tells the request's log line and span of the first choice's times.
+    fn note_timings(&self) {
+        let first = self.streams.first().and_then(Option::as_ref);
+        if let Some(timings) = first.and_then(TextStream::timings) {
+            // Only the first is kept.
+            let _ = self.info.timings.set(timings);
+        }
+    }
+
     fn count(&mut self, index: usize, update: &TextUpdate) {
         let tokens = u32::try_from(update.tokens.len()).unwrap_or(u32::MAX);
         self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(tokens);
@@ -197,6 +217,9 @@ impl Choices {
             .cached_tokens
             .store(self.cached.iter().sum(), Relaxed);
         if let Some(finish) = &update.finish {
+            if index == 0 {
+                self.note_timings();
+            }
             self.streams[index] = None;
             let is_last = self.streams.iter().all(Option::is_none);
             if is_last || finish.reason == FinishReason::Error {
@@ -204,5 +227,12 @@ impl Choices {
                 let _ = self.info.finish.set(finish.reason.as_str());
             }
         }
+    }
+}
+
+impl Drop for Choices {
+    fn drop(&mut self) {
+        // A client that went away leaves before the end.
+        self.note_timings();
     }
 }

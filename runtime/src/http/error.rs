@@ -91,6 +91,7 @@ impl ApiError {
             SubmitError::NoTokensWanted | SubmitError::TooLong { .. } => {
                 Self::invalid("max_tokens", message)
             }
+            SubmitError::NoEmbeddings => Self::new(StatusCode::NOT_IMPLEMENTED, message),
             SubmitError::NeverFits { .. } => Self::invalid("prompt", message),
             SubmitError::TokenOutOfRange { .. } => Self::invalid("prompt", message),
         }
@@ -102,6 +103,9 @@ impl ApiError {
         let detail = finish.error.as_deref().unwrap_or("unknown reason");
         if finish.reason == FinishReason::Abort {
             return Self::new(StatusCode::REQUEST_TIMEOUT, detail);
+        }
+        if finish.refused {
+            return Self::new(StatusCode::BAD_REQUEST, detail);
         }
         Self::internal(format!("the request failed: {detail}"))
     }

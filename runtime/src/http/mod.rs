@@ -18,6 +18,7 @@ mod article;
 mod auth;
 mod chat;
 mod choices;
+mod embeddings;
 mod encode;
 pub mod error;
 mod health;
@@ -59,7 +60,9 @@ use crate::{
     llm::{LoadedModel, max_length},
     metrics::Metrics,
     output::{ReasoningFormat, ToolFormat},
+    pooler::PoolerConfig,
     shutdown::{Lifecycle, Phase},
+    traces::Traces,
 };
 
 /// Largest request body, in bytes.
@@ -90,6 +93,10 @@ pub struct ApiConfig {
     pub isolate_prefix_cache: bool,
     /// Requests may say how urgent they are (`priority`); otherwise that is ignored.
     pub honour_priority: bool,
+    /// How embeddings are made.
+    pub pooler: PoolerConfig,
+    /// Where spans go.
+    pub traces: Option<Traces>,
 }
 
 impl Default for ApiConfig {
@@ -106,6 +113,8 @@ impl Default for ApiConfig {
             tenant_header: None,
             isolate_prefix_cache: false,
             honour_priority: false,
+            pooler: PoolerConfig::default(),
+            traces: None,
         }
     }
 }
@@ -300,6 +309,7 @@ pub fn router(
     let guarded = Router::new()
         .route("/v1/chat/completions", post(openai::chat))
         .route("/v1/completions", post(openai::completions))
+        .route("/v1/embeddings", post(embeddings::create))
         .route("/v1/responses", post(responses::create))
         .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     article::GenerateFields,
+    embeddings::EmbeddingFields,
     messages::MessagesFields,
     openai::{ChatFields, CompletionFields},
     responses::ResponseFields,
@@ -256,6 +257,20 @@ fn paths(schemas: &mut Schemas) -> Map<String, Value> {
     let text = schemas.both::<CompletionFields, SamplingFields>();
     let text = Operation::post("Continue a text", text, object(&answer)).streaming();
     add("/v1/completions", "post", text, true);
+    let embeddings = [
+        ("object", "string"),
+        ("data", "array"),
+        ("model", "string"),
+        ("usage", "object"),
+    ];
+    let body = schemas.of::<EmbeddingFields>();
+    let operation = Operation::post("Embed texts", body, object(&embeddings));
+    let mut operation = operation.into_value(true);
+    operation["responses"]["501"] = json!({
+        "description": "The model runs on a device that cannot embed",
+        "content": json_body(json!({"$ref": "#/components/schemas/Error"})),
+    });
+    let embeddings = json!({"post": operation});
     let response = [
         ("id", "string"),
         ("object", "string"),
@@ -398,5 +413,6 @@ fn paths(schemas: &mut Schemas) -> Map<String, Value> {
     metrics.answer = json!({"text/plain": {"schema": {"type": "string"}}});
     add("/metrics", "get", metrics, false);
     paths.insert("/v1/models/{model}".to_owned(), json!({"get": one}));
+    paths.insert("/v1/embeddings".to_owned(), embeddings);
     paths
 }

@@ -84,6 +84,10 @@ fn is_support_file(name: &str) -> bool {
     if let Some(template) = name.strip_prefix("additional_chat_templates/") {
         return template.ends_with(".jinja") && !template.contains('/');
     }
+    // sentence-transformers' own: how embeddings are made.
+    if name == "1_Pooling/config.json" {
+        return true;
+    }
     let known = ["tokenizer.model", "merges.txt", "vocab.txt"];
     !name.contains('/')
         && (name.ends_with(".jinja")

@@ -60,6 +60,17 @@ pub(crate) fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), Run
             .is_none_or(|row| (*row as usize) < rows),
         "a logit row is outside the step",
     )?;
+    need(
+        input.hidden_rows.is_sorted_by(|a, b| a < b),
+        "hidden rows do not ascend",
+    )?;
+    need(
+        input
+            .hidden_rows
+            .iter()
+            .all(|row| (*row as usize) < rows && input.logit_rows.binary_search(row).is_err()),
+        "a hidden row is outside the step or wants logits",
+    )?;
     let mut next_row = 0;
     for seq in &input.seqs {
         need(

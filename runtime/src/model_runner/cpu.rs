@@ -9,8 +9,8 @@ use std::{
 };
 
 use super::{
-    ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SampledRow, StepId,
-    StepOutput, TOKEN_FROM_SLOT,
+    ModelCosts, ModelInput, ModelRunner, Pooled, RunnerError, RunnerLimits, SampleInput,
+    SampledRow, StepId, StepOutput, TOKEN_FROM_SLOT,
     check::{check, refused},
     cpu_backend::{CpuBackend, CpuBackendConfig, CpuBuf},
     memory,
@@ -18,6 +18,7 @@ use super::{
 use crate::{
     engine::request::{GeneratedToken, TokenId},
     models::{
+        backend::Backend,
         config::ModelConfig,
         decoder::{Activations, Decoder},
         loader::{self, LoadFormat},
@@ -162,12 +163,15 @@ struct Pending {
 pub struct CpuRunner {
     limits: RunnerLimits,
     config: ModelConfig,
+    costs: ModelCosts,
     backend: CpuBackend,
     decoder: Decoder<CpuBackend>,
     activations: Activations<CpuBackend>,
     sampler: Sampler,
     /// The step's input, [`TOKEN_FROM_SLOT`] resolved.
     input: ModelInput,
+    /// The step's final hidden states to be pooled, `[hidden_rows, hidden_size]`.
+    hidden: Vec<f32>,
     /// The token that each slot drew last.
     last_tokens: Vec<Option<TokenId>>,
     next_step: u64,
@@ -245,11 +249,13 @@ impl CpuRunner {
             ),
             last_tokens: vec![None; limits.max_num_seqs as usize],
             limits,
+            costs: model.costs(checkpoint.num_bytes()),
             config: model,
             backend,
             decoder,
             activations,
             input: ModelInput::default(),
+            hidden: Vec::new(),
             next_step: 0,
             pending: None,
         })
@@ -259,6 +265,51 @@ impl CpuRunner {
     #[must_use]
     pub fn model_config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// Takes the hidden rows out of the final hidden states and leaves those that want logits.
+    fn take_hidden(&mut self) {
+        let input = &self.input;
+        let place = |row: &u32, others: &[u32]| {
+            let before = others.partition_point(|other| other < row);
+            u32::try_from(before).expect("a step is bounded by its budget: this is a bug")
+        };
+        let width = self.config.hidden_size;
+        let normed = self.activations.normed.values();
+        self.hidden.clear();
+        for (own, row) in input.hidden_rows.iter().enumerate() {
+            let at = (own + place(row, &input.logit_rows) as usize) * width;
+            self.hidden.extend_from_slice(&normed[at..at + width]);
+        }
+        let logit_rows: Vec<u32> = (0..)
+            .zip(&input.logit_rows)
+            .map(|(own, row)| own + place(row, &input.hidden_rows))
+            .collect();
+        let normed = &mut self.activations.normed;
+        self.backend.keep_rows(&logit_rows, normed);
+    }
+
+    /// Sums of hidden states.
+    fn pool(&self, input: &SampleInput) -> Result<Vec<Pooled>, RunnerError> {
+        let width = self.config.hidden_size;
+        let sums = input.pool.iter().map(|pool| {
+            let (start, end) = (pool.rows.start as usize, pool.rows.end as usize);
+            if start >= end || end > self.input.hidden_rows.len() {
+                return Err(refused(format!("hidden rows {start} to {end}")));
+            }
+            let mut sum = vec![0f64; width];
+            for row in self.hidden[start * width..end * width].chunks_exact(width) {
+                for (sum, value) in sum.iter_mut().zip(row) {
+                    *sum += f64::from(*value);
+                }
+            }
+            Ok(Pooled {
+                seq: pool.seq,
+                epoch: pool.epoch,
+                sum,
+            })
+        });
+        sums.collect()
     }
 
     /// Copies the input, with tokens of slots in place of [`TOKEN_FROM_SLOT`].
@@ -361,8 +412,15 @@ impl ModelRunner for CpuRunner {
             self.last_tokens[init.slot.0 as usize] = None;
         }
         self.take_input(input)?;
-        self.decoder
-            .forward(&mut self.backend, &self.input, &mut self.activations);
+        let (backend, activations) = (&mut self.backend, &mut self.activations);
+        self.decoder.hidden(backend, &self.input, activations);
+        if !self.input.hidden_rows.is_empty() {
+            self.take_hidden();
+        }
+        if !self.input.logit_rows.is_empty() {
+            self.decoder
+                .logits(&mut self.backend, &mut self.activations);
+        }
         let id = StepId(self.next_step);
         self.next_step += 1;
         self.pending = Some(Pending { id, sampled: None });
@@ -370,12 +428,9 @@ impl ModelRunner for CpuRunner {
     }
 
     fn sample(&mut self, step: StepId, input: &SampleInput) -> Result<(), RunnerError> {
-        let pending = self
-            .pending
-            .as_mut()
-            .filter(|pending| pending.id == step && pending.sampled.is_none());
-        let pending =
-            pending.ok_or_else(|| refused(format!("step {} does not wait for a draw", step.0)))?;
+        if !matches!(&self.pending, Some(Pending { id, sampled: None }) if *id == step) {
+            return Err(refused(format!("step {} does not wait for a draw", step.0)));
+        }
         let rows = self.input.logit_rows.len();
         if let Some(row) = input
             .rows
@@ -387,8 +442,11 @@ impl ModelRunner for CpuRunner {
                 row.logit_index
             )));
         }
+        let mut output = StepOutput {
+            pooled: self.pool(input)?,
+            ..StepOutput::default()
+        };
         let logits = &mut self.activations.logits;
-        let mut output = StepOutput::default();
         if input.return_logits {
             output
                 .logits
@@ -417,7 +475,10 @@ impl ModelRunner for CpuRunner {
                 tokens: token.into_iter().collect(),
             });
         }
-        pending.sampled = Some(output);
+        self.pending = Some(Pending {
+            id: step,
+            sampled: Some(output),
+        });
         Ok(())
     }
 
@@ -439,6 +500,14 @@ impl ModelRunner for CpuRunner {
 
     fn depth(&self) -> usize {
         1
+    }
+
+    fn hidden_size(&self) -> Option<u32> {
+        u32::try_from(self.config.hidden_size).ok()
+    }
+
+    fn costs(&self) -> Option<ModelCosts> {
+        Some(self.costs)
     }
 }
 

@@ -11,14 +11,17 @@ use std::{
 };
 
 use super::{
-    ModelInput, ModelRunner, PADDING, RunnerError, RunnerLimits, SampleInput, SampledRow, SeqInput,
-    Slot, StepId, StepOutput, TOKEN_FROM_SLOT,
+    ModelCosts, ModelInput, ModelRunner, PADDING, Pooled, RunnerError, RunnerLimits, SampleInput,
+    SampledRow, SeqInput, Slot, StepId, StepOutput, TOKEN_FROM_SLOT,
 };
 use crate::{
     engine::request::{GeneratedToken, TokenId},
     kv_cache::BlockId,
     sampler::Sampler,
 };
+
+/// Width of the attention model's hidden states.
+pub const HIDDEN_SIZE: u32 = 4;
 
 /// What the fake computes.
 #[derive(Debug, Clone)]
@@ -200,7 +203,7 @@ impl FakeRunner {
         });
         StepOutput {
             rows: rows.collect(),
-            logits: Vec::new(),
+            ..StepOutput::default()
         }
     }
 
@@ -254,6 +257,25 @@ impl FakeRunner {
             });
         }
         output.logits = all_logits;
+        output.pooled = sample
+            .pool
+            .iter()
+            .map(|pool| {
+                let rows = &input.hidden_rows[pool.rows.start as usize..pool.rows.end as usize];
+                let mut sum = vec![0.0; HIDDEN_SIZE as usize];
+                for &row in rows {
+                    for (index, sum) in sum.iter_mut().enumerate() {
+                        // Whole numbers: their sums do not depend on the order.
+                        *sum += f64::from((hidden[row as usize] >> (16 * index)) as u16);
+                    }
+                }
+                Pooled {
+                    seq: pool.seq,
+                    epoch: pool.epoch,
+                    sum,
+                }
+            })
+            .collect();
         output
     }
 
@@ -334,6 +356,25 @@ impl ModelRunner for FakeRunner {
 
     fn depth(&self) -> usize {
         self.config.depth
+    }
+
+    fn costs(&self) -> Option<ModelCosts> {
+        match self.config.model {
+            FakeModel::Attention => Some(ModelCosts {
+                weight_bytes: 1 << 20,
+                flops_per_token: 1e6,
+                flops_per_output: 1e3,
+                flops_per_attended: 1e2,
+            }),
+            FakeModel::Script(_) => None,
+        }
+    }
+
+    fn hidden_size(&self) -> Option<u32> {
+        match self.config.model {
+            FakeModel::Attention => Some(HIDDEN_SIZE),
+            FakeModel::Script(_) => None,
+        }
     }
 }
 

@@ -13,7 +13,7 @@ mod cpu_backend;
 pub mod cuda;
 mod memory;
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use crate::{
     engine::request::{GeneratedToken, SamplingParams, SeqId, TokenId},
@@ -102,6 +102,9 @@ pub struct ModelInput {
     pub seqs: Vec<SeqInput>,
     /// Rows that need logits, ascending (0..n per sequence).
     pub logit_rows: Vec<u32>,
+    /// Rows whose final hidden states are pooled, ascending, none of them in `logit_rows`. Only of runners with a
+    /// [`hidden_size`](ModelRunner::hidden_size).
+    pub hidden_rows: Vec<u32>,
     /// Slots bound before this step runs.
     pub init_slots: Vec<SlotInit>,
 }
@@ -125,11 +128,24 @@ pub struct SampleRow {
     pub mask: Option<Arc<[u32]>>,
 }
 
+/// Rows of one sequence whose hidden states are added up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolRows {
+    /// Its sequence, handed back in the result.
+    pub seq: SeqId,
+    /// Raised at each preemption; results of an older epoch are dropped.
+    pub epoch: u32,
+    /// Indexes into [`ModelInput::hidden_rows`], at least one.
+    pub rows: Range<u32>,
+}
+
 /// What to draw in a step.
 #[derive(Debug, Clone, Default)]
 pub struct SampleInput {
     /// At most one row per slot.
     pub rows: Vec<SampleRow>,
+    /// What to pool.
+    pub pool: Vec<PoolRows>,
     /// Hand back the raw logits of every row in `logit_rows` (perplexity, tests).
     pub return_logits: bool,
 }
@@ -147,11 +163,24 @@ pub struct SampledRow {
     pub tokens: Vec<GeneratedToken>,
 }
 
+/// Hidden states of one sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pooled {
+    /// Its sequence.
+    pub seq: SeqId,
+    /// The epoch of the [`PoolRows`].
+    pub epoch: u32,
+    /// Sum over the rows, `[hidden_size]`.
+    pub sum: Vec<f64>,
+}
+
 /// Result of a step.
 #[derive(Debug, Clone, Default)]
 pub struct StepOutput {
     /// One per [`SampleRow`], same order.
     pub rows: Vec<SampledRow>,
+    /// One per [`PoolRows`], same order.
+    pub pooled: Vec<Pooled>,
     /// `[logit_rows, vocab_size]` when asked for, else empty.
     pub logits: Vec<f32>,
 }
@@ -164,6 +193,19 @@ pub struct RunnerError {
     pub message: String,
     /// True when the device is lost: the process must restart.
     pub fatal: bool,
+}
+
+/// What a model costs, for estimates.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ModelCosts {
+    /// Bytes of weights, as they are stored.
+    pub weight_bytes: u64,
+    /// Floating-point operations of a row outside attention and head.
+    pub flops_per_token: f64,
+    /// Those of the head for one row.
+    pub flops_per_output: f64,
+    /// Those of attention for a row and one token that it sees.
+    pub flops_per_attended: f64,
 }
 
 /// Computes steps. Owned and called by the engine thread alone.
@@ -191,4 +233,14 @@ pub trait ModelRunner: Send {
 
     /// Steps that may be in flight at once: 1 on CPU and fake, 2 on CUDA.
     fn depth(&self) -> usize;
+
+    /// Width of the hidden states that it pools for embeddings; `None` when it cannot.
+    fn hidden_size(&self) -> Option<u32> {
+        None
+    }
+
+    /// What its model costs, where it has one.
+    fn costs(&self) -> Option<ModelCosts> {
+        None
+    }
 }

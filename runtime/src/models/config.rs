@@ -5,6 +5,7 @@ use serde::Deserialize;
 use super::registry::Architecture;
 use crate::{
     engine::request::TokenId,
+    model_runner::ModelCosts,
     weights::{Checkpoint, Fp8Scheme, Gguf, SafetensorsFolder, Scheme, WeightsError},
 };
 
@@ -152,6 +153,22 @@ impl ModelConfig {
         self.num_heads * self.head_dim
     }
 
+    /// What the model costs when its weights take so many bytes.
+    #[must_use]
+    pub fn costs(&self, weight_bytes: u64) -> ModelCosts {
+        let size = |size: usize| size as f64;
+        let (hidden, layers) = (size(self.hidden_size), size(self.num_layers));
+        let projections = size(self.qkv_size() + self.attention_size());
+        let mlp = 3.0 * size(self.intermediate_size);
+        ModelCosts {
+            weight_bytes,
+            flops_per_token: 2.0 * layers * hidden * (projections + mlp),
+            flops_per_output: 2.0 * hidden * size(self.vocab_size),
+            // A product with a key, and one with a value.
+            flops_per_attended: 4.0 * layers * size(self.attention_size()),
+        }
+    }
+
     fn check(&self) -> Result<(), String> {
         let sizes = [
             ("vocab_size", self.vocab_size),
@@ -162,12 +179,15 @@ impl ModelConfig {
             ("num_kv_heads", self.num_kv_heads),
             ("head_dim", self.head_dim),
             ("max_position", self.max_position),
-            ("qkv_size", self.qkv_size()),
         ];
-        if let Some((name, size)) = sizes
-            .iter()
-            .find(|(_, size)| *size == 0 || *size > MAX_SIZE)
-        {
+        let is_wrong = |size: usize| size == 0 || size > MAX_SIZE;
+        // Its factors first: their product may not even be a number.
+        let wrong = sizes.into_iter().find(|(_, size)| is_wrong(*size));
+        let wrong = wrong.or_else(|| {
+            let size = self.qkv_size();
+            is_wrong(size).then_some(("qkv_size", size))
+        });
+        if let Some((name, size)) = wrong {
             return Err(format!(
                 "{name} is {size}, and must be between 1 and {MAX_SIZE}"
             ));

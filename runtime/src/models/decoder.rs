@@ -5,6 +5,8 @@
 //! attention, MLP and head. That changes no result, because rows do not influence each other (see
 //! [`super::backend`]).
 
+use std::borrow::Cow;
+
 use super::backend::{AdapterRows, AttentionSeq, Backend, HeadNorms, Linear, RopeArgs};
 use crate::model_runner::ModelInput;
 
@@ -71,10 +73,22 @@ pub struct Activations<B: Backend> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Runs a step; afterwards `act.logits` holds one row for each of `input.logit_rows` (unchanged if there is none).
+    /// Runs a step without hidden rows; afterwards `act.logits` holds one row for each of `input.logit_rows` (unchanged
+    /// if there is none).
     ///
     /// The caller has checked the input: rows, block tables and slots are within the backend's sizes.
     pub fn forward(&self, backend: &mut B, input: &ModelInput, act: &mut Activations<B>) {
+        self.hidden(backend, input, act);
+        if !input.logit_rows.is_empty() {
+            self.logits(backend, act);
+        }
+    }
+
+    /// Runs a step up to the head; afterwards `act.normed` holds the final hidden states of `input.logit_rows` and
+    /// `input.hidden_rows` together, in row order (unchanged if there is none).
+    ///
+    /// The caller has checked the input, as for [`forward`](Self::forward).
+    pub fn hidden(&self, backend: &mut B, input: &ModelInput, act: &mut Activations<B>) {
         let mut blocks = std::mem::take(&mut act.blocks);
         blocks.clear();
         blocks.extend(
@@ -85,6 +99,12 @@ impl<B: Backend> Decoder<B> {
         );
         self.run(backend, input, &blocks, act);
         act.blocks = blocks;
+    }
+
+    /// Computes `act.logits` from `act.normed`.
+    pub fn logits(&self, backend: &mut B, act: &mut Activations<B>) {
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        backend.logits(&act.normed, head, &mut act.logits);
     }
 
     fn run(&self, backend: &mut B, input: &ModelInput, blocks: &[u32], act: &mut Activations<B>) {
@@ -112,22 +132,18 @@ impl<B: Backend> Decoder<B> {
                 self.finish_layer(backend, layer, &self.layers[index + 1].input_norm, act);
                 continue;
             }
-            if input.logit_rows.is_empty() {
+            let rows = wanted_rows(input);
+            if rows.is_empty() {
                 return;
             }
-            let wanted = wanted_seqs(input, &all);
-            if input.logit_rows.len() < input.token_ids.len() {
-                backend.keep_rows(&input.logit_rows, &mut act.qkv);
-                backend.keep_rows(&input.logit_rows, &mut act.residual);
+            let wanted = wanted_seqs(&rows, &all);
+            if rows.len() < input.token_ids.len() {
+                backend.keep_rows(&rows, &mut act.qkv);
+                backend.keep_rows(&rows, &mut act.residual);
             }
             backend.attention(index, &act.qkv, &wanted, &mut act.attention);
             self.finish_layer(backend, layer, &self.final_norm, act);
         }
-        backend.logits(
-            &act.normed,
-            self.head.as_ref().unwrap_or(&self.embedding),
-            &mut act.logits,
-        );
     }
 
     /// From the attention's result to the next norm's.
@@ -177,10 +193,19 @@ fn attention_seqs<'a>(input: &ModelInput, blocks: &'a [u32]) -> Vec<AttentionSeq
     whole.collect()
 }
 
-/// The rows of `logit_rows`, numbered as they stand after all others have been dropped: one entry per run of adjacent
-/// rows of a sequence, ending where its last row ends.
-fn wanted_seqs<'a>(input: &ModelInput, seqs: &[AttentionSeq<'a>]) -> Vec<AttentionSeq<'a>> {
-    let rows = &input.logit_rows;
+/// Rows whose result is wanted, as logits or as hidden states, ascending.
+fn wanted_rows(input: &ModelInput) -> Cow<'_, [u32]> {
+    if input.hidden_rows.is_empty() {
+        return Cow::Borrowed(&input.logit_rows);
+    }
+    let mut rows = [input.logit_rows.as_slice(), &input.hidden_rows].concat();
+    rows.sort_unstable();
+    Cow::Owned(rows)
+}
+
+/// These rows, numbered as they stand after all others have been dropped: one entry per run of adjacent rows of a
+/// sequence, ending where its last row ends.
+fn wanted_seqs<'a>(rows: &[u32], seqs: &[AttentionSeq<'a>]) -> Vec<AttentionSeq<'a>> {
     let row_at = |index: usize| rows.get(index).map(|row| *row as usize);
     let mut wanted = Vec::with_capacity(seqs.len());
     let mut next = 0;

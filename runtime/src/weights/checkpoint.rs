@@ -254,6 +254,16 @@ impl Checkpoint {
         Ok(None)
     }
 
+    /// Bytes of its files of weights.
+    #[must_use]
+    pub fn num_bytes(&self) -> u64 {
+        let bytes = match self {
+            Self::Gguf(gguf) => gguf.file().len(),
+            Self::Safetensors(folder) => folder.num_bytes(),
+        };
+        bytes as u64
+    }
+
     /// Tells the kernel that all of it is about to be read.
     pub fn will_read_all(&self) {
         match self {

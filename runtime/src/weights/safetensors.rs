@@ -215,6 +215,12 @@ impl SafetensorsFolder {
         }))
     }
 
+    /// Bytes of all files of weights.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        self.files.iter().map(|file| file.len()).sum()
+    }
+
     /// Tells the kernel that all files are about to be read.
     pub fn will_read_all(&self) {
         self.files.iter().for_each(MappedFile::will_read_all);

@@ -40,6 +40,8 @@ pub struct Setup {
     pub fake: FakeConfig,
     pub engine: EngineConfig,
     pub api: ApiConfig,
+    /// Metrics under their former names too.
+    pub former_metric_names: bool,
 }
 
 impl Default for Setup {
@@ -61,6 +63,7 @@ impl Default for Setup {
                 stall_limit: Duration::from_secs(30),
                 ..ApiConfig::default()
             },
+            former_metric_names: false,
         }
     }
 }
@@ -98,7 +101,11 @@ impl Setup {
         let observer = Arc::new(LateObserver::default());
         let runner = Box::new(FakeRunner::new(self.fake));
         let engine = Engine::start_observed(runner, self.engine, observer.clone()).unwrap();
-        let metrics = Arc::new(Metrics::new("tiny", engine.clone()).unwrap());
+        let mut metrics = Metrics::new("tiny", engine.clone()).unwrap();
+        if self.former_metric_names {
+            metrics = metrics.with_former_names("tiny").unwrap();
+        }
+        let metrics = Arc::new(metrics);
         observer.set(metrics.observer());
         let model = LoadedModel {
             path: "tiny".into(),

@@ -270,7 +270,7 @@ fn observers_are_told_of_every_token_once() {
         assert_eq!(request.num_prompt_tokens, 40);
         assert_eq!(request.num_cached_tokens, cached);
         assert_eq!(request.num_generation_tokens, 3);
-        assert_eq!(request.max_tokens, 3);
+        assert_eq!(request.max_tokens, Some(3));
         let times = [
             Some(request.arrival),
             Some(request.queued),

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod constraints;
+mod embeddings;
 mod faults;
 mod invariance;
 mod lifecycle;

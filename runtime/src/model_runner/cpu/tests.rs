@@ -108,7 +108,7 @@ fn step() -> ModelInput {
             },
         ],
         logit_rows: vec![1, 2],
-        init_slots: Vec::new(),
+        ..ModelInput::default()
     }
 }
 

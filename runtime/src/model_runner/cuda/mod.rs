@@ -32,8 +32,8 @@ use self::{
     step::{Counts, Layout, StepBuilder, max_items},
 };
 use super::{
-    ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SeqInput, Slot, StepId,
-    StepOutput,
+    ModelCosts, ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SeqInput, Slot,
+    StepId, StepOutput,
     check::{check, refused},
 };
 use crate::{
@@ -126,6 +126,7 @@ pub fn probe() -> Result<(), CudaRunnerError> {
 pub struct CudaRunner {
     limits: RunnerLimits,
     config: ModelConfig,
+    costs: ModelCosts,
     device: Device,
     backend: CudaBackend,
     decoder: Decoder<CudaBackend>,
@@ -181,6 +182,7 @@ impl CudaRunner {
             sampler: GpuSampler::new(&device, &limits, model.eos_token_ids.clone())?,
             staging: Staging::new(&device),
             limits,
+            costs: model.costs(checkpoint.num_bytes()),
             config: model,
             backend,
             decoder,
@@ -497,7 +499,7 @@ fn decode_input(rows: usize) -> ModelInput {
         slot_mapping: vec![super::PADDING; rows],
         seqs: (0..rows).map(seq).collect(),
         logit_rows: (0..rows as u32).collect(),
-        init_slots: Vec::new(),
+        ..ModelInput::default()
     }
 }
 
@@ -511,6 +513,10 @@ fn failed(error: &CudaError) -> RunnerError {
 impl ModelRunner for CudaRunner {
     fn limits(&self) -> &RunnerLimits {
         &self.limits
+    }
+
+    fn costs(&self) -> Option<ModelCosts> {
+        Some(self.costs)
     }
 
     fn submit(&mut self, input: &ModelInput) -> Result<StepId, RunnerError> {

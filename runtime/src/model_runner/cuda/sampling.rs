@@ -358,6 +358,7 @@ impl GpuSampler {
         let output = StepOutput {
             rows: rows.collect(),
             logits: pending.logits,
+            ..StepOutput::default()
         };
         self.spare_results.push(pending.results);
         Ok(Some(output))

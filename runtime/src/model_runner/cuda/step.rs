@@ -337,7 +337,7 @@ mod tests {
             slot_mapping: (0..9).collect(),
             seqs: vec![seq(3, 0, 5, 20), seq(1, 5, 1, 40), seq(2, 6, 3, 3)],
             logit_rows: vec![4, 5, 8],
-            init_slots: Vec::new(),
+            ..ModelInput::default()
         }
     }
 

@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
 
-use super::{AttentionSeq, attention_seqs, wanted_seqs};
+use super::{AttentionSeq, attention_seqs, wanted_rows, wanted_seqs};
 use crate::{
     kv_cache::BlockId,
     model_runner::{ModelInput, SeqInput, Slot},
@@ -33,7 +33,7 @@ fn blocks(input: &ModelInput) -> Vec<u32> {
 
 fn shape(input: &ModelInput) -> Vec<(usize, usize, usize, u32)> {
     let blocks = blocks(input);
-    let seqs = wanted_seqs(input, &attention_seqs(input, &blocks));
+    let seqs = wanted_seqs(&wanted_rows(input), &attention_seqs(input, &blocks));
     seqs.iter()
         .map(|seq| {
             (
@@ -86,5 +86,5 @@ fn wanting_every_row_is_the_whole_step() {
             })
             .collect()
     };
-    assert_eq!(spans(&all), spans(&wanted_seqs(&input, &all)));
+    assert_eq!(spans(&all), spans(&wanted_seqs(&wanted_rows(&input), &all)));
 }
