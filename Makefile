@@ -13,7 +13,7 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell (cat rust-toolchain.toml; pwd
 CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
 
-.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench unit clients schemathesis soak e2e test deny generate chart-test bench-peer bench-front-end operator-bench clean
+.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench unit clients schemathesis soak fuzz e2e test deny generate chart-test bench-peer bench-front-end operator-bench clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ schemathesis: ## requests made up from /openapi.json, valid and invalid: no 5xx,
 
 soak: ## half an hour (MINUTES) of mixed load, disconnects and bad requests: nothing lost or stuck, memory flat
 	e2e/clients/soak.sh
+
+fuzz: ## each fuzz target of the runtime for MINUTES (10); TARGETS="gguf request" picks some
+	runtime/fuzz/run.sh
 
 e2e: ## only the end-to-end tests, on a cluster of their own or on that of KUBECONFIG
 	CLUSTER=$(CLUSTER) e2e/test.sh e2e
