@@ -208,7 +208,10 @@ impl Autoscaler {
                         *tracked = Tracked::new(uid.clone(), service, now);
                     }
                 })
-                .or_insert_with(|| Tracked::new(uid.clone(), service, now));
+                .or_insert_with(|| {
+                    self.metrics.begin(&key);
+                    Tracked::new(uid.clone(), service, now)
+                });
             let decision = decide::decide(
                 &Policy::of(spec),
                 &Observation {
@@ -351,6 +354,7 @@ struct Metrics {
     desired: IntGaugeVec,
     demand: GaugeVec,
     fresh: IntGaugeVec,
+    signal: GaugeVec,
     decisions: IntCounterVec,
     round: Histogram,
 }
@@ -364,6 +368,9 @@ const REASONS: [decide::Reason; 6] = [
     decide::Reason::Idle,
     decide::Reason::Bounds,
 ];
+
+/// Values of the label `signal`.
+const SIGNALS: [&str; 4] = ["kv_cache", "waiting", "held", "running"];
 
 impl Metrics {
     fn new(registry: &Registry) -> prometheus::Result<(Self, ScrapeMetrics)> {
@@ -386,6 +393,13 @@ impl Metrics {
                     "Ready replicas whose metrics are younger than 3 s.",
                 ),
                 &of_service,
+            )?,
+            signal: GaugeVec::new(
+                Opts::new(
+                    "ashlar_autoscaler_signal",
+                    "What decisions are made from: mean share of KV caches in use, requests waiting, held at gateways, running.",
+                ),
+                &["namespace", "name", "signal"],
             )?,
             decisions: IntCounterVec::new(
                 Opts::new(
@@ -418,11 +432,20 @@ impl Metrics {
         registry.register(Box::new(metrics.desired.clone()))?;
         registry.register(Box::new(metrics.demand.clone()))?;
         registry.register(Box::new(metrics.fresh.clone()))?;
+        registry.register(Box::new(metrics.signal.clone()))?;
         registry.register(Box::new(metrics.decisions.clone()))?;
         registry.register(Box::new(metrics.round.clone()))?;
         registry.register(Box::new(scrapes.scrapes.clone()))?;
         registry.register(Box::new(scrapes.seconds.clone()))?;
         Ok((metrics, scrapes))
+    }
+
+    /// A counter that first appears at one shows no increase: each begins at zero.
+    fn begin(&self, key: &Key) {
+        for reason in REASONS {
+            self.decisions
+                .with_label_values(&[&key.0, &key.1, reason.as_str()]);
+        }
     }
 
     fn decided(&self, key: &Key, decision: &Decision) {
@@ -436,6 +459,23 @@ impl Metrics {
         self.fresh
             .with_label_values(&labels)
             .set(i64::try_from(decision.figures.fresh).unwrap_or(i64::MAX));
+        let figures = &decision.figures;
+        // Nothing is known of replicas of which none is fresh: no figure then, rather than a zero.
+        let seen = |value: f64| (figures.fresh > 0).then_some(value);
+        let signals = [
+            seen(figures.kv_cache),
+            seen(figures.waiting),
+            figures.held,
+            seen(figures.running),
+        ];
+        for (signal, value) in SIGNALS.into_iter().zip(signals) {
+            let labels = [labels[0], labels[1], signal];
+            match value {
+                Some(value) => self.signal.with_label_values(&labels).set(value),
+                // Removal fails when there was nothing to remove, which is as good.
+                None => drop(self.signal.remove_label_values(&labels)),
+            }
+        }
         if decision.to != decision.from {
             self.decisions
                 .with_label_values(&[labels[0], labels[1], decision.reason.as_str()])
@@ -449,6 +489,10 @@ impl Metrics {
         let _ = self.desired.remove_label_values(&labels);
         let _ = self.demand.remove_label_values(&labels);
         let _ = self.fresh.remove_label_values(&labels);
+        for signal in SIGNALS {
+            let labels = [labels[0], labels[1], signal];
+            let _ = self.signal.remove_label_values(&labels);
+        }
         for reason in REASONS {
             let labels = [labels[0], labels[1], reason.as_str()];
             let _ = self.decisions.remove_label_values(&labels);

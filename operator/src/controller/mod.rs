@@ -31,6 +31,7 @@ mod reconcile;
 mod report;
 mod revisions;
 pub mod rollout;
+mod service_metrics;
 pub mod status;
 pub mod validate;
 mod victims;
@@ -307,6 +308,12 @@ async fn control(
         .modify(slim)
         .reflect(writer)
         .touched_objects();
+    metrics
+        .registry()
+        .register(Box::new(service_metrics::ServiceMetrics::new(
+            store.clone(),
+        )))
+        .expect("each name once: this is a bug");
     let controller = Controller::for_stream(services, store.clone()).with_config(
         kube::runtime::controller::Config::default()
             .debounce(DEBOUNCE)

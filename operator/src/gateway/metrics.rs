@@ -211,6 +211,12 @@ impl Metrics {
                 .with_label_values(&[&id.namespace, &id.name])
                 .set(ready);
             self.held.with_label_values(&[&id.namespace, &id.name]); // zero is a value that scalers read
+            // A counter that first appears at one shows no increase: what alerts read begins at zero.
+            self.ejections.with_label_values(&[&id.namespace, &id.name]);
+            for by in CutBy::ALL {
+                self.cut
+                    .with_label_values(&[&id.namespace, &id.name, by.label()]);
+            }
             if !seen.services.contains(id) {
                 seen.services.insert(id.clone());
             }
