@@ -71,6 +71,14 @@ async fn client() -> Result<Client> {
 /// # Errors
 /// When helm fails; the error holds its output.
 pub async fn install() -> Result<()> {
+    install_chart(concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/ashlar")).await
+}
+
+/// Installs or upgrades to the chart in this folder or archive, with the images under test.
+///
+/// # Errors
+/// When helm fails; the error holds its output.
+pub async fn install_chart(chart: &str) -> Result<()> {
     let image = |variable: &str| {
         std::env::var(variable).with_context(|| format!("{variable} is not set: run `make e2e`"))
     };
@@ -78,7 +86,6 @@ pub async fn install() -> Result<()> {
         image("ASHLAR_E2E_OPERATOR_IMAGE")?,
         image("ASHLAR_E2E_RUNTIME_IMAGE")?,
     );
-    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/ashlar");
     let values = [
         format!("operator.image={operator}"),
         format!("runtime.image={runtime}"),

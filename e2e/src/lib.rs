@@ -5,7 +5,8 @@
 //! src/       cluster → the API server and the installed chart      namespace → a namespace that goes away
 //!            service → InferenceServices as a user writes them     wait      → conditions with limits
 //!            client  → HTTP and server-sent events                 dump      → what to read after a failure
-//! tests/     install serve quantized stream recover isolation invalid
+//!            prometheus → a real one, with the chart's jobs and rules
+//! tests/     install serve quantized stream recover isolation invalid scale observe alerts upgrade
 //! ```
 //!
 //! **Invariants.**
@@ -25,6 +26,7 @@ pub mod client;
 pub mod cluster;
 pub mod dump;
 pub mod namespace;
+pub mod prometheus;
 pub mod service;
 pub mod wait;
 
