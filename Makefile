@@ -12,8 +12,9 @@ export CARGO_TARGET_DIR ?= $(CACHE)/target-$(shell (cat rust-toolchain.toml; pwd
 # The name of the cluster that tests use; two checkouts may test at once under two names.
 CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
+REFERENCE := charts/docs/src/reference
 
-.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench unit clients schemathesis soak fuzz e2e test deny generate chart-test bench-peer bench-front-end operator-bench clean
+.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench unit clients schemathesis soak fuzz e2e docs-test test deny generate pictures chart-test bench-peer bench-front-end operator-bench clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,13 +63,29 @@ test: ## everything, and one line that counts it; needs root
 deny: ## licences, sources and duplicates of the dependencies
 	e2e/deny.sh
 
-generate: ## the generated files: the resource's definition, and the chart's copy of it
+generate: ## the generated files: the resource's definition, the chart's copy of it, dashboards, the docs' reference
 	cargo run --release --quiet --bin crdgen > crds/yaml/.new
 	mv crds/yaml/.new crds/yaml/$(CRD)
 	cp crds/yaml/$(CRD) charts/ashlar/files/$(CRD)
+	PYTHONDONTWRITEBYTECODE=1 python3 charts/dashboards/build.py charts/ashlar/dashboards
+	cargo run --release --quiet --bin crdgen reference > $(REFERENCE)/inferenceservice.md
+	charts/docs/reference.py values charts/ashlar/values.yaml > $(REFERENCE)/values.md
+	charts/docs/reference.py flags "$$(e2e/cluster/binaries.sh ashlar)" serve generate pull \
+		"bench serve" "bench throughput" "bench concurrency" "bench perplexity" > $(REFERENCE)/ashlar.md
+	charts/docs/reference.py flags "$$(e2e/cluster/binaries.sh ashlar-operator)" run gateway grant check crd simulate > $(REFERENCE)/ashlar-operator.md
 
-chart-test: ## renders the chart with several values and checks the result; needs helm on PATH
-	charts/tests/render.sh
+pictures: ## the docs' pictures of the dashboards and their list of metrics, from a test run on a cluster; needs root
+	rm -rf /tmp/ashlar-series
+	ASHLAR_E2E_SERIES=/tmp/ashlar-series TEST=observe CLUSTER=$(CLUSTER) e2e/test.sh e2e
+	charts/docs/pictures.py /tmp/ashlar-series/series.json charts/docs/src/img
+	charts/docs/reference.py metrics Operator=/tmp/ashlar-series/Operator.metrics Gateway=/tmp/ashlar-series/Gateway.metrics \
+		"Model pods=/tmp/ashlar-series/Model pods.metrics" > $(REFERENCE)/metrics.md
+
+docs-test: ## follows the docs: every command and manifest of book and README, on a cluster of its own; needs root
+	CLUSTER=$(CLUSTER) e2e/test.sh docs
+
+chart-test: ## renders the chart with several values and checks the result and the alerts; needs helm on PATH
+	PROMTOOL=$$(e2e/cluster/prometheus.sh)/promtool charts/tests/render.sh
 
 bench-peer: ## speed against llama.cpp's server, in turns on this machine; prints the ratios
 	e2e/bench/peer.sh

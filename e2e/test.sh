@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Runs the project's tests on a cluster of their own and counts them:
 #   test.sh all   formatting, lints, GPU kernels compiled, generated files, licences, unit and API-server tests, chart tests, e2e tests
+#   test.sh docs  the docs only: their commands and manifests
 #   test.sh e2e   the e2e tests only, or only the file TEST of them; on the cluster of KUBECONFIG when that is set
 #                 (src/lib.rs says what it must offer)
 # Every stage runs, whatever happened before it. The last line is `N passed, N failed, N skipped`; the status is 0 only when
 # nothing failed. A stage without counts of its own counts as one test.
 set -euo pipefail
 . "$(dirname "$0")/cluster/lib.sh"
-what=${1:?all or e2e}
+what=${1:?all, docs or e2e}
 cluster=${CLUSTER:-test}
 logs=${TMPDIR:-/tmp}/ashlar-test-logs-$cluster
 passed=0 failed=0 skipped=0
@@ -80,6 +81,13 @@ e2e_tests() {
         cargo test --release --offline --no-fail-fast "${stories[@]}" -- --test-threads "${E2E_THREADS:-2}"
 }
 
+# What the book and the README tell readers to do, with the binaries that the images were made of.
+docs_are_followed() {
+    local ashlar
+    ashlar=$("$CLUSTER_DIR/binaries.sh" ashlar) && "$CLUSTER_DIR/binaries.sh" ashlar-operator > /dev/null || return 1
+    inside env PATH="${ashlar%/*}:${kubeconfig%/*}/tools:$PATH" MODEL="$ASHLAR_TEST_MODEL" e2e/docs/run.py
+}
+
 # The end of a cluster is a promise too: no process, mount, network namespace, control group or folder stays.
 ends_without_trace() {
     local containers left=0 container
@@ -98,6 +106,7 @@ ends_without_trace() {
 if [ "$what" = all ]; then
     stage "formatting" cargo fmt --all --check || true
     stage "licences and sources" e2e/deny.sh || true
+    stage "workflows" e2e/actionlint.sh || true
     stage "lints" cargo clippy --release --workspace --all-targets --features ashlar-e2e/cluster -- -D warnings || true
     stage "GPU kernels" make --no-print-directory gpu-check || true
     stage "generated files" generated_files_are_fresh || true
@@ -107,13 +116,15 @@ ASHLAR_TEST_MODEL=$("$CLUSTER_DIR/model.sh")
 export ASHLAR_TEST_MODEL
 ASHLAR_TEST_AWQ_MODEL=$("$CLUSTER_DIR/awq.sh")
 export ASHLAR_TEST_AWQ_MODEL
+ASHLAR_E2E_PROMETHEUS=$("$CLUSTER_DIR/prometheus.sh")
+export ASHLAR_E2E_PROMETHEUS
 
 # Built before anything runs in the cluster's network, which has no way out to a registry.
 stories=(--workspace --features ashlar-e2e/cluster)
 built=("${stories[@]}")
 for file in "$REPO"/e2e/tests/${TEST:-*}.rs; do stories+=(--test "$(basename "$file" .rs)"); done
 [ "$what" = all ] || built=("${stories[@]}")
-stage "build" cargo test --release "${built[@]}" --no-run --quiet || true
+[ "$what" = docs ] || stage "build" cargo test --release "${built[@]}" --no-run --quiet || true
 
 foreign=no kubeconfig=${TMPDIR:-/tmp}/ashlar-$cluster/admin.kubeconfig
 if [ "$what" = e2e ] && [ -n "${KUBECONFIG:-}" ]; then
@@ -130,7 +141,7 @@ if [ "$what" = all ]; then
         e2e/clients/schemathesis.sh || true
     if [ "$ready" = yes ]; then
         stage "unit and API-server tests" workspace_tests || true
-        stage "chart" inside charts/tests/render.sh || true
+        stage "chart" inside env PROMTOOL="$ASHLAR_E2E_PROMETHEUS/promtool" charts/tests/render.sh || true
     else
         stage "unit tests" cargo test --release --no-fail-fast --workspace || true
         not_run "API-server tests" "there is no cluster"
@@ -143,7 +154,8 @@ if [ "$ready" = yes ]; then
         ASHLAR_E2E_RUNTIME_IMAGE=$(sed -n 2p "$logs/images")
         export ASHLAR_E2E_OPERATOR_IMAGE ASHLAR_E2E_RUNTIME_IMAGE
     fi
-    stage "e2e tests" e2e_tests || true
+    [ "$what" = docs ] || stage "e2e tests" e2e_tests || true
+    [ "$what" = e2e ] || stage "docs" docs_are_followed || true
 else
     not_run "e2e tests" "there is no cluster"
 fi

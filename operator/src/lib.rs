@@ -4,6 +4,7 @@
 //! controller   InferenceService → pods: fetch → validate → build → apply → status
 //! autoscaler   load of pods and gateways → replicas: scrape → signal → decide, inside the leading controller
 //! gateway      requests → pods: resolve → auth → hold → route → proxy
+//! check        asks an installed gateway, for `helm test`
 //! ```
 //!
 //! Controller and gateway run as two Deployments of one image and meet only in the API server: the gateway reads what
@@ -11,5 +12,6 @@
 #![forbid(unsafe_code)]
 
 pub mod autoscaler;
+pub mod check;
 pub mod controller;
 pub mod gateway;

@@ -3,7 +3,7 @@
 use std::{io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
-use ashlar_operator::{autoscaler, controller, gateway};
+use ashlar_operator::{autoscaler, check, controller, gateway};
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
@@ -49,6 +49,8 @@ enum Command {
     Gateway(gateway::GatewayArgs),
     /// Print the Role and RoleBinding that let the gateway read a service's keys.
     Grant(gateway::grant::GrantArgs),
+    /// Ask an installed gateway whether it answers; `helm test` does.
+    Check(check::CheckArgs),
     /// Play a trace of load against the autoscaler's decisions and a modelled fleet.
     Simulate(autoscaler::simulate::SimulateArgs),
     /// Print the CustomResourceDefinition.
@@ -73,6 +75,7 @@ async fn start(cli: Cli) -> anyhow::Result<()> {
         Command::Run(args) => controller::run(args).await?,
         Command::Gateway(args) => gateway::run(args).await?,
         Command::Grant(args) => gateway::grant::run(&args).await?,
+        Command::Check(args) => check::run(&args).await?,
         Command::Simulate(args) => autoscaler::simulate::run(&args)?,
         Command::Crd => {
             std::io::stdout().write_all(ashlar_crds::inference_service_crd_yaml().as_bytes())?
