@@ -25,7 +25,7 @@ run() {
   local count rate edges
   count=$(sed -n 's/^stat::number_of_executed_units: *//p' "$folder/log")
   rate=$(sed -n 's/^stat::average_exec_per_sec: *//p' "$folder/log")
-  edges=$(grep -o 'cov: [0-9]*' "$folder/log" | tail -1)
+  edges=$(grep -o 'cov: [0-9]*' "$folder/log" | tail -1) || true
   printf '%-14s %12s runs %8s a second  %-12s %s\n' "$target" "${count:-?}" "${rate:-?}" "${edges:-?}" \
     "$([ $rc = 0 ] && echo clean || echo "TROUBLE: $folder/log")"
   return $rc

@@ -282,8 +282,10 @@ async fn former_names_show_the_same_on_demand() {
             "inter_token_latency_seconds",
         ),
     ];
-    let mut setup = Setup::default();
-    setup.former_metric_names = true;
+    let setup = Setup {
+        former_metric_names: true,
+        ..Setup::default()
+    };
     let server = setup.start().await;
     load(&server).await;
     let text = server.get("/metrics").await.body;

@@ -109,8 +109,10 @@ fn a_prompt_may_be_as_long_as_the_model_and_counts_without_output() {
 
 #[test]
 fn a_runner_without_hidden_states_says_so() {
-    let mut fake = FakeConfig::default();
-    fake.model = crate::model_runner::fake::FakeModel::Script(vec![1]);
+    let fake = FakeConfig {
+        model: crate::model_runner::fake::FakeModel::Script(vec![1]),
+        ..FakeConfig::default()
+    };
     let handle = start(fake, EngineConfig::default());
     let refused = handle.submit(Request::embed([1, 2], Pooling::Last));
     assert!(matches!(refused, Err(SubmitError::NoEmbeddings)));
