@@ -50,6 +50,8 @@ struct Rules {
     select: Select,
     policies: Vec<Policy>,
     tolerance: f64,
+    /// The user has set it.
+    tolerance_asked: bool,
 }
 
 /// Both directions.
@@ -94,6 +96,7 @@ fn rules(given: Option<&HPAScalingRules>, default: Rules) -> Rules {
             .as_ref()
             .map_or(default.policies, |list| list.iter().map(policy).collect()),
         tolerance: tolerance.unwrap_or(default.tolerance),
+        tolerance_asked: tolerance.is_some(),
     }
 }
 
@@ -110,6 +113,7 @@ impl Behavior {
             select: Select::Max,
             policies: vec![percent(100)],
             tolerance: DEFAULT_TOLERANCE,
+            tolerance_asked: false,
         };
         let up = Rules {
             window: 0.0,
@@ -122,6 +126,7 @@ impl Behavior {
                 },
             ],
             tolerance: DEFAULT_TOLERANCE,
+            tolerance_asked: false,
         };
         match field {
             None => Self {
@@ -143,6 +148,12 @@ impl Behavior {
     #[must_use]
     pub fn up_tolerance(&self) -> f64 {
         self.up.tolerance
+    }
+
+    /// The same, if the user has set it.
+    #[must_use]
+    pub fn asked_up_tolerance(&self) -> Option<f64> {
+        self.up.tolerance_asked.then_some(self.up.tolerance)
     }
 
     /// How far below one the load must be before replicas are taken away.

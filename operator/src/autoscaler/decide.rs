@@ -4,10 +4,11 @@
 //! load     per ready replica max(KV cache ÷ target, waiting ÷ target); requests held at the gateways count as waiting
 //! demand   sum of the loads = replicas that would carry them at target; what starting replicas will take is counted,
 //!          because demand is compared with all replicas wanted, not with those that are ready
-//! rate     once a replica's rate is known: no less than what sustains the arrivals, and a queue asks for no more than
-//!          that and what clears it
-//! windows  up on the mean of 4 s, at once in panic (demand twice the replicas); down on the mean of 60 s, never within
-//!          60 s of a panic, and only if the replicas that stay could hold the load
+//! rate     once a replica's rate is known: no less than what sustains the arrivals, with their trend until a replica asked
+//!          for now is ready; a queue asks for no more than that and what clears it, those that are starting counted
+//! windows  up on the mean of 4 s, at once in panic (demand twice the replicas); down on the mean of 60 s, or on what will
+//!          arrive when the window for scaling down ends; never within 60 s of a panic, and only if the replicas that
+//!          stay could hold the load
 //! behavior the user's, word for word; then minReplicas and maxReplicas
 //! zero     only after `idleSeconds` without a request anywhere, every signal fresh
 //! ```
@@ -23,6 +24,8 @@ use super::signal::{GatewayLoad, PodLoad, Signal};
 
 /// Demand is averaged over this many seconds before replicas are added.
 const QUICK_WINDOW_SECONDS: f64 = 4.0;
+/// Once rates are known, full caches without a queue are looked at for this long: nobody waits because of them.
+const CACHE_WINDOW_SECONDS: f64 = 30.0;
 /// Demand is averaged over this many seconds before replicas are taken away, and a panic lasts at least so long.
 const STABLE_WINDOW_SECONDS: f64 = 60.0;
 /// Demand of this many times the wanted replicas is a panic: the newest figure counts, not a mean.
@@ -97,6 +100,8 @@ pub enum Reason {
     QueueDepth,
     /// KV caches fill.
     KvCacheUtilization,
+    /// More requests arrive, or will have arrived when a replica has started, than the replicas sustain.
+    ArrivalRate,
     /// Requests arrived while no replica was there.
     HeldRequests,
     /// Less load than the replicas are meant to carry.
@@ -117,6 +122,7 @@ impl Reason {
             Self::Steady => "Steady",
             Self::QueueDepth => "QueueDepth",
             Self::KvCacheUtilization => "KVCacheUtilization",
+            Self::ArrivalRate => "ArrivalRate",
             Self::HeldRequests => "HeldRequests",
             Self::LoadDropped => "LoadDropped",
             Self::Idle => "Idle",
@@ -143,6 +149,8 @@ pub struct Figures {
     pub running: f64,
     /// Replicas that would carry the load at target: now, over 4 s, over 60 s.
     pub demand: [f64; 3],
+    /// The part of it that KV caches ask for: over 30 s.
+    pub cache_demand: f64,
     /// A replica's rate and the arrivals, when known.
     pub known: Option<Known>,
     /// A panic is on.
@@ -170,7 +178,8 @@ pub struct Decision {
 #[derive(Debug, Clone, Default)]
 pub struct History {
     record: Record,
-    demands: VecDeque<(f64, f64)>,
+    /// Time, demand, and the part of it that KV caches ask for.
+    demands: VecDeque<(f64, f64, f64)>,
     panic_until: f64,
     idle_since: Option<f64>,
     last_seen_ended: Option<f64>,
@@ -184,6 +193,28 @@ impl History {
         let mut history = Self::default();
         history.record.remember(now, wanted);
         history
+    }
+
+    fn remember(&mut self, now: f64, demand: f64, cache_demand: f64) {
+        self.demands.push_back((now, demand, cache_demand));
+        while self.demands.len() > MAX_DEMANDS
+            || self
+                .demands
+                .front()
+                .is_some_and(|(at, ..)| now - at >= STABLE_WINDOW_SECONDS)
+        {
+            self.demands.pop_front();
+        }
+    }
+
+    /// Mean demand of the last `window` seconds, and of its part for KV caches.
+    fn means(&self, now: f64, window: f64) -> (f64, f64) {
+        let recent = self.demands.iter().rev();
+        let recent = recent.take_while(|(at, ..)| now - at < window);
+        let (all, cache, count) = recent.fold((0.0, 0.0, 0.0), |(a, k, n), (_, all, cache)| {
+            (a + all, k + cache, n + 1.0)
+        });
+        (all / f64::max(count, 1.0), cache / f64::max(count, 1.0))
     }
 }
 
@@ -232,15 +263,25 @@ pub fn decide(policy: &Policy, seen: &Observation<'_>, history: &mut History) ->
         }
         return decision;
     }
-    let recommended = recommend(policy, seen, &figures, history).clamp(floor, policy.max);
-    let to = history
+    let recommended = recommend(policy, seen, &figures).clamp(floor, policy.max);
+    let allowed = history
         .record
         .apply(&policy.behavior, seen.now, seen.wanted, recommended);
+    // Fewer only if those that stay can hold the load of this moment.
+    let holds = (allowed..seen.wanted).find(|count| could_hold(policy, &figures, *count));
+    let to = if allowed < seen.wanted {
+        holds.unwrap_or(seen.wanted)
+    } else {
+        allowed
+    };
+    history.record.changed(seen.now, to - allowed);
     let queue = (figures.waiting + figures.held.unwrap_or(0.0)) / policy.waiting_target;
     let cause = match to {
         more if more > seen.wanted => {
             if queue > figures.kv_cache / policy.kv_target * figures.ready as f64 {
                 Reason::QueueDepth
+            } else if figures.known.is_some() && figures.cache_demand <= f64::from(more - 1) {
+                Reason::ArrivalRate
             } else {
                 Reason::KvCacheUtilization
             }
@@ -271,29 +312,23 @@ fn read(policy: &Policy, seen: &Observation<'_>, history: &mut History) -> Figur
         0.0
     };
     let asked = known.iter().map(load).sum::<f64>() + nobody;
-    history.capacity.follow(policy.kv_target, seen);
-    let rates = history.capacity.known();
-    let bound = rates.map_or(f64::INFINITY, |rates| {
-        rates.replicas_for(waiting + held.unwrap_or(0.0))
-    });
-    let demand = asked.min(bound.max(kv_demand));
-    let demand = demand.max(rates.map_or(0.0, |rates| rates.sustaining()));
-
-    history.demands.push_back((seen.now, demand));
-    while history.demands.len() > MAX_DEMANDS
-        || history
-            .demands
-            .front()
-            .is_some_and(|(at, _)| seen.now - at >= STABLE_WINDOW_SECONDS)
-    {
-        history.demands.pop_front();
-    }
-    let mean = |window: f64| {
-        let recent = history.demands.iter().rev();
-        let recent = recent.take_while(|(at, _)| seen.now - at < window);
-        let (sum, count) = recent.fold((0.0, 0.0), |(s, c), (_, d)| (s + d, c + 1.0));
-        sum / f64::max(count, 1.0)
+    let queue = waiting + held.unwrap_or(0.0);
+    history.capacity.follow(seen);
+    let rates = history.capacity.known(policy.kv_target, seen, queue);
+    let (demand, cache_demand) = match rates {
+        None => (asked, kv_demand),
+        Some(rates) => {
+            let enough = rates.replicas_for(queue);
+            // Caches are full as long as a queue is cleared: that asks for no more than the queue does.
+            let cache = if queue > 0.0 {
+                kv_demand.min(enough)
+            } else {
+                kv_demand
+            };
+            (asked.min(enough).max(rates.sustaining()), cache)
+        }
     };
+    history.remember(seen.now, demand, cache_demand);
     if demand >= PANIC_RATIO * f64::from(seen.wanted.max(1)) {
         history.panic_until = seen.now + STABLE_WINDOW_SECONDS;
     }
@@ -310,9 +345,10 @@ fn read(policy: &Policy, seen: &Observation<'_>, history: &mut History) -> Figur
         running,
         demand: [
             demand,
-            mean(QUICK_WINDOW_SECONDS),
-            mean(STABLE_WINDOW_SECONDS),
+            history.means(seen.now, QUICK_WINDOW_SECONDS).0,
+            history.means(seen.now, STABLE_WINDOW_SECONDS).0,
         ],
+        cache_demand: history.means(seen.now, CACHE_WINDOW_SECONDS).1,
         known: rates,
         panic: seen.now < history.panic_until,
         idle: 0.0,
@@ -352,25 +388,35 @@ fn idle_seconds(seen: &Observation<'_>, figures: &Figures, history: &mut History
     seen.now - *history.idle_since.get_or_insert(seen.now)
 }
 
-/// Replicas for the demand: more by the quick mean, fewer by the slow one if those that stay can hold the load.
-fn recommend(policy: &Policy, seen: &Observation<'_>, figures: &Figures, history: &History) -> i32 {
+/// Replicas for the demand: more by the quick mean, fewer by the slow one, or by what will be needed when the window for
+/// scaling down ends, if rates are known.
+fn recommend(policy: &Policy, seen: &Observation<'_>, figures: &Figures) -> i32 {
     let wanted = f64::from(seen.wanted);
     let [now, quick, slow] = figures.demand;
+    let cache = figures.cache_demand;
     let up = if figures.panic { now.max(quick) } else { quick };
-    if up > wanted * (1.0 + policy.behavior.up_tolerance()) {
+    let over = wanted * (1.0 + policy.behavior.up_tolerance());
+    // Rates have their own room for chance: no tolerance hides that they ask for more, unless the user asks for one.
+    let over_rate = wanted * (1.0 + policy.behavior.asked_up_tolerance().unwrap_or(0.0));
+    if figures.known.is_some() {
+        if up > over_rate || cache > over {
+            let cache = if cache > over { cache } else { 0.0 };
+            return up.max(cache).ceil() as i32;
+        }
+    } else if up > over {
         return up.ceil() as i32;
     }
     // What cannot be seen may be at target: it is not taken for idle.
     let unseen = (figures.ready - figures.ready.min(known_count(seen))) as f64;
-    let down = slow.max(quick) + unseen;
+    let needed = figures.known.map_or(slow.max(quick), |known| {
+        let window = policy.behavior.down_window();
+        known.sustaining_after(window).max(cache)
+    });
+    let down = needed + unseen;
     if figures.panic || down >= wanted * (1.0 - policy.behavior.down_tolerance()) {
         return seen.wanted;
     }
-    let mut fewer = down.ceil().max(1.0);
-    while fewer < wanted && !could_hold(policy, figures, history, fewer) {
-        fewer += 1.0;
-    }
-    fewer as i32
+    down.ceil().clamp(1.0, wanted) as i32
 }
 
 fn known_count(seen: &Observation<'_>) -> usize {
@@ -381,14 +427,15 @@ fn known_count(seen: &Observation<'_>) -> usize {
 }
 
 /// The redistribution test: whether `count` replicas would stay within the targets, with the tolerance to spare.
-fn could_hold(policy: &Policy, figures: &Figures, history: &History, count: f64) -> bool {
+fn could_hold(policy: &Policy, figures: &Figures, count: i32) -> bool {
     let spare = 1.0 - policy.behavior.down_tolerance();
-    let total = figures.ready as f64;
+    let (total, count) = (figures.ready as f64, f64::from(count.max(1)));
     let kv = figures.kv_cache * total / count <= policy.kv_target * spare;
     let queue =
         (figures.waiting + figures.held.unwrap_or(0.0)) / count <= policy.waiting_target * spare;
-    let rate = history.capacity.known();
-    let rate = rate.is_none_or(|known| known.sustaining() <= count);
+    let rate = figures
+        .known
+        .is_none_or(|known| known.sustaining() <= count);
     kv && queue && rate
 }
 
@@ -422,8 +469,13 @@ impl Decision {
         if let Some(known) = figures.known {
             inputs.insert(
                 "arrivalsPerSecond".to_owned(),
-                format!("{:.2}", known.arrivals),
+                format!("{:.2}", known.arrivals.now),
             );
+            inputs.insert(
+                "arrivalsTrendPerMinute".to_owned(),
+                format!("{:+.2}", known.arrivals.trend * 60.0),
+            );
+            inputs.insert("startupSeconds".to_owned(), format!("{:.0}", known.startup));
             inputs.insert(
                 "requestsPerSecondOfReplica".to_owned(),
                 format!("{:.2}", known.per_replica),
@@ -451,6 +503,21 @@ impl Decision {
                 figures.kv_cache * 100.0,
                 figures.ready
             ),
+            Reason::ArrivalRate => figures.known.map_or_else(String::new, |known| {
+                let trend = known.arrivals.ahead(known.startup) - known.arrivals.ahead(0.0);
+                let trend = if trend > 0.0 {
+                    format!(
+                        ", {trend:+.1} by the time a replica has started ({:.0} s)",
+                        known.startup
+                    )
+                } else {
+                    String::new()
+                };
+                format!(
+                    "{:.1} requests arrive per second{trend}, and a replica is meant for {:.1}",
+                    known.arrivals.now, known.per_replica
+                )
+            }),
             Reason::HeldRequests => format!(
                 "the gateways hold {:.0} requests and no replica is there",
                 figures.held.unwrap_or(0.0)

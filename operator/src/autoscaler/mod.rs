@@ -4,13 +4,14 @@
 //! pods, gateways ── scrape ──▶ signal ──▶ decide (behavior, capacity) ──▶ Outcome ──▶ controller: replicas, status, event
 //! ```
 //!
-//! - `signal`, `decide`, `behavior`, `capacity`: pure. `scrape`: HTTP. This module: the leader's loop.
+//! - `signal`, `decide`, `behavior`, `capacity`, `arrivals`: pure. `scrape`: HTTP. This module: the leader's loop.
 //! - `simulate`: the same decisions on a modelled fleet.
 //!
 //! Invariants: only the leader scrapes and decides; nothing between a pod's metrics and a decision (no Prometheus); a
 //! missing figure is never zero; after a change of leader nothing is scaled down within the down window; a service's
 //! history lives as long as the service.
 
+pub mod arrivals;
 pub mod behavior;
 pub mod capacity;
 pub mod decide;
@@ -360,8 +361,9 @@ struct Metrics {
 }
 
 /// Reasons that change a count, for removal of labels.
-const REASONS: [decide::Reason; 6] = [
+const REASONS: [decide::Reason; 7] = [
     decide::Reason::QueueDepth,
+    decide::Reason::ArrivalRate,
     decide::Reason::KvCacheUtilization,
     decide::Reason::HeldRequests,
     decide::Reason::LoadDropped,

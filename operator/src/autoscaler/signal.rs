@@ -16,13 +16,14 @@ const KV_USAGE: &str = "vllm:kv_cache_usage_perc";
 const KV_USAGE_OLD: &str = "vllm:gpu_cache_usage_perc";
 const GENERATED: &str = "vllm:generation_tokens_total";
 const FINISHED: &str = "vllm:request_success_total";
+const LENGTHS: &str = "vllm:request_generation_tokens_bucket";
 
 const HELD: &str = "ashlar_gateway_held_requests";
 const IN_FLIGHT: &str = "ashlar_gateway_in_flight_requests";
 const ENDED: &str = "ashlar_gateway_requests_total";
 
 /// Query that asks a runtime pod for these series only.
-pub const POD_QUERY: &str = "/metrics?name[]=vllm:num_requests_waiting&name[]=vllm:num_requests_running&name[]=vllm:kv_cache_usage_perc&name[]=vllm:gpu_cache_usage_perc&name[]=vllm:generation_tokens_total&name[]=vllm:request_success_total";
+pub const POD_QUERY: &str = "/metrics?name[]=vllm:num_requests_waiting&name[]=vllm:num_requests_running&name[]=vllm:kv_cache_usage_perc&name[]=vllm:gpu_cache_usage_perc&name[]=vllm:generation_tokens_total&name[]=vllm:request_success_total&name[]=vllm:request_generation_tokens";
 /// The same of a gateway.
 pub const GATEWAY_QUERY: &str = "/metrics?name[]=ashlar_gateway_held_requests&name[]=ashlar_gateway_in_flight_requests&name[]=ashlar_gateway_requests_total";
 
@@ -39,6 +40,8 @@ pub struct PodLoad {
     pub generated: Option<f64>,
     /// Requests ended since the pod started, when the pod tells.
     pub finished: Option<f64>,
+    /// Sum of the squares of their tokens, when the pod tells: how much their lengths differ.
+    pub finished_squares: Option<f64>,
 }
 
 /// What gateways know of one service.
@@ -155,6 +158,37 @@ fn sane(value: f64) -> Option<f64> {
     (value.is_finite() && value >= 0.0).then_some(value)
 }
 
+/// A histogram's cumulative buckets, in the order of their edges.
+#[derive(Default)]
+struct Lengths {
+    edge: f64,
+    below: f64,
+    squares: Option<f64>,
+}
+
+impl Lengths {
+    fn add(&mut self, labels: &str, cumulative: f64) {
+        let Some(edge) = label(labels, "le").and_then(|edge| edge.parse::<f64>().ok()) else {
+            return;
+        };
+        if edge <= self.edge {
+            *self = Self {
+                squares: self.squares,
+                ..Self::default()
+            }; // another engine's
+        }
+        // What is past the last edge is taken to be there; else lengths are spread evenly over a bucket.
+        let (low, high) = (self.edge, if edge.is_finite() { edge } else { self.edge });
+        let square = (low * low + low * high + high * high) / 3.0;
+        *self.squares.get_or_insert(0.0) += (cumulative - self.below).max(0.0) * square;
+        (self.edge, self.below) = (high, cumulative);
+    }
+
+    fn squares(&self) -> Option<f64> {
+        self.squares
+    }
+}
+
 /// Reads a runtime pod's metrics; `None` when one of waiting, running and KV-cache use is missing or no number.
 ///
 /// Several engines in one pod are added up; their KV-cache use is averaged.
@@ -162,10 +196,15 @@ fn sane(value: f64) -> Option<f64> {
 pub fn pod_load(text: &str) -> Option<PodLoad> {
     let mut sums: [Option<f64>; 4] = [None; 4];
     let (mut kv_sum, mut kv_count) = (0.0, 0.0);
+    let mut lengths = Lengths::default();
     for line in lines(text) {
         let index = match line.name {
             WAITING => 0,
             RUNNING => 1,
+            LENGTHS => {
+                lengths.add(line.labels, sane(line.value)?);
+                continue;
+            }
             GENERATED => 2,
             FINISHED => 3,
             KV_USAGE | KV_USAGE_OLD => {
@@ -187,6 +226,7 @@ pub fn pod_load(text: &str) -> Option<PodLoad> {
         kv_cache: kv_sum / kv_count,
         generated,
         finished,
+        finished_squares: lengths.squares(),
     })
 }
 
@@ -235,6 +275,11 @@ vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"m\"} 0.25
 vllm:request_success_total{finished_reason=\"stop\",model_name=\"m\"} 10
 vllm:request_success_total{finished_reason=\"length\",model_name=\"m\"} 2
 vllm:generation_tokens_total{model_name=\"m\"} 1.5e3
+vllm:request_generation_tokens_bucket{model_name=\"m\",le=\"10\"} 2
+vllm:request_generation_tokens_bucket{model_name=\"m\",le=\"100\"} 12
+vllm:request_generation_tokens_bucket{model_name=\"m\",le=\"+Inf\"} 12
+vllm:request_generation_tokens_sum{model_name=\"m\"} 600
+vllm:request_generation_tokens_count{model_name=\"m\"} 12
 ";
 
     #[test]
@@ -247,6 +292,8 @@ vllm:generation_tokens_total{model_name=\"m\"} 1.5e3
                 kv_cache: 0.25,
                 generated: Some(1500.0),
                 finished: Some(12.0),
+                // Two of up to 10 tokens, ten of 10 to 100, spread evenly.
+                finished_squares: Some(2.0 * 100.0 / 3.0 + 10.0 * 11_100.0 / 3.0),
             })
         );
     }
@@ -259,6 +306,7 @@ vllm:generation_tokens_total{model_name=\"m\"} 1.5e3
         assert_eq!((load.waiting, load.running), (3.0, 4.0));
         assert!((load.kv_cache - 0.6).abs() < 1e-9);
         assert_eq!((load.generated, load.finished), (None, None));
+        assert_eq!(load.finished_squares, None);
     }
 
     #[test]

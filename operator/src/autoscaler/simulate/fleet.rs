@@ -116,6 +116,7 @@ struct Replica {
     kv: f64,
     generated: f64,
     finished: f64,
+    finished_squares: f64,
     reading: Option<Reading>,
 }
 
@@ -132,6 +133,7 @@ impl Replica {
             kv: 0.0,
             generated: 0.0,
             finished: 0.0,
+            finished_squares: 0.0,
             reading: None,
         }
     }
@@ -147,6 +149,7 @@ impl Replica {
             kv_cache: (self.kv / curve.kv_tokens).min(1.0),
             generated: Some(self.generated),
             finished: Some(self.finished),
+            finished_squares: Some(self.finished_squares),
         }
     }
 
@@ -201,6 +204,7 @@ impl Replica {
             }
             self.running.pop();
             self.finished += 1.0;
+            self.finished_squares += arrivals[request].answer.powi(2);
             // It ended within the tick: what it would have got for the rest of it was never made.
             let past = self.steps - ends as f64 / 1000.0;
             let held = arrivals[request].prompt + arrivals[request].answer + past;

@@ -6,6 +6,10 @@
 //!
 //! Invariants: the same trace and seed give the same run; ours is `decide` itself at the defaults of the resource; a
 //! rival is judged by the best of all its settings, at our replica-hours.
+//!
+//! Where everybody serves 99.9 % a single run says little: a replica that dies takes five requests more or less along.
+//! So a comparison plays each trace with several seeds and adds them up, ours and every setting of the rivals alike; a
+//! rival's best setting is the best over all seeds, because nobody sets an autoscaler for one day's chance.
 
 pub mod fleet;
 pub mod report;
@@ -24,6 +28,8 @@ use trace::{Arrival, NAMES, Trace, TraceError};
 
 /// Share of requests that the oracle serves within the SLO.
 const ORACLE_ATTAINMENT: f64 = 0.99;
+/// Seeds that a comparison plays each trace with.
+pub const SEEDS: u64 = 10;
 /// Most replicas that the oracle tries.
 const ORACLE_MAX: i32 = 200;
 
@@ -36,6 +42,9 @@ pub struct SimulateArgs {
     /// Also play HPA, Knative's KPA and KEDA, each at every one of its settings.
     #[arg(long)]
     pub rivals: bool,
+    /// With --rivals: play each trace with so many seeds, from its own on, and add them up.
+    #[arg(long, value_name = "COUNT", default_value_t = SEEDS, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub seeds: u64,
     /// Draw each trace into this folder, as TRACE.svg.
     #[arg(long, value_name = "FOLDER")]
     pub svg: Option<PathBuf>,
@@ -85,27 +94,84 @@ pub struct Played {
     pub ours: Run,
     /// The least fixed number of replicas that serves 99 % within the SLO.
     pub oracle: i32,
-    /// The rivals, if they were asked for.
+    /// Ours over all seeds.
+    pub total: Total,
+    /// The rivals over all seeds, if they were asked for.
     pub rivals: Vec<RivalResult>,
 }
 
-/// Plays a trace with ours, and with the rivals if asked.
+/// One scaler's runs over several seeds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Total {
+    /// Requests after the warm-up.
+    pub requests: usize,
+    /// Those whose first token came within the SLO.
+    pub served_well: usize,
+    /// Replicas × hours.
+    pub replica_hours: f64,
+}
+
+impl Total {
+    fn of<'a>(runs: impl IntoIterator<Item = &'a Run>) -> Self {
+        runs.into_iter().fold(Self::default(), |sum, run| Self {
+            requests: sum.requests + run.requests,
+            served_well: sum.served_well + run.served_well,
+            replica_hours: sum.replica_hours + run.replica_hours,
+        })
+    }
+
+    /// Share of requests served within the SLO.
+    #[must_use]
+    pub fn attainment(&self) -> f64 {
+        self.served_well as f64 / self.requests.max(1) as f64
+    }
+}
+
+/// Plays a trace with ours.
 #[must_use]
-pub fn simulate(trace: &Trace, rivals: bool) -> Played {
+pub fn simulate(trace: &Trace) -> Played {
     let arrivals = trace.arrivals();
     let ours = play(trace, &arrivals, &mut Ours::default());
-    let rivals = if rivals {
-        against(trace, &arrivals, ours.replica_hours)
-    } else {
-        Vec::new()
-    };
     Played {
         oracle: oracle(trace, &arrivals),
         trace: trace.clone(),
+        total: Total::of([&ours]),
         ours,
+        rivals: Vec::new(),
+    }
+}
+
+/// Plays a trace with ours and with all rivals, with so many seeds.
+#[must_use]
+pub fn compare(trace: &Trace, seeds: u64) -> Played {
+    let days: Vec<Day> = (0..seeds.max(1))
+        .map(|more| {
+            let trace = Trace {
+                seed: trace.seed.wrapping_add(more),
+                ..trace.clone()
+            };
+            (trace.arrivals(), trace)
+        })
+        .collect();
+    let ours = |index: usize| {
+        let (arrivals, trace) = &days[index];
+        play(trace, arrivals, &mut Ours::default())
+    };
+    let ours = play_all(days.len(), ours);
+    let total = Total::of(&ours);
+    let rivals = against(&days, total.replica_hours);
+    let (arrivals, first) = &days[0];
+    Played {
+        oracle: oracle(first, arrivals),
+        trace: trace.clone(),
+        ours: ours[0].clone(),
+        total,
         rivals,
     }
 }
+
+/// A trace with one seed, and its requests.
+type Day = (Vec<Arrival>, Trace);
 
 fn oracle(trace: &Trace, arrivals: &[Arrival]) -> i32 {
     let serves = |count: i32| {
@@ -131,29 +197,33 @@ fn oracle(trace: &Trace, arrivals: &[Arrival]) -> i32 {
     high
 }
 
-fn against(trace: &Trace, arrivals: &[Arrival], hours: f64) -> Vec<RivalResult> {
+fn against(days: &[Day], hours: f64) -> Vec<RivalResult> {
     let settings = settings();
-    let runs = play_all(trace, arrivals, &settings);
+    let runs = play_all(settings.len() * days.len(), |index| {
+        let (arrivals, trace) = &days[index % days.len()];
+        play(trace, arrivals, &mut *(settings[index / days.len()].make)())
+    });
     RIVALS
         .iter()
         .map(|rival| {
-            let of_rival: Vec<(&Setting, &Run)> = settings
+            let of_rival: Vec<(&Setting, &Run, Total)> = settings
                 .iter()
-                .zip(&runs)
+                .zip(runs.chunks(days.len()))
                 .filter(|(setting, _)| setting.rival == *rival)
+                .map(|(setting, runs)| (setting, &runs[0], Total::of(runs)))
                 .collect();
             let points: Vec<(f64, f64)> = of_rival
                 .iter()
-                .map(|(_, run)| (run.replica_hours, run.attainment()))
+                .map(|(.., total)| (total.replica_hours, total.attainment()))
                 .collect();
             let attainment = at_equal_hours(&points, hours);
-            let nearest = of_rival.iter().min_by(|(_, a), (_, b)| {
-                let off = |run: &Run| {
-                    (run.attainment() - attainment).abs() + (run.replica_hours / hours - 1.0).abs()
-                };
-                off(a).total_cmp(&off(b))
-            });
-            let (setting, run) = nearest.expect("every rival has settings: this is a bug");
+            let off = |total: &Total| {
+                (total.attainment() - attainment).abs() + (total.replica_hours / hours - 1.0).abs()
+            };
+            let nearest = of_rival
+                .iter()
+                .min_by(|(.., a), (.., b)| off(a).total_cmp(&off(b)));
+            let (setting, run, _) = nearest.expect("every rival has settings: this is a bug");
             RivalResult {
                 rival,
                 attainment,
@@ -165,20 +235,20 @@ fn against(trace: &Trace, arrivals: &[Arrival], hours: f64) -> Vec<RivalResult> 
         .collect()
 }
 
-/// Plays every setting, on all processors.
-fn play_all(trace: &Trace, arrivals: &[Arrival], settings: &[Setting]) -> Vec<Run> {
+/// Plays so many runs, on all processors.
+fn play_all(count: usize, one: impl Fn(usize) -> Run + Sync) -> Vec<Run> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let next = AtomicUsize::new(0);
     let done: Mutex<HashMap<usize, Run>> = Mutex::default();
     std::thread::scope(|scope| {
-        for _ in 0..workers.min(settings.len()) {
+        for _ in 0..workers.min(count) {
             scope.spawn(|| {
                 loop {
                     let index = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(setting) = settings.get(index) else {
+                    if index >= count {
                         return;
-                    };
-                    let run = play(trace, arrivals, &mut *(setting.make)());
+                    }
+                    let run = one(index);
                     done.lock()
                         .expect("no worker panics with the lock: this is a bug")
                         .insert(index, run);
@@ -189,10 +259,10 @@ fn play_all(trace: &Trace, arrivals: &[Arrival], settings: &[Setting]) -> Vec<Ru
     let mut done = done
         .into_inner()
         .expect("no worker panics with the lock: this is a bug");
-    (0..settings.len())
+    (0..count)
         .map(|index| {
             done.remove(&index)
-                .expect("every setting is played: this is a bug")
+                .expect("every run is played: this is a bug")
         })
         .collect()
 }
@@ -234,7 +304,11 @@ pub fn run(args: &SimulateArgs) -> Result<(), SimulateError> {
     } else {
         text += &report::heading(args.rivals);
         for trace in &traces {
-            let played = simulate(trace, args.rivals);
+            let played = if args.rivals {
+                compare(trace, args.seeds)
+            } else {
+                simulate(trace)
+            };
             text += &report::row(&played);
             if let Some(folder) = &args.svg {
                 let path = folder.join(format!("{}.svg", file_name(&trace.name)));

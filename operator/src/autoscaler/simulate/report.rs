@@ -36,9 +36,9 @@ pub fn row(played: &Played) -> String {
     let mut text = format!(
         "| {} | {} | {:.2} % | {:.2} | {:.2}, {} | {} | {} |",
         played.trace.name,
-        run.requests,
-        run.attainment() * 100.0,
-        run.replica_hours,
+        played.total.requests,
+        played.total.attainment() * 100.0,
+        played.total.replica_hours,
         run.mean_wanted(),
         run.wanted_warm().iter().max().unwrap_or(&0),
         run.reversals(),

@@ -79,7 +79,8 @@ pub struct Trace {
     pub scrape_loss: Vec<ScrapeLoss>,
     /// Replicas at the start.
     pub replicas: i32,
-    /// Seconds to the first token within which a request counts as served well.
+    /// Seconds to the first token within which a request counts as served well. One second where a trace says nothing:
+    /// what people who chat take for an answer at once, and strict enough that spare replicas alone do not satisfy it.
     pub slo_seconds: f64,
     /// Randomness.
     pub seed: u64,
@@ -102,7 +103,7 @@ impl Default for Trace {
             deaths: Vec::new(),
             scrape_loss: Vec::new(),
             replicas: 4,
-            slo_seconds: 2.0,
+            slo_seconds: 1.0,
             seed: 1,
             curve: Curve::default(),
         }

@@ -23,6 +23,7 @@ fn load(waiting: f64, kv_cache: f64) -> PodLoad {
         kv_cache,
         generated: None,
         finished: None,
+        finished_squares: None,
     }
 }
 
@@ -290,9 +291,10 @@ fn a_known_rate_bounds_a_queue_that_only_grows() {
         let pod = PodLoad {
             waiting: queue,
             running: 20.0,
-            kv_cache: 0.7,
+            kv_cache: 0.5,
             generated: Some(generated),
             finished: Some(finished),
+            finished_squares: None,
         };
         let in_flight = 40.0 + 2.0 * queue;
         let gateway = Signal::Fresh(GatewayLoad {

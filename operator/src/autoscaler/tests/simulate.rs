@@ -13,24 +13,21 @@ fn named(name: &str) -> Trace {
 
 #[test]
 fn constant_load_with_noise_does_not_reverse() {
-    let mut reversed = Vec::new();
+    let mut ratios = Vec::new();
     for seed in 1..=10 {
         let trace = Trace {
             seed,
             ..named("noise")
         };
         let run = ours(&trace);
-        if run.reversals() > 0 {
-            reversed.push(seed);
-        }
+        assert_eq!(run.reversals(), 0, "seed {seed}");
         let oracle = f64::from(oracle(&trace, &trace.arrivals()));
-        let mean = run.mean_wanted();
-        assert!(mean <= 1.3 * oracle, "seed {seed}: {mean} of {oracle}");
+        ratios.push(run.mean_wanted() / oracle);
     }
-    assert!(
-        !reversed.contains(&1) && reversed.len() <= 1,
-        "{reversed:?}"
-    );
+    assert!(ratios[0] <= 1.15, "{ratios:?}");
+    // What chance brings in other half hours: a replica more at times.
+    let mean = ratios.iter().sum::<f64>() / 10.0;
+    assert!(mean <= 1.16, "{mean} {ratios:?}");
 }
 
 #[test]
@@ -74,35 +71,33 @@ fn a_step_is_answered_within_three_seconds() {
 }
 
 #[test]
-fn at_equal_replica_hours_no_rival_at_its_best_serves_much_more() {
+fn at_equal_replica_hours_no_rival_at_its_best_serves_more() {
     let mut above = Vec::new();
     for name in NAMES {
-        let played = simulate(&named(name), true);
+        let played = compare(&named(name), SEEDS);
+        let our = played.total.attainment();
+        let mut best = 0.0_f64;
         for rival in &played.rivals {
+            let (their, rival) = (rival.attainment, rival);
             assert!(
                 rival.settings >= 20,
                 "{} has {}",
                 rival.rival,
                 rival.settings
             );
-            let (our, their) = (played.ours.attainment(), rival.attainment);
             assert!(
-                our >= their - 0.015,
+                our >= their,
                 "{name}: {our} against {} {their} ({})",
                 rival.rival,
                 rival.setting
             );
+            best = best.max(their);
         }
-        let best = played
-            .rivals
-            .iter()
-            .map(|r| r.attainment)
-            .fold(0.0, f64::max);
-        if played.ours.attainment() > best {
+        if our > best {
             above.push(name);
         }
     }
-    assert!(above.contains(&"flash-crowd"), "{above:?}");
+    assert!(above.len() >= 5, "{above:?}");
 }
 
 #[test]
@@ -198,7 +193,7 @@ fn a_picture_has_a_line_for_each_scaler() {
         seconds: 400.0,
         ..named("step")
     };
-    let picture = report::svg(&simulate(&trace, true));
+    let picture = report::svg(&compare(&trace, 1));
     assert!(picture.starts_with("<svg ") && picture.trim_end().ends_with("</svg>"));
     // Load: 2; replicas: ready, wanted and three rivals; waiting: four.
     assert_eq!(picture.matches("<polyline ").count(), 11);

@@ -1,0 +1,101 @@
+//! Arrivals as users make them: steady, rising, in crowds, in bunches.
+#![allow(clippy::unwrap_used, reason = "a panic is a test's way to fail")]
+
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+
+use super::*;
+
+/// Plays `seconds` of arrivals at `rate` per second, each second a look.
+fn play(arrivals: &mut Arrivals, from: u32, to: u32, total: &mut f64, rate: impl Fn(f64) -> f64) {
+    let mut rng = StdRng::seed_from_u64(u64::from(from));
+    for second in from..to {
+        let mean = rate(f64::from(second));
+        // Poisson by its definition: exponential gaps within the second.
+        let mut at = 0.0;
+        loop {
+            at -= (1.0 - rng.random::<f64>()).ln() / mean;
+            if at >= 1.0 {
+                break;
+            }
+            *total += 1.0;
+        }
+        arrivals.look(f64::from(second), Some(*total), 0.0);
+    }
+}
+
+#[test]
+fn a_steady_rate_has_no_trend_and_the_chance_of_its_count() {
+    let (mut arrivals, mut total) = (Arrivals::default(), 0.0);
+    play(&mut arrivals, 0, 400, &mut total, |_| 30.0);
+    let rate = arrivals.rate().unwrap();
+    assert!((rate.now - 30.0).abs() < 3.0, "{rate:?}");
+    assert!(rate.trend.abs() < 0.005, "{rate:?}");
+    assert!((1.0..3.5).contains(&rate.chance), "{rate:?}");
+}
+
+#[test]
+fn a_rise_is_seen_and_carried_on() {
+    let (mut arrivals, mut total) = (Arrivals::default(), 0.0);
+    play(&mut arrivals, 0, 400, &mut total, |s| 10.0 + 0.05 * s);
+    let rate = arrivals.rate().unwrap();
+    assert!((0.03..0.07).contains(&rate.trend), "{rate:?}");
+    let ahead = rate.ahead(60.0);
+    assert!((30.0..37.0).contains(&ahead), "{ahead}");
+}
+
+#[test]
+fn a_crowd_counts_at_once_and_leaves_no_trend() {
+    let (mut arrivals, mut total) = (Arrivals::default(), 0.0);
+    play(&mut arrivals, 0, 300, &mut total, |_| 10.0);
+    play(&mut arrivals, 300, 303, &mut total, |_| 100.0);
+    assert!(arrivals.rate().unwrap().now > 60.0);
+    play(&mut arrivals, 303, 500, &mut total, |_| 100.0);
+    let rate = arrivals.rate().unwrap();
+    assert!(
+        (rate.now - 100.0).abs() < 5.0 && rate.trend == 0.0,
+        "{rate:?}"
+    );
+    play(&mut arrivals, 500, 515, &mut total, |_| 10.0);
+    assert!(arrivals.rate().unwrap().now < 20.0, "{:?}", arrivals.rate());
+}
+
+#[test]
+fn bunches_are_more_than_chance() {
+    let (mut arrivals, mut total) = (Arrivals::default(), 0.0);
+    let bunches = |s: f64| {
+        if ((s / 10.0) as u32).is_multiple_of(3) {
+            48.0
+        } else {
+            36.0
+        }
+    };
+    play(&mut arrivals, 0, 400, &mut total, bunches);
+    let rate = arrivals.rate().unwrap();
+    assert!(rate.chance > 1.5 * rate.poisson, "{rate:?}");
+}
+
+#[test]
+fn clients_that_reach_replicas_directly_count() {
+    let mut arrivals = Arrivals::default();
+    for second in 0..120 {
+        arrivals.look(f64::from(second), Some(f64::from(second)), 5.0);
+    }
+    assert!((arrivals.rate().unwrap().now - 5.0).abs() < 0.1);
+}
+
+#[test]
+fn a_gateway_that_begins_anew_is_no_crowd_and_silence_is_no_rate() {
+    let mut arrivals = Arrivals::default();
+    assert_eq!(arrivals.rate(), None);
+    for second in 0..100 {
+        let total = if second < 50 { 1000.0 } else { 0.0 };
+        arrivals.look(
+            f64::from(second),
+            Some(total + 2.0 * f64::from(second)),
+            0.0,
+        );
+    }
+    let rate = arrivals.rate().unwrap();
+    assert!(rate.now < 3.0, "{rate:?}");
+}
