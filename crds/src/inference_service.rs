@@ -381,6 +381,10 @@ pub struct ScalingTargets {
     #[serde(default = "default_waiting_target")]
     #[schemars(range(min = 1, max = 10000))]
     pub waiting_requests: i32,
+    /// Seconds to the first token; with it, waiting tokens count at the rate that pods measure, instead of waitingRequests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.05, max = 600.0))]
+    pub time_to_first_token_seconds: Option<f64>,
 }
 
 fn default_kv_target() -> f64 {
@@ -396,6 +400,7 @@ impl Default for ScalingTargets {
         Self {
             kv_cache_utilization: default_kv_target(),
             waiting_requests: default_waiting_target(),
+            time_to_first_token_seconds: None,
         }
     }
 }
@@ -474,6 +479,9 @@ pub struct EndpointSpec {
     /// Make the Service `NAME` in the service's namespace, an alias of the gateway.
     #[serde(default = "default_alias")]
     pub alias: bool,
+    /// Most that one key's holder may ask; with `auth: None`, all callers together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<LimitsSpec>,
     /// NetworkPolicy peers that may reach the runtime pods directly.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "open_list")]
@@ -482,6 +490,20 @@ pub struct EndpointSpec {
 
 fn default_alias() -> bool {
     true
+}
+
+/// Most that one client may ask. Each gateway enforces its part: the limit divided by the gateways that are ready.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct LimitsSpec {
+    /// Requests in a minute; more are answered 429 with Retry-After.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000_000))]
+    pub requests_per_minute: Option<i32>,
+    /// Requests open at one time; more are answered 429.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000))]
+    pub concurrent_requests: Option<i32>,
 }
 
 /// A Secret in the service's namespace.

@@ -18,6 +18,8 @@ use super::decide::Observation;
 /// can do it.
 const CLEAR_SECONDS: f64 = 30.0;
 const CLEAR_SHARE: f64 = 0.22;
+/// The same where the user has set a time for the first token: that asks for more replicas, for a shorter while.
+const CLEAR_SHARE_URGENT: f64 = 1.0;
 /// However few the arrivals, a queue is meant to be gone after this time.
 const CLEAR_AT_LAST_SECONDS: f64 = 300.0;
 /// Replicas carry the mean of the arrivals at their target, and so many standard deviations of ten seconds more when full.
@@ -108,9 +110,14 @@ impl Known {
 
     /// Replicas that sustain the arrivals and clear a queue of `waiting`, and what it grows by until they are there.
     #[must_use]
-    pub fn replicas_for(&self, waiting: f64) -> f64 {
+    pub fn replicas_for(&self, waiting: f64, urgent: bool) -> f64 {
+        let share = if urgent {
+            CLEAR_SHARE_URGENT
+        } else {
+            CLEAR_SHARE
+        };
         let now = self.arrivals.now;
-        let quickly = (self.backlog / CLEAR_SECONDS).min(CLEAR_SHARE * now);
+        let quickly = (self.backlog / CLEAR_SECONDS).min(share * now);
         let clear = quickly.max(waiting.min(self.backlog) / CLEAR_AT_LAST_SECONDS);
         let clear = (now - (now / self.arrivals.seen).sqrt() + clear) / self.per_full_replica;
         // Replicas that sustain the arrivals with room to spare clear a queue with that room.

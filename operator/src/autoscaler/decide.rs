@@ -1,7 +1,9 @@
 //! How many replicas: a pure function of what was seen, what is asked, and what was seen before.
 //!
 //! ```text
-//! load     per ready replica max(KV cache ÷ target, waiting ÷ target); requests held at the gateways count as waiting
+//! load     per ready replica max(KV cache ÷ target, waiting ÷ target); requests held at the gateways count as waiting.
+//!          With a target for the first token, tokens that wait ÷ the rate that the replica measures ÷ what of the target
+//!          a prompt itself leaves take the place of waiting ÷ target
 //! demand   sum of the loads = replicas that would carry them at target; what starting replicas will take is counted,
 //!          because demand is compared with all replicas wanted, not with those that are ready
 //! rate     once a replica's rate is known: no less than what sustains the arrivals, with their trend until a replica asked
@@ -32,6 +34,8 @@ const STABLE_WINDOW_SECONDS: f64 = 60.0;
 const PANIC_RATIO: f64 = 2.0;
 /// Fewer fresh pods than this share of the ready ones, and nothing is decided.
 const MIN_FRESH_SHARE: f64 = 0.5;
+/// However long the prompts, this share of the target for the first token is left to wait in.
+const MIN_WAITING_SHARE: f64 = 0.1;
 /// Most remembered demands: one a second for the stable window, with room for a quicker clock.
 const MAX_DEMANDS: usize = 512;
 
@@ -46,6 +50,8 @@ pub struct Policy {
     pub kv_target: f64,
     /// Requests that are meant to wait at one replica.
     pub waiting_target: f64,
+    /// Seconds within which the first token is meant to come; then tokens count, not requests.
+    pub first_token_target: Option<f64>,
     /// Quiet seconds before zero.
     pub idle_seconds: f64,
     /// HPA's `behavior`.
@@ -61,6 +67,7 @@ impl Policy {
             max: spec.max_replicas.max(1),
             kv_target: spec.targets.kv_cache_utilization.max(0.01),
             waiting_target: f64::from(spec.targets.waiting_requests.max(1)),
+            first_token_target: spec.targets.time_to_first_token_seconds,
             idle_seconds: f64::from(spec.idle_seconds),
             behavior: Behavior::of(spec.behavior.as_ref()),
         }
@@ -303,7 +310,8 @@ fn read(policy: &Policy, seen: &Observation<'_>, history: &mut History) -> Figur
     let share = held.unwrap_or(0.0) / count;
     let kv_demand = kv_sum / policy.kv_target;
     let load = |l: &PodLoad| {
-        (l.kv_cache / policy.kv_target).max((l.waiting + share) / policy.waiting_target)
+        let queue = waiting_load(policy, l, share);
+        (l.kv_cache / policy.kv_target).max(queue)
     };
     // Requests held while nobody is there wait as much as others.
     let nobody = if known.is_empty() {
@@ -318,7 +326,7 @@ fn read(policy: &Policy, seen: &Observation<'_>, history: &mut History) -> Figur
     let (demand, cache_demand) = match rates {
         None => (asked, kv_demand),
         Some(rates) => {
-            let enough = rates.replicas_for(queue);
+            let enough = rates.replicas_for(queue, policy.first_token_target.is_some());
             // Caches are full as long as a queue is cleared: that asks for no more than the queue does.
             let cache = if queue > 0.0 {
                 kv_demand.min(enough)
@@ -353,6 +361,26 @@ fn read(policy: &Policy, seen: &Observation<'_>, history: &mut History) -> Figur
         panic: seen.now < history.panic_until,
         idle: 0.0,
     }
+}
+
+/// What waits at a replica, and a share of what the gateways hold, in replicas that would be at target with it.
+fn waiting_load(policy: &Policy, load: &PodLoad, share: f64) -> f64 {
+    let by_number = (load.waiting + share) / policy.waiting_target;
+    let (Some(target), Some(tokens), Some(rate)) = (
+        policy.first_token_target,
+        load.waiting_tokens,
+        load.prefill_rate,
+    ) else {
+        return by_number;
+    };
+    if load.waiting < 1.0 {
+        // Nothing tells how long the prompts at the gateways are.
+        return share / policy.waiting_target;
+    }
+    let prompt = tokens / load.waiting;
+    // A prompt takes its own time: what is left of the target may be spent waiting.
+    let left = (target - prompt / rate).max(target * MIN_WAITING_SHARE);
+    (tokens + share * prompt) / rate / left
 }
 
 /// What matters and cannot be seen.

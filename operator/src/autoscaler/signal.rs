@@ -16,6 +16,8 @@ const KV_USAGE: &str = "vllm:kv_cache_usage_perc";
 const KV_USAGE_OLD: &str = "vllm:gpu_cache_usage_perc";
 const GENERATED: &str = "vllm:generation_tokens_total";
 const FINISHED: &str = "vllm:request_success_total";
+const WAITING_TOKENS: &str = "ashlar:waiting_tokens";
+const PREFILL_RATE: &str = "ashlar:prefill_tokens_per_second";
 const LENGTHS: &str = "vllm:request_generation_tokens_bucket";
 
 const HELD: &str = "ashlar_gateway_held_requests";
@@ -23,7 +25,7 @@ const IN_FLIGHT: &str = "ashlar_gateway_in_flight_requests";
 const ENDED: &str = "ashlar_gateway_requests_total";
 
 /// Query that asks a runtime pod for these series only.
-pub const POD_QUERY: &str = "/metrics?name[]=vllm:num_requests_waiting&name[]=vllm:num_requests_running&name[]=vllm:kv_cache_usage_perc&name[]=vllm:gpu_cache_usage_perc&name[]=vllm:generation_tokens_total&name[]=vllm:request_success_total&name[]=vllm:request_generation_tokens";
+pub const POD_QUERY: &str = "/metrics?name[]=vllm:num_requests_waiting&name[]=vllm:num_requests_running&name[]=vllm:kv_cache_usage_perc&name[]=vllm:gpu_cache_usage_perc&name[]=vllm:generation_tokens_total&name[]=vllm:request_success_total&name[]=vllm:request_generation_tokens&name[]=ashlar:waiting_tokens&name[]=ashlar:prefill_tokens_per_second";
 /// The same of a gateway.
 pub const GATEWAY_QUERY: &str = "/metrics?name[]=ashlar_gateway_held_requests&name[]=ashlar_gateway_in_flight_requests&name[]=ashlar_gateway_requests_total";
 
@@ -42,6 +44,10 @@ pub struct PodLoad {
     pub finished: Option<f64>,
     /// Sum of the squares of their tokens, when the pod tells: how much their lengths differ.
     pub finished_squares: Option<f64>,
+    /// Tokens of the requests without a place, when the pod tells (ours do).
+    pub waiting_tokens: Option<f64>,
+    /// Prompt tokens that it computes per second, once it has computed some, when it tells.
+    pub prefill_rate: Option<f64>,
 }
 
 /// What gateways know of one service.
@@ -183,10 +189,6 @@ impl Lengths {
         *self.squares.get_or_insert(0.0) += (cumulative - self.below).max(0.0) * square;
         (self.edge, self.below) = (high, cumulative);
     }
-
-    fn squares(&self) -> Option<f64> {
-        self.squares
-    }
 }
 
 /// Reads a runtime pod's metrics; `None` when one of waiting, running and KV-cache use is missing or no number.
@@ -194,7 +196,7 @@ impl Lengths {
 /// Several engines in one pod are added up; their KV-cache use is averaged.
 #[must_use]
 pub fn pod_load(text: &str) -> Option<PodLoad> {
-    let mut sums: [Option<f64>; 4] = [None; 4];
+    let mut sums: [Option<f64>; 6] = [None; 6];
     let (mut kv_sum, mut kv_count) = (0.0, 0.0);
     let mut lengths = Lengths::default();
     for line in lines(text) {
@@ -207,6 +209,8 @@ pub fn pod_load(text: &str) -> Option<PodLoad> {
             }
             GENERATED => 2,
             FINISHED => 3,
+            WAITING_TOKENS => 4,
+            PREFILL_RATE => 5,
             KV_USAGE | KV_USAGE_OLD => {
                 kv_sum += sane(line.value)?.min(1.0);
                 kv_count += 1.0;
@@ -219,14 +223,23 @@ pub fn pod_load(text: &str) -> Option<PodLoad> {
     if kv_count == 0.0 {
         return None;
     }
-    let [waiting, running, generated, finished] = sums;
+    let [
+        waiting,
+        running,
+        generated,
+        finished,
+        waiting_tokens,
+        prefill_rate,
+    ] = sums;
     Some(PodLoad {
         waiting: waiting?,
         running: running?,
         kv_cache: kv_sum / kv_count,
         generated,
         finished,
-        finished_squares: lengths.squares(),
+        finished_squares: lengths.squares,
+        waiting_tokens,
+        prefill_rate: prefill_rate.filter(|rate| *rate > 0.0),
     })
 }
 
@@ -280,6 +293,8 @@ vllm:request_generation_tokens_bucket{model_name=\"m\",le=\"100\"} 12
 vllm:request_generation_tokens_bucket{model_name=\"m\",le=\"+Inf\"} 12
 vllm:request_generation_tokens_sum{model_name=\"m\"} 600
 vllm:request_generation_tokens_count{model_name=\"m\"} 12
+ashlar:waiting_tokens{model_name=\"m\"} 2100
+ashlar:prefill_tokens_per_second{model_name=\"m\"} 4000.5
 ";
 
     #[test]
@@ -294,6 +309,8 @@ vllm:request_generation_tokens_count{model_name=\"m\"} 12
                 finished: Some(12.0),
                 // Two of up to 10 tokens, ten of 10 to 100, spread evenly.
                 finished_squares: Some(2.0 * 100.0 / 3.0 + 10.0 * 11_100.0 / 3.0),
+                waiting_tokens: Some(2100.0),
+                prefill_rate: Some(4000.5),
             })
         );
     }
@@ -306,7 +323,10 @@ vllm:request_generation_tokens_count{model_name=\"m\"} 12
         assert_eq!((load.waiting, load.running), (3.0, 4.0));
         assert!((load.kv_cache - 0.6).abs() < 1e-9);
         assert_eq!((load.generated, load.finished), (None, None));
-        assert_eq!(load.finished_squares, None);
+        assert_eq!((load.finished_squares, load.prefill_rate), (None, None));
+        // Before the first prompt a rate of zero says nothing.
+        let idle = pod_load(&POD.replace(" 4000.5", " 0")).unwrap();
+        assert_eq!(idle.prefill_rate, None);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::{
     request::{FinishReason, GeneratedToken, SeqId, TokenLogprobs},
     scheduler::SchedulerOutput,
     sequence::Sequence,
+    stats::Speed,
     stream::{Finish, StreamCell, StreamSender, Timings},
 };
 
@@ -62,6 +63,8 @@ pub(super) struct Clients {
     clients: HashMap<SeqId, Client>,
     deliveries: Vec<Delivery>,
     tally: Tally,
+    prefill: Speed,
+    decode: Speed,
     /// Tokens counted and then found to lie behind a stop string: taken off what is counted next, as counters only grow.
     overcounted: u32,
     shared: Arc<Shared>,
@@ -74,6 +77,8 @@ impl Clients {
             clients: HashMap::new(),
             deliveries: Vec::new(),
             tally: Tally::default(),
+            prefill: Speed::default(),
+            decode: Speed::default(),
             overcounted: 0,
             shared,
             observer,
@@ -202,6 +207,19 @@ impl Clients {
         self.overcounted -= taken_off;
         tally.generation_tokens -= taken_off;
         stats.steps.fetch_add(1, Relaxed);
+        let prefill = plan
+            .items
+            .iter()
+            .filter(|item| item.num_tokens > 1 || item.num_generated == 0);
+        let prefill: u32 = prefill.map(|item| item.num_tokens).sum();
+        if prefill > 0 {
+            let rate = self.prefill.add(prefill, duration);
+            stats.prefill_rate.store(rate.to_bits(), Relaxed);
+        }
+        if tally.generation_tokens > 0 {
+            let rate = self.decode.add(tally.generation_tokens, duration);
+            stats.decode_rate.store(rate.to_bits(), Relaxed);
+        }
         let (mut context, mut attended) = (0u64, 0u64);
         for item in &plan.items {
             let (before, rows) = (u64::from(item.start), u64::from(item.num_tokens));

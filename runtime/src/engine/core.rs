@@ -103,6 +103,7 @@ impl Core {
         ] {
             gauge.store(0, Relaxed);
         }
+        stats.waiting_tokens.store(0, Relaxed);
         self.shared.exit();
     }
 
@@ -480,6 +481,9 @@ impl Core {
         ] {
             gauge.store(value, Relaxed);
         }
+        stats
+            .waiting_tokens
+            .store(self.scheduler.waiting_tokens(), Relaxed);
         for (counter, value) in [
             (&stats.prefix_cache_queries, counters.prefix_queries),
             (&stats.prefix_cache_hits, counters.prefix_hits),

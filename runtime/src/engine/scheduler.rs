@@ -119,6 +119,8 @@ pub struct Scheduler {
     /// In order of admission.
     running: Vec<SeqId>,
     waiting: WaitingQueue,
+    /// Tokens of the sequences that wait: what is to be computed before they answer, cached prefixes included.
+    waiting_tokens: u64,
     free_slots: Vec<Slot>,
     retired: Vec<Retired>,
     /// Last step handed out, and last step completed.
@@ -159,6 +161,7 @@ impl Scheduler {
             sequences: HashMap::new(),
             running: Vec::new(),
             waiting: WaitingQueue::default(),
+            waiting_tokens: 0,
             free_slots: (0..config.max_num_seqs).rev().map(Slot).collect(),
             retired: Vec::new(),
             step: 0,
@@ -169,6 +172,7 @@ impl Scheduler {
 
     /// Takes in a sequence; it waits for a place.
     pub fn add(&mut self, sequence: Sequence) {
+        self.waiting_tokens += u64::from(sequence.num_tokens());
         self.waiting.enter(sequence.tenant);
         self.waiting
             .push_back(sequence.id, sequence.priority, sequence.tenant);
@@ -191,6 +195,12 @@ impl Scheduler {
     #[must_use]
     pub fn num_waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// Their tokens.
+    #[must_use]
+    pub fn waiting_tokens(&self) -> u64 {
+        self.waiting_tokens
     }
 
     /// The sequence to be admitted next.
@@ -394,6 +404,7 @@ impl Scheduler {
             let (priority, tenant) = (seq.priority, seq.tenant);
             let computed = seq.num_computed;
             self.waiting.remove(id, priority, tenant);
+            self.waiting_tokens -= u64::from(num_tokens);
             self.waiting.charge(tenant, num_tokens - computed, 0);
             self.running.push(id);
             plan.admitted.push(Admitted { seq: id, first });
@@ -491,6 +502,7 @@ impl Scheduler {
             self.retire(std::mem::take(&mut seq.table), slot, seq.last_step);
         } else {
             self.waiting.remove(id, seq.priority, seq.tenant);
+            self.waiting_tokens -= u64::from(seq.num_tokens());
         }
         self.waiting.leave(seq.tenant);
         Some(seq)
@@ -539,9 +551,10 @@ impl Scheduler {
         seq.num_published = 0;
         seq.epoch += 1;
         seq.num_preemptions += 1;
-        let (priority, tenant) = (seq.priority, seq.tenant);
+        let (priority, tenant, tokens) = (seq.priority, seq.tenant, seq.num_tokens());
         self.running.retain(|&other| other != id);
         self.waiting.push_front(id, priority, tenant);
+        self.waiting_tokens += u64::from(tokens);
         self.counters.preemptions += 1;
         self.retire(table, slot, last_step);
     }

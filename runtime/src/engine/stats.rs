@@ -12,6 +12,12 @@ pub struct EngineStats {
     pub running: u32,
     /// Sequences without one, preempted ones included.
     pub waiting: u32,
+    /// Tokens of those: what is to be computed before they answer, cached prefixes included.
+    pub waiting_tokens: u64,
+    /// Prompt tokens computed per second in steps that computed some, lately; 0 before the first.
+    pub prefill_tokens_per_second: f64,
+    /// Tokens generated per second in steps that generated some, lately; 0 before the first.
+    pub decode_tokens_per_second: f64,
     /// Share of the pool in use by sequences, 0 to 1.
     pub kv_cache_usage: f64,
     /// Blocks of the pool that can be allocated (the null block is not counted).
@@ -55,6 +61,10 @@ pub(super) struct StatsCells {
     started: Instant,
     pub(super) running: AtomicU32,
     pub(super) waiting: AtomicU32,
+    pub(super) waiting_tokens: AtomicU64,
+    /// Bits of the rates.
+    pub(super) prefill_rate: AtomicU64,
+    pub(super) decode_rate: AtomicU64,
     pub(super) blocks_total: AtomicU32,
     pub(super) blocks_free: AtomicU32,
     pub(super) prefix_cache_queries: AtomicU64,
@@ -80,12 +90,36 @@ pub(super) struct StatsCells {
     work_since_us: AtomicU64,
 }
 
+/// Tokens over the time of the steps that made them, fading: the speed at the load of the last half minute of work.
+#[derive(Debug, Default)]
+pub(super) struct Speed {
+    tokens: f64,
+    seconds: f64,
+}
+
+/// A step counts for so many seconds of steps after it.
+const SPEED_SECONDS: f64 = 30.0;
+
+impl Speed {
+    /// Takes a step in; returns tokens per second.
+    pub(super) fn add(&mut self, tokens: u32, step: Duration) -> f64 {
+        let seconds = step.as_secs_f64();
+        let keep = (-seconds / SPEED_SECONDS).exp();
+        self.tokens = self.tokens * keep + f64::from(tokens);
+        self.seconds = self.seconds * keep + seconds;
+        self.tokens / self.seconds.max(f64::MIN_POSITIVE)
+    }
+}
+
 impl StatsCells {
     pub(super) fn new(blocks_total: u32) -> Self {
         Self {
             started: Instant::now(),
             running: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
+            waiting_tokens: AtomicU64::new(0),
+            prefill_rate: AtomicU64::new(0),
+            decode_rate: AtomicU64::new(0),
             blocks_total: AtomicU32::new(blocks_total),
             blocks_free: AtomicU32::new(blocks_total),
             prefix_cache_queries: AtomicU64::new(0),
@@ -138,6 +172,9 @@ impl StatsCells {
         EngineStats {
             running: self.running.load(Relaxed),
             waiting: self.waiting.load(Relaxed),
+            waiting_tokens: self.waiting_tokens.load(Relaxed),
+            prefill_tokens_per_second: f64::from_bits(self.prefill_rate.load(Relaxed)),
+            decode_tokens_per_second: f64::from_bits(self.decode_rate.load(Relaxed)),
             kv_cache_usage: f64::from(total - free) / f64::from(total.max(1)),
             blocks_total: total,
             blocks_free: free,

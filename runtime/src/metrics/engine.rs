@@ -9,6 +9,9 @@ pub(super) struct Gauges {
     running: Gauge,
     waiting: Gauge,
     waiting_capacity: Gauge,
+    waiting_tokens: Gauge,
+    prefill_rate: Gauge,
+    decode_rate: Gauge,
     kv_cache_usage: Gauge,
 }
 
@@ -60,6 +63,18 @@ impl Gauges {
             running: build.gauge("vllm:num_requests_running", "Requests that have a place")?,
             waiting: build.gauge("vllm:num_requests_waiting", "Requests without a place")?,
             waiting_capacity: reasons.with_label_values(&["capacity"]),
+            waiting_tokens: build.gauge(
+                "ashlar:waiting_tokens",
+                "Tokens of the requests without a place, to be computed before they answer",
+            )?,
+            prefill_rate: build.gauge(
+                "ashlar:prefill_tokens_per_second",
+                "Prompt tokens computed per second, measured over the last steps that computed some",
+            )?,
+            decode_rate: build.gauge(
+                "ashlar:decode_tokens_per_second",
+                "Tokens generated per second, measured over the last steps that generated some",
+            )?,
             kv_cache_usage: build.gauge(
                 "vllm:kv_cache_usage_perc",
                 "Share of the KV cache in use by requests, 0 to 1",
@@ -95,6 +110,9 @@ impl Gauges {
         self.running.set(f64::from(stats.running));
         self.waiting.set(f64::from(stats.waiting));
         self.waiting_capacity.set(f64::from(stats.waiting));
+        self.waiting_tokens.set(stats.waiting_tokens as f64);
+        self.prefill_rate.set(stats.prefill_tokens_per_second);
+        self.decode_rate.set(stats.decode_tokens_per_second);
         self.kv_cache_usage.set(stats.kv_cache_usage);
     }
 }

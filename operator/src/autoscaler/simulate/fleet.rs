@@ -117,6 +117,7 @@ struct Replica {
     generated: f64,
     finished: f64,
     finished_squares: f64,
+    queue_tokens: f64,
     reading: Option<Reading>,
 }
 
@@ -134,6 +135,7 @@ impl Replica {
             generated: 0.0,
             finished: 0.0,
             finished_squares: 0.0,
+            queue_tokens: 0.0,
             reading: None,
         }
     }
@@ -150,6 +152,8 @@ impl Replica {
             generated: Some(self.generated),
             finished: Some(self.finished),
             finished_squares: Some(self.finished_squares),
+            waiting_tokens: Some(self.queue_tokens),
+            prefill_rate: Some(curve.prefill_tokens_per_second * PREFILL_SHARE),
         }
     }
 
@@ -168,6 +172,7 @@ impl Replica {
                 break;
             }
             self.queue.pop_front();
+            self.queue_tokens -= arrivals[next].prompt;
             self.kv += arrivals[next].prompt;
             self.prefill.push_back((next, arrivals[next].prompt));
         }
@@ -309,6 +314,7 @@ impl Fleet<'_> {
                 return;
             };
             replica.queue.push_back(request);
+            replica.queue_tokens += self.arrivals[request].prompt;
             self.held.pop_front();
         }
     }
@@ -379,6 +385,7 @@ impl Fleet<'_> {
             if let Some(going) = going.min_by_key(|r| (r.ready_at <= now, r.in_flight())) {
                 going.leaves_at = Some(now + DRAIN_SECONDS);
                 let queue = std::mem::take(&mut going.queue);
+                going.queue_tokens = 0.0;
                 self.held.extend(queue);
             }
             count -= 1;

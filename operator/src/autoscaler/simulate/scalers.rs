@@ -34,6 +34,7 @@ impl Default for Ours {
                 max: MAX,
                 kv_target: targets.kv_cache_utilization,
                 waiting_target: f64::from(targets.waiting_requests),
+                first_token_target: None,
                 idle_seconds: 300.0,
                 behavior: Behavior::of(None),
             },

@@ -11,6 +11,7 @@ fn policy(min: i32, max: i32) -> Policy {
         max,
         kv_target: 0.8,
         waiting_target: 5.0,
+        first_token_target: None,
         idle_seconds: 300.0,
         behavior: Behavior::of(None),
     }
@@ -24,6 +25,8 @@ fn load(waiting: f64, kv_cache: f64) -> PodLoad {
         generated: None,
         finished: None,
         finished_squares: None,
+        waiting_tokens: None,
+        prefill_rate: None,
     }
 }
 
@@ -129,6 +132,35 @@ fn a_step_of_the_load_is_answered_within_three_seconds() {
         assert!(second <= 3, "{second} s at {kv}");
         assert!(decision.to > 4);
     }
+}
+
+#[test]
+fn with_a_target_for_the_first_token_tokens_count_and_not_requests() {
+    let waiting = |waiting: f64, tokens: f64| {
+        Signal::Fresh(PodLoad {
+            waiting_tokens: Some(tokens),
+            prefill_rate: Some(5000.0),
+            ..load(waiting, 0.5)
+        })
+    };
+    let asked = |pod: Signal<PodLoad>, held: f64| {
+        let mut play = Play::new(
+            Policy {
+                first_token_target: Some(2.0),
+                ..policy(1, 100)
+            },
+            1,
+        );
+        play.look(&[pod], gateways(held)).to
+    };
+    // Forty short prompts are computed in 0.8 s: nothing to add. Two of 25,000 tokens would take ten.
+    assert_eq!(asked(waiting(40.0, 4000.0), 0.0), 1);
+    assert_eq!(asked(waiting(2.0, 50_000.0), 0.0), 50);
+    // 20 of 1,000 tokens take 4 s of the 1.8 s that their own 0.2 s leave; as many held are as long.
+    assert_eq!(asked(waiting(20.0, 20_000.0), 0.0), 3);
+    assert_eq!(asked(waiting(20.0, 20_000.0), 20.0), 5);
+    // A pod that does not tell is judged by its requests.
+    assert_eq!(asked(Signal::Fresh(load(20.0, 0.5)), 0.0), 4);
 }
 
 #[test]
@@ -295,6 +327,8 @@ fn a_known_rate_bounds_a_queue_that_only_grows() {
             generated: Some(generated),
             finished: Some(finished),
             finished_squares: None,
+            waiting_tokens: None,
+            prefill_rate: None,
         };
         let in_flight = 40.0 + 2.0 * queue;
         let gateway = Signal::Fresh(GatewayLoad {
