@@ -91,6 +91,28 @@ pub enum GatewayError {
         /// What the last attempt met.
         reason: String,
     },
+    /// The client has sent more than `endpoint.limits` lets it.
+    #[error("you have sent too many requests to {service} in the last minute: wait {} s", .retry_after.as_secs_f64().ceil())]
+    RateLimited {
+        /// The service.
+        service: ServiceId,
+        /// When another one may come.
+        retry_after: Duration,
+    },
+    /// The client has more open than `endpoint.limits` lets it.
+    #[error("you have too many requests open at {service}: wait until one ends")]
+    TooManyOpen {
+        /// The service.
+        service: ServiceId,
+    },
+    /// The answer had not begun when the request's time was over.
+    #[error("{service} did not begin its answer within {}: try again, or allow more time", seconds(.after))]
+    DeadlineExceeded {
+        /// The service.
+        service: ServiceId,
+        /// The time that the request had.
+        after: Duration,
+    },
     /// The picture of the cluster is not there yet.
     #[error("the gateway is starting: try again in a moment")]
     Starting,
@@ -116,6 +138,8 @@ impl GatewayError {
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::Upstream { .. } => StatusCode::BAD_GATEWAY,
+            Self::RateLimited { .. } | Self::TooManyOpen { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::DeadlineExceeded { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::KeysUnreadable { .. }
             | Self::NoReplica { .. }
             | Self::TooManyHeld { .. }
@@ -131,6 +155,8 @@ impl GatewayError {
             StatusCode::PAYLOAD_TOO_LARGE => "RequestTooLargeError",
             StatusCode::REQUEST_TIMEOUT => "RequestTimeoutError",
             StatusCode::BAD_GATEWAY => "BadGatewayError",
+            StatusCode::TOO_MANY_REQUESTS => "RateLimitError",
+            StatusCode::GATEWAY_TIMEOUT => "GatewayTimeoutError",
             _ => "ServiceUnavailableError",
         }
     }
@@ -147,7 +173,8 @@ impl GatewayError {
         match self {
             Self::KeysUnreadable { .. } => Some(10),
             Self::NoReplica { .. } | Self::TooManyHeld { .. } => Some(5),
-            Self::Upstream { .. } | Self::Starting => Some(1),
+            Self::Upstream { .. } | Self::Starting | Self::TooManyOpen { .. } => Some(1),
+            Self::RateLimited { retry_after, .. } => Some(retry_after.as_secs_f64().ceil() as u32),
             _ => None,
         }
     }

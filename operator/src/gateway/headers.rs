@@ -4,6 +4,7 @@
 //! the client's name, a request id and the forwarding fields are set. `traceparent` and the rest pass as they are.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use http::header::{
     AUTHORIZATION, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderName, HeaderValue,
@@ -17,6 +18,8 @@ pub const CLIENT: HeaderName = HeaderName::from_static("x-ashlar-client");
 pub const DRAINING: HeaderName = HeaderName::from_static("x-ashlar-draining");
 /// Identifies a request in all logs.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Seconds that a client gives its request until the answer begins.
+pub const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -60,6 +63,19 @@ pub fn request_id(headers: &HeaderMap) -> HeaderValue {
             HeaderValue::from_str(&format!("{:032x}", rand::random::<u128>()))
                 .expect("hex is a valid header value: this is a bug")
         })
+}
+
+/// The time that the client gives the request; what is not a number of seconds above 0 is passed over.
+#[must_use]
+pub fn request_timeout(headers: &HeaderMap) -> Option<Duration> {
+    let seconds: f64 = headers
+        .get(REQUEST_TIMEOUT)?
+        .to_str()
+        .ok()?
+        .trim()
+        .parse()
+        .ok()?;
+    (seconds > 0.0).then(|| Duration::try_from_secs_f64(seconds).ok())?
 }
 
 /// The announced length of the body, if it is a number.
@@ -204,6 +220,16 @@ mod tests {
         let id = request_id(&headers);
         to_replica(&mut headers, None, "::1".parse().unwrap(), &id, None);
         assert!(!headers.contains_key(CLIENT));
+    }
+
+    #[test]
+    fn a_client_may_set_a_time() {
+        let time = |value| request_timeout(&map(&[("x-request-timeout", value)]));
+        assert_eq!(time("30"), Some(Duration::from_secs(30)));
+        assert_eq!(time("0.5"), Some(Duration::from_millis(500)));
+        for bad in ["", "0", "-1", "NaN", "1e300", "soon"] {
+            assert_eq!(time(bad), None, "{bad}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
+use super::limits::Permit;
 use super::snapshot::{ServiceId, Snapshot};
 
 /// Buckets from a cached answer to a long generation, in seconds.
@@ -30,6 +31,7 @@ pub struct Metrics {
     retries: IntCounterVec,
     cut: IntCounterVec,
     ejections: IntCounterVec,
+    limited: IntCounterVec,
     ready_replicas: IntGaugeVec,
     /// Open connections of clients.
     pub connections: IntGauge,
@@ -139,6 +141,11 @@ impl Metrics {
                 "Times that a replica was left out for a while because its answers failed.",
                 &["namespace", "name"],
             ),
+            limited: counter(
+                "ashlar_gateway_limited_requests_total",
+                "Requests refused because their client had sent too many or had too many open; no other metric counts them for the service.",
+                &["namespace", "name"],
+            ),
             ready_replicas: gauge(
                 "ashlar_gateway_ready_replicas",
                 "Replicas that this gateway would send requests to.",
@@ -178,6 +185,12 @@ impl Metrics {
         self.ejections.with_label_values(&labels).inc();
     }
 
+    /// Counts a request that its client's limits refused.
+    pub fn limited(&self, service: &ServiceId) {
+        let labels = [service.namespace.as_str(), service.name.as_str()];
+        self.limited.with_label_values(&labels).inc();
+    }
+
     /// Counts a request that no service was found for.
     pub fn unresolved(&self, code: u16) {
         self.requests
@@ -198,6 +211,8 @@ impl Metrics {
             code: None,
             first_byte: false,
             in_flight,
+            permit: None,
+            counts: true,
         }
     }
 
@@ -248,6 +263,7 @@ impl Metrics {
             let _ = self.cut.remove_label_values(&labels);
         }
         let _ = self.ejections.remove_label_values(&labels);
+        let _ = self.limited.remove_label_values(&labels);
         for gauge in [&self.in_flight, &self.held, &self.ready_replicas] {
             let _ = gauge.remove_label_values(&labels);
         }
@@ -282,9 +298,22 @@ pub struct Meter {
     code: Option<u16>,
     first_byte: bool,
     in_flight: IntGauge,
+    /// Counts the request for its client's limits as long as it lasts.
+    permit: Option<Permit>,
+    counts: bool,
 }
 
 impl Meter {
+    /// Keeps the client's permit until the request ends.
+    pub fn keep(&mut self, permit: Option<Permit>) {
+        self.permit = permit;
+    }
+
+    /// Ends the accounting without counting the request.
+    pub fn forget(mut self) {
+        self.counts = false;
+    }
+
     /// The response's head is known.
     pub fn head(&mut self, code: u16) {
         self.code = Some(code);
@@ -341,6 +370,9 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         self.in_flight.dec();
+        if !self.counts {
+            return;
+        }
         let code = self.code.unwrap_or(CLIENT_LEFT);
         let [namespace, name] = self.labels();
         self.metrics
@@ -418,6 +450,7 @@ mod tests {
         meter.cut(CutBy::Client);
         drop(meter.hold());
         drop(meter);
+        metrics.limited(&ServiceId::new("chat", "mistral"));
         assert!(metrics.render().contains("mistral"));
         metrics.follow(&snapshot([], []));
         assert!(

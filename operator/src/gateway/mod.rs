@@ -8,7 +8,7 @@
 //! ```
 //!
 //! - `resolve`, `route`, `affinity`, `health`, `auth`, `headers`, `model_field`, `models`, `snapshot`: pure.
-//! - `keys`: the cache of users' keys. `hold`: waiting for a replica. `request_body`: sending again.
+//! - `limits`: what one client may ask. `keys`: the cache of users' keys. `hold`: waiting for a replica. `request_body`: sending again.
 //! - `watch`: the only place that talks to the API server. `server`: sockets, probes, draining.
 //!
 //! Invariants: routing looks at one immutable snapshot and never waits for the API server; nothing is forwarded
@@ -23,6 +23,7 @@ pub mod headers;
 pub mod health;
 pub mod hold;
 pub mod keys;
+pub mod limits;
 pub mod metrics;
 pub mod model_field;
 pub mod models;
@@ -144,6 +145,10 @@ pub struct GatewayArgs {
     /// Most open connections of clients; more wait in the kernel.
     #[arg(long, env = "ASHLAR_GATEWAY_MAX_CONNECTIONS", default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=1_000_000), value_name = "COUNT")]
     pub max_connections: u32,
+    /// Longest time from a request's head to its answer's beginning, held or not; then it is answered 504. A client may ask
+    /// for less with `x-request-timeout: SECONDS`.
+    #[arg(long, env = "ASHLAR_GATEWAY_REQUEST_TIMEOUT", default_value = "3600", value_parser = seconds, value_name = "SECONDS")]
+    pub request_timeout: Duration,
     /// After SIGTERM, how long connections are still accepted while endpoints forget this address.
     #[arg(long, env = "ASHLAR_GATEWAY_DRAIN_DELAY", default_value = "10", value_parser = seconds, value_name = "SECONDS")]
     pub drain_delay: Duration,
@@ -278,6 +283,7 @@ impl GatewayArgs {
                 idle: self.body_timeout,
             },
             connect_timeout: self.connect_timeout,
+            request_timeout: self.request_timeout,
         }
     }
 }

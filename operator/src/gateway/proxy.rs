@@ -26,6 +26,7 @@ use super::error::GatewayError;
 use super::headers;
 use super::hold::{Ask, Holds, Picked};
 use super::keys::{KeyStore, OnMiss, Verdict};
+use super::limits::Refusal;
 use super::metrics::{Cause, Meter, Metrics};
 use super::models;
 use super::request_body::{AttemptBody, BodyLimits, ReplayBody};
@@ -37,6 +38,8 @@ use super::snapshot::{Access, Replica, Service, Snapshot};
 const MAX_ATTEMPTS: usize = 8;
 /// Idle connections to a replica close before the runtime closes them.
 const POOL_IDLE: Duration = Duration::from_secs(20);
+/// Read from a replica at once: some dozens of events, and not much for ten thousand streams that wait for theirs.
+const READ_BYTES: usize = 4096;
 /// A replica's node that is gone is noticed in about `KEEPALIVE + 3 × KEEPALIVE_INTERVAL`.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
@@ -51,6 +54,8 @@ pub struct ProxyLimits {
     pub body: BodyLimits,
     /// Longest wait for a connection to a replica.
     pub connect_timeout: Duration,
+    /// Longest time until an answer begins.
+    pub request_timeout: Duration,
 }
 
 /// Everything that requests share.
@@ -80,6 +85,9 @@ struct Outgoing {
     path: PathAndQuery,
     headers: HeaderMap,
     length: Option<u64>,
+    /// The time that it has until the answer begins, and when that is over.
+    timeout: Duration,
+    deadline: tokio::time::Instant,
 }
 
 /// A request whose service is known and that may be answered by it.
@@ -113,6 +121,7 @@ impl Proxy {
         let client = Client::builder(TokioExecutor::new())
             .pool_idle_timeout(POOL_IDLE)
             .pool_timer(TokioTimer::new())
+            .http1_read_buf_exact_size(READ_BYTES)
             .build(connector);
         Self {
             snapshots,
@@ -189,6 +198,10 @@ impl Proxy {
                 return Ok(own_json(card));
             }
         };
+        let timeout = headers::request_timeout(&parts.headers);
+        let timeout = timeout.map_or(self.limits.request_timeout, |asked| {
+            asked.min(self.limits.request_timeout)
+        });
         let mut headers = parts.headers.clone();
         let client = admitted.client.as_deref();
         headers::to_replica(&mut headers, host, peer.ip(), request_id, client);
@@ -201,6 +214,8 @@ impl Proxy {
             path: admitted.path.clone(),
             headers,
             length,
+            timeout,
+            deadline: tokio::time::Instant::from_std(started) + timeout,
         };
         self.forward(admitted, &outgoing).await
     }
@@ -215,16 +230,46 @@ impl Proxy {
         started: Instant,
     ) -> Result<Admitted, Failure> {
         let meter = self.metrics.meter(&service.spec.id, started);
-        match self.authorise(&service, key).await {
-            Ok(client) => Ok(Admitted {
-                service,
-                path,
-                client,
-                body,
-                grown: 0,
-                meter,
-            }),
-            Err(error) => Err(Failure(error, Some(meter))),
+        let client = match self.authorise(&service, key).await {
+            Ok(client) => client,
+            Err(error) => return Err(Failure(error, Some(meter))),
+        };
+        self.within_limits(Admitted {
+            service,
+            path,
+            client,
+            body,
+            grown: 0,
+            meter,
+        })
+    }
+
+    /// Lets the request on if its client may have it now.
+    fn within_limits(&self, mut admitted: Admitted) -> Result<Admitted, Failure> {
+        let service = &admitted.service;
+        let (limits, id) = (&service.spec.limits, &service.spec.id);
+        let client = admitted.client.as_deref().unwrap_or_default();
+        let gateways = self.snapshots.borrow().gateways;
+        let quotas = &service.state.quotas;
+        match quotas.admit(limits, client, gateways, Instant::now()) {
+            Ok(permit) => {
+                admitted.meter.keep(permit);
+                Ok(admitted)
+            }
+            Err(refusal) => {
+                self.metrics.limited(id);
+                let service = id.clone();
+                // It is no load of the service's, and does not count as one.
+                admitted.meter.forget();
+                Err(match refusal {
+                    Refusal::Rate { retry_after } => GatewayError::RateLimited {
+                        service,
+                        retry_after,
+                    },
+                    Refusal::Concurrency => GatewayError::TooManyOpen { service },
+                }
+                .into())
+            }
         }
     }
 
@@ -280,7 +325,7 @@ impl Proxy {
                 let (Some((service, client)), None) = (accepted.pop(), accepted.pop()) else {
                     return Err(GatewayError::ModelNotFound { model }.into());
                 };
-                Ok(Admitted {
+                self.within_limits(Admitted {
                     meter: self.metrics.meter(&service.spec.id, started),
                     service,
                     path,
@@ -346,7 +391,11 @@ impl Proxy {
             Ok(prefix) => prefix,
             Err(error) => return Err(Failure(error, Some(meter))),
         };
-        let deadline = self.holds.deadline();
+        let late = || GatewayError::DeadlineExceeded {
+            service: id.clone(),
+            after: outgoing.timeout,
+        };
+        let deadline = self.holds.deadline().min(outgoing.deadline);
         let mut excluded = Vec::new();
         let mut resets = 0;
         let mut reason = String::new();
@@ -365,10 +414,19 @@ impl Proxy {
                 turn,
             } = match picked {
                 Ok(picked) => picked,
+                Err(GatewayError::NoReplica { .. })
+                    if tokio::time::Instant::now() >= outgoing.deadline =>
+                {
+                    return Err(Failure(late(), Some(meter)));
+                }
                 Err(error) => return Err(Failure(error, Some(meter))),
             };
             let body_of_attempt = body.attempt(outgoing.length, turn);
-            let cause = match self.send(outgoing, &replica, body_of_attempt).await {
+            let sent = self.send(outgoing, &replica, body_of_attempt);
+            let Ok(sent) = tokio::time::timeout_at(outgoing.deadline, sent).await else {
+                return Err(Failure(late(), Some(meter)));
+            };
+            let cause = match sent {
                 Ok(response) if is_draining(&response) && body.can_replay() => {
                     "the replica is draining".clone_into(&mut reason);
                     Cause::Draining

@@ -95,8 +95,11 @@ impl Server {
             let in_handler = phase.clone();
             let handler = service_fn(|request: Request<Incoming>| {
                 let (proxy, phase) = (&proxy, &in_handler);
+                // A connection keeps room for its service's future as long as it is open, a stream for its whole length:
+                // room for a pointer, while the future itself goes when the answer begins.
+                let answer = Box::pin(proxy.handle(request, peer));
                 async move {
-                    let mut response = proxy.handle(request, peer).await;
+                    let mut response = answer.await;
                     if *phase.borrow() > Phase::Serving {
                         let close = HeaderValue::from_static("close");
                         response.headers_mut().insert(CONNECTION, close);

@@ -16,6 +16,7 @@ use std::time::Instant;
 use super::affinity::Index;
 use super::health::Health;
 use super::hold::Line;
+use super::limits::{Limits, Quotas};
 
 /// Namespace and name of an `InferenceService`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -66,6 +67,8 @@ pub struct ServiceSpec {
     pub model: String,
     /// Who may call.
     pub access: Access,
+    /// What one client may ask.
+    pub limits: Limits,
     /// `endpoint.hosts`.
     pub hosts: Vec<String>,
     /// Whether `NAME.NAMESPACE.svc` leads here.
@@ -167,6 +170,8 @@ pub struct ServiceState {
     pub line: Arc<Line>,
     /// Which replicas were sent which prompts.
     pub prompts: Mutex<Index>,
+    /// What clients have asked lately.
+    pub quotas: Arc<Quotas>,
 }
 
 /// The names under which the gateway itself is reached, which no service may claim.
@@ -190,6 +195,8 @@ pub struct Snapshot {
     counters: HashMap<String, Arc<ReplicaState>>,
     states: HashMap<ServiceId, Arc<ServiceState>>,
     epoch: Instant,
+    /// Gateways that are ready, this one included: they share the clients' limits.
+    pub gateways: usize,
 }
 
 impl Snapshot {
@@ -204,6 +211,7 @@ impl Snapshot {
             counters: HashMap::new(),
             states: HashMap::new(),
             epoch: Instant::now(),
+            gateways: 1,
         }
     }
 
@@ -216,6 +224,7 @@ impl Snapshot {
     ) -> Self {
         let mut next = Self {
             epoch: previous.epoch,
+            gateways: previous.gateways,
             ..Self::empty(previous.names.clone())
         };
         let mut by_service: HashMap<ServiceId, Vec<Arc<Replica>>> = HashMap::new();
@@ -377,6 +386,7 @@ pub(super) mod testing {
             access: Access::Keys {
                 secret: "keys".to_owned(),
             },
+            limits: super::Limits::default(),
             hosts: Vec::new(),
             alias: true,
             created: 100,

@@ -1,7 +1,7 @@
 //! Keeps the [`Snapshot`] in step with the API server, and reads Secrets by name.
 //!
-//! Two watches, InferenceServices and runtime pods, feed plain maps; a changed map makes a new snapshot within
-//! [`SETTLE`]. A watch that breaks is begun again while the last snapshot stands, so the gateway keeps serving
+//! Watches of InferenceServices, runtime pods and the gateways' own endpoints feed plain maps; a changed map makes a new
+//! snapshot within [`SETTLE`]. A watch that breaks is begun again while the last snapshot stands, so the gateway keeps serving
 //! when the API server is away. Only the fields that routing needs are read from a resource, leniently: one that
 //! this version does not understand closes that service alone.
 
@@ -15,6 +15,7 @@ use ashlar_crds::names::SERVICE_LABEL;
 use futures::StreamExt as _;
 use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::{Pod, Secret};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind};
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
@@ -24,6 +25,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::keys::{ReadError, SecretSource};
+use super::limits::Limits;
 use super::snapshot::{Access, ReplicaSpec, ServiceId, ServiceSpec, Snapshot};
 
 /// Changes that come within this time make one snapshot.
@@ -55,8 +57,16 @@ struct ModelView {
 struct EndpointView {
     auth: Option<String>,
     api_key_secret_ref: Option<SecretRef>,
+    limits: LimitsView,
     hosts: Vec<String>,
     alias: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct LimitsView {
+    requests_per_minute: Option<u32>,
+    concurrent_requests: Option<u32>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -87,6 +97,10 @@ pub fn service_spec(object: &DynamicObject) -> Option<ServiceSpec> {
     Some(ServiceSpec {
         model: view.model.name.unwrap_or_else(|| id.name.clone()),
         access,
+        limits: Limits {
+            requests_per_minute: view.endpoint.limits.requests_per_minute,
+            concurrent_requests: view.endpoint.limits.concurrent_requests,
+        },
         hosts: view.endpoint.hosts,
         alias: view.endpoint.alias.unwrap_or(true),
         created: created.map_or(i64::MAX, |time| time.0.as_second()),
@@ -192,10 +206,16 @@ pub async fn run(client: Client, port: u16, publish: Publish, published: impl Fn
     let resources = Api::<DynamicObject>::all_with(client.clone(), &inference_services());
     let mut services = pin!(watcher(resources, watcher::Config::default()).default_backoff());
     let config = watcher::Config::default().labels(SERVICE_LABEL);
-    let mut pods = pin!(watcher(Api::<Pod>::all(client), config).default_backoff());
+    let mut pods = pin!(watcher(Api::<Pod>::all(client.clone()), config).default_backoff());
+    let names = publish.snapshots.borrow().names.clone();
+    let config =
+        watcher::Config::default().labels(&format!("kubernetes.io/service-name={}", names.service));
+    let slices = Api::<EndpointSlice>::namespaced(client, &names.namespace);
+    let mut slices = pin!(watcher(slices, config).default_backoff());
 
     let mut service_store = Store::<ServiceSpec>::new();
     let mut pod_store = Store::<ReplicaSpec>::new();
+    let mut slice_store = Store::<usize>::new();
     let mut due: Option<Instant> = None;
     loop {
         let changed = tokio::select! {
@@ -209,14 +229,21 @@ pub async fn run(client: Client, port: u16, publish: Publish, published: impl Fn
                 Some(Err(error)) => report("runtime pods", &error),
                 None => return,
             },
+            event = slices.next() => match event {
+                Some(Ok(event)) => slice_store.apply(event, |slice| Some(ready_endpoints(slice))),
+                // Without them the clients' limits are this gateway's alone: nothing else needs them.
+                Some(Err(error)) => report("the gateways' endpoints", &error),
+                None => return,
+            },
             () = until(due) => {
                 due = None;
                 let previous = Arc::clone(&publish.snapshots.borrow());
-                let next = Snapshot::build(
+                let mut next = Snapshot::build(
                     &previous,
                     service_store.live.values().cloned(),
                     pod_store.live.values().cloned(),
                 );
+                next.gateways = slice_store.live.values().sum::<usize>().max(1);
                 published(&next);
                 publish.snapshots.send_replace(Arc::new(next));
                 publish.synced.send_replace(true);
@@ -232,6 +259,16 @@ pub async fn run(client: Client, port: u16, publish: Publish, published: impl Fn
             due = Some(Instant::now());
         }
     }
+}
+
+/// Gateways of a slice that are ready; an address has one entry.
+fn ready_endpoints(slice: &EndpointSlice) -> usize {
+    let endpoints = slice.endpoints.iter().flatten();
+    let ready = endpoints.filter(|endpoint| {
+        let conditions = endpoint.conditions.as_ref();
+        conditions.is_none_or(|conditions| conditions.ready.unwrap_or(true))
+    });
+    ready.count()
 }
 
 async fn until(due: Option<Instant>) {

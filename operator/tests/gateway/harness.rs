@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ashlar_operator::gateway::hold::Holds;
 use ashlar_operator::gateway::keys::{KeyPolicy, KeyStore, ReadError, SecretSource};
+use ashlar_operator::gateway::limits::Limits;
 use ashlar_operator::gateway::metrics::Metrics;
 use ashlar_operator::gateway::proxy::{Proxy, ProxyLimits};
 use ashlar_operator::gateway::request_body::{BodyLimits, BoxError};
@@ -166,6 +167,7 @@ pub(crate) fn open_service(id: &str, model: &str) -> ServiceSpec {
         id: ServiceId::new(namespace, name),
         model: model.to_owned(),
         access: Access::Open,
+        limits: Limits::default(),
         hosts: Vec::new(),
         alias: true,
         created: 1,
@@ -246,6 +248,7 @@ impl Gateway {
             ProxyLimits {
                 body: setting.body,
                 connect_timeout: LONG,
+                request_timeout: LONG,
             },
         ));
         let traffic = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -8,5 +8,6 @@
 mod access;
 mod harness;
 mod lifecycle;
+mod limits;
 mod retry;
 mod streaming;

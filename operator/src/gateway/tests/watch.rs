@@ -32,7 +32,7 @@ fn pod(name: &str, ready: &str, deleting: bool) -> Pod {
 fn a_resource_gives_what_routing_needs() {
     let spec = service_spec(&resource(&json!({
         "model": {"uri": "hf://a/b", "name": "mistral-7b"},
-        "endpoint": {"auth": "Keys", "apiKeySecretRef": {"name": "team"}, "hosts": ["a.example.com"], "alias": false},
+        "endpoint": {"auth": "Keys", "apiKeySecretRef": {"name": "team"}, "hosts": ["a.example.com"], "alias": false, "limits": {"requestsPerMinute": 600}},
     })))
     .unwrap();
     assert_eq!(
@@ -42,6 +42,10 @@ fn a_resource_gives_what_routing_needs() {
             model: "mistral-7b".to_owned(),
             access: Access::Keys {
                 secret: "team".to_owned()
+            },
+            limits: Limits {
+                requests_per_minute: Some(600),
+                concurrent_requests: None,
             },
             hosts: vec!["a.example.com".to_owned()],
             alias: false,
