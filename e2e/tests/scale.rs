@@ -1,15 +1,18 @@
-//! A service sleeps when nobody asks, wakes for a hundred at once, grows, and sleeps again: no request is lost.
+//! A service sleeps when nobody asks, wakes for a hundred at once, grows, and sleeps again: no request is lost, though one
+//! of the gateways that hold them ends meanwhile.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use ashlar_e2e::cluster::SYSTEM_NAMESPACE;
 use ashlar_e2e::service::{QUESTION, SERVICE_LABEL, chat, condition, manifest, text};
 use ashlar_e2e::wait::{self, Seen};
 use ashlar_e2e::{Namespace, with_namespace};
 use futures::future::join_all;
 use k8s_openapi::api::core::v1::{Event, Pod};
-use kube::api::{Api, ListParams};
+use kube::ResourceExt as _;
+use kube::api::{Api, DeleteParams, ListParams};
 use serde_json::json;
 
 /// Requests of the burst.
@@ -35,6 +38,24 @@ async fn asleep(ns: &Namespace) -> Result<()> {
         })
     })
     .await
+}
+
+/// Once requests wait for the first pod, ends one of the gateways that hold them, as an upgrade does.
+async fn a_gateway_leaves(ns: &Namespace) -> Result<()> {
+    wait::object(
+        &ns.services(),
+        "smollm2",
+        "a replica wanted",
+        wait::REACTION,
+        |service| service.data.pointer("/status/scaling/desiredReplicas") != Some(&json!(0)),
+    )
+    .await?;
+    let gateways = ns.cluster.component_pods("gateway").await?;
+    ensure!(gateways.len() >= 2, "{} gateways", gateways.len());
+    let pods: Api<Pod> = Api::namespaced(ns.client.clone(), SYSTEM_NAMESPACE);
+    pods.delete(&gateways[0].name_any(), &DeleteParams::default())
+        .await?;
+    Ok(())
 }
 
 /// Waits until the autoscaler wants two replicas.
@@ -67,7 +88,11 @@ async fn a_sleeping_service_answers_a_burst_whole_and_sleeps_again() -> Result<(
 
         let question = chat("smollm2", QUESTION, 8);
         let answers = join_all((0..BURST).map(|_| ns.http.post(&url, &question)));
-        let (answers, grew) = tokio::join!(answers, grown(&ns));
+        let meanwhile = async {
+            a_gateway_leaves(&ns).await?;
+            grown(&ns).await
+        };
+        let (answers, grew) = tokio::join!(answers, meanwhile);
         grew?;
         let mut lost = Vec::new();
         for answer in answers {
