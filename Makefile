@@ -14,7 +14,7 @@ CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
 REFERENCE := charts/docs/src/reference
 
-.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench unit clients schemathesis soak fuzz e2e docs-test test deny generate pictures chart-test bench-peer bench-front-end operator-bench clean
+.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench unit clients schemathesis soak fuzz e2e docs-test test deny generate pictures chart-test bench-peer bench-front-end gateway-bench scrape-bench operator-bench clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -92,6 +92,13 @@ bench-peer: ## speed against llama.cpp's server, in turns on this machine; print
 
 bench-front-end: ## what HTTP costs: 1,000 streams against the engine's own rate, memory of 10,000 connections
 	ulimit -n "$$(ulimit -Hn)" && cargo bench -p ashlar --bench front_end
+
+gateway-bench: ## the gateway on one core, against HAProxy (Debian's, fetched when missing: needs root then) and no proxy
+	command -v haproxy > /dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends haproxy; }
+	ulimit -n "$$(ulimit -Hn)" && cargo bench -p ashlar-operator --bench gateway
+
+scrape-bench: ## what asking 2,000 pods each second, and deciding on them, costs
+	ulimit -n "$$(ulimit -Hn)" && cargo bench -p ashlar-operator --bench scrape
 
 operator-bench: ## the operator at 1,000 services on a real API server; SERVICES=5000, REST=60, SCALED=1 change it; needs root
 	e2e/bench/operator.sh --rollouts
