@@ -234,18 +234,18 @@ impl Proxy {
             Ok(client) => client,
             Err(error) => return Err(Failure(error, Some(meter))),
         };
-        self.within_limits(Admitted {
+        Ok(self.within_limits(Admitted {
             service,
             path,
             client,
             body,
             grown: 0,
             meter,
-        })
+        })?)
     }
 
     /// Lets the request on if its client may have it now.
-    fn within_limits(&self, mut admitted: Admitted) -> Result<Admitted, Failure> {
+    fn within_limits(&self, mut admitted: Admitted) -> Result<Admitted, GatewayError> {
         let service = &admitted.service;
         let (limits, id) = (&service.spec.limits, &service.spec.id);
         let client = admitted.client.as_deref().unwrap_or_default();
@@ -267,8 +267,7 @@ impl Proxy {
                         retry_after,
                     },
                     Refusal::Concurrency => GatewayError::TooManyOpen { service },
-                }
-                .into())
+                })
             }
         }
     }
@@ -325,14 +324,14 @@ impl Proxy {
                 let (Some((service, client)), None) = (accepted.pop(), accepted.pop()) else {
                     return Err(GatewayError::ModelNotFound { model }.into());
                 };
-                self.within_limits(Admitted {
+                Ok(self.within_limits(Admitted {
                     meter: self.metrics.meter(&service.spec.id, started),
                     service,
                     path,
                     client: Some(client),
                     body,
                     grown: 0,
-                })
+                })?)
             }
         }
     }
