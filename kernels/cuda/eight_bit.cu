@@ -57,7 +57,10 @@ template <typename W, typename T, int TILES, Output OUTPUT> __device__ __forcein
     for (int u = 0; u < UNROLL; u++) load(u, min(begin + u, blocks - 1));
     let_next_start();
     wait_for_previous();
-    if (p.norm) norm_scales(p, scales);
+    if (p.norm) {
+        norm_scales(p, scales);
+        __syncthreads();
+    }
     float acc[TILES][4];
 #pragma unroll
     for (int t = 0; t < TILES; t++)

@@ -36,3 +36,10 @@ template <bool AFFINE> __device__ __forceinline__ void dequantize(uint32_t word,
         pairs[2 * j + 1] = as_word(AFFINE ? __hfma2(next, scale, second) : __hmul2(next, scale));
     }
 }
+
+// Copies BYTES (4 or 16) to shared memory in the background; weights, read once.
+template <int BYTES> __device__ __forceinline__ void copy_ahead(void *to, const void *from) {
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+}

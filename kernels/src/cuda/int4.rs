@@ -94,7 +94,7 @@ impl Int4View<'_> {
     }
 }
 
-/// Fills words with random bits that depend on the seed alone, and every cell with this scale and zero.
+/// Fills words with random bits that depend on the seed alone, and every cell with this zero and scale, of either sign.
 ///
 /// # Errors
 /// [`CudaError::Driver`].

@@ -104,14 +104,18 @@ impl Int4Gemm<'_> {
     /// [`CudaError`] when sizes do not fit or the driver refuses.
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         self.validate(device)?;
+        let n_tiles = self.n.div_ceil(TILE_N);
+        let multiprocessors = device.multiprocessors() as usize;
         let tile_m = match self.m {
             ..=64 => 64,
             65..=128 => 128,
+            // More blocks rather than a sharing of columns.
+            129..=256 if 2 * n_tiles <= multiprocessors => 128,
             _ => MAX_TILE_M,
         };
-        let (n_tiles, m_tiles) = (self.n.div_ceil(TILE_N), self.m.div_ceil(tile_m));
+        let m_tiles = self.m.div_ceil(tile_m);
         // Two of the smallest blocks fit a multiprocessor.
-        let at_once = device.multiprocessors() as usize * if tile_m == 64 { 2 } else { 1 };
+        let at_once = multiprocessors * if tile_m == 64 { 2 } else { 1 };
         let splits = splits(at_once, n_tiles * m_tiles, self.k / STEP);
         let x = TensorMap::new(
             Float::F16,
@@ -135,12 +139,16 @@ impl Int4Gemm<'_> {
             group_shift: int4::group_shift(self.k, self.weight.group)
                 .expect("`validate` has seen this group: this is a bug"),
         };
-        let stages = if tile_m == MAX_TILE_M { 4 } else { 6 };
+        let stages = match tile_m {
+            64 => 3,
+            128 => 6,
+            _ => 4,
+        };
         let shape = Shape {
             grid: (n_tiles, m_tiles * splits),
-            threads: 256,
-            // Rings of x and of three steps' weights, and barriers.
-            shared: (stages * tile_m + 3 * TILE_N) * STEP * Float::BYTES + stages * 8,
+            threads: 512,
+            // Of each step x and weights, and two barriers; and what 256 threads have copied five steps ahead.
+            shared: stages * ((tile_m + TILE_N) * STEP * Float::BYTES + 16) + 5 * 256 * 20,
         };
         let name = format!("{}_gemm_{tile_m}", self.weight.kernel());
         // SAFETY: the parameters are the kernel's own struct and a map of x, which lies in its view; all views hold what the

@@ -103,7 +103,8 @@ impl Modules {
             call: "cuModuleGetFunction",
             message: format!("there is no kernel {name}: this is a bug"),
         })?;
-        if shared > 48 << 10 {
+        // More than 48 KiB, what a kernel always has included, must be asked for.
+        if shared > 0 {
             let attribute =
                 sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             let bytes = i32::try_from(shared).expect("shared memory fits: this is a bug");

@@ -239,31 +239,34 @@ impl SkinnyGemm<'_> {
             }
         };
         let tiles = self.m.div_ceil(8).next_power_of_two();
-        let (name, row_tiles) = match self.weight {
+        let tile_count = |row_tiles: usize| self.n.div_ceil(rows * row_tiles);
+        let (name, blocks, shared) = match self.weight {
             Weight::Float(weight) => {
                 parameters.weight = weight.address();
-                (format!("skinny_{kind}_{tiles}_{}", self.float.suffix()), 1)
+                (
+                    format!("skinny_{kind}_{tiles}_{}", self.float.suffix()),
+                    tile_count(1),
+                    0,
+                )
             }
             Weight::Int4(weight) => {
                 parameters.weight = weight.words.address();
                 parameters.cells = weight.cells.address();
                 parameters.group_shift = group_shift(self.k, weight.group)
                     .expect("`validate` has seen this group: this is a bug");
-                // With few tokens more blocks; with more tokens fewer, each of which reads them all, as long as no
-                // multiprocessor is left without one.
-                let blocks_of_four = self.n.div_ceil(4 * rows);
-                let row_tiles = match self.m {
-                    ..=4 => 1,
-                    17.. if !weight.affine
-                        && blocks_of_four >= device.multiprocessors() as usize =>
-                    {
-                        4
-                    }
-                    _ => 2,
+                // With few tokens more blocks; with more tokens fewer, each of which reads them all.
+                let row_tiles = if self.m <= 4 { 1 } else { 2 };
+                // As in `int4.cu`: blocks stay and walk over tiles, and a thread has some steps' words and cells in flight.
+                let (at_once, in_flight) = match (tiles, row_tiles) {
+                    (_, 1) => (3, 6),
+                    (..=4, _) => (2, 4),
+                    _ => (1, 2),
                 };
+                let at_once = at_once * device.multiprocessors() as usize;
                 (
                     format!("{}_{kind}_{tiles}x{row_tiles}", weight.kernel()),
-                    row_tiles,
+                    tile_count(row_tiles).min(at_once),
+                    in_flight * 2 * row_tiles * THREADS * 20,
                 )
             }
             Weight::EightBit(weight) => {
@@ -282,13 +285,13 @@ impl SkinnyGemm<'_> {
                     }
                 };
                 let suffix = self.float.suffix();
-                (format!("{name}_{kind}_{tiles}_{suffix}"), 1)
+                (format!("{name}_{kind}_{tiles}_{suffix}"), tile_count(1), 0)
             }
         };
         let shape = Shape {
-            grid: (self.n.div_ceil(rows * row_tiles), 1),
+            grid: (blocks, 1),
             threads: THREADS,
-            shared: 0,
+            shared,
         };
         // SAFETY: the parameter is the kernel's own struct; all views hold what the shape needs (`validate`).
         unsafe { device.launch(&name, shape, arguments![parameters]) }

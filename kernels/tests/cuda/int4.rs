@@ -1,7 +1,7 @@
 //! Four-bit weights: turned into 16 bits, and multiplied as they are.
 
 use ashlar_kernels::cuda::{
-    DeviceBuffer, Float,
+    DeviceBuffer, Float, eight_bit,
     int4::{DequantizeInt4, Int4View, cells, words},
     skinny::{Input, Output, SkinnyGemm, Weight},
 };
@@ -14,6 +14,7 @@ const F16: Float = Float::F16;
 /// Random weights, on the GPU and as the values that they stand for.
 struct Int4 {
     group: usize,
+    affine: bool,
     words: DeviceBuffer,
     cells: DeviceBuffer,
     /// `[n, k]`, rounded to halves.
@@ -22,23 +23,40 @@ struct Int4 {
 
 impl Int4 {
     fn random(random: &mut Random, n: usize, k: usize, group: usize) -> Self {
+        Self::of_kind(random, (n, k), group, false)
+    }
+
+    /// With zeros, or with offsets.
+    fn of_kind(random: &mut Random, (n, k): (usize, usize), group: usize, affine: bool) -> Self {
         let in_order: Vec<u32> = (0..n * k / 8).map(|_| random.word() as u32).collect();
         let count = n * k / group;
         let scales: Vec<f16> = (0..count)
             .map(|_| f16::from_f32(random.unit() * 0.05))
             .collect();
         let zeros: Vec<u8> = (0..count).map(|_| random.below(16) as u8).collect();
+        let offsets: Vec<f16> = (0..count)
+            .map(|_| f16::from_f32(random.unit() * 0.2))
+            .collect();
         let value = |at: usize| {
             let (row, column) = (at / k, at % k);
             let q = in_order[at / 8] >> (4 * (column % 8)) & 15;
             let cell = column / group * n + row;
-            let value = (q as f32 - f32::from(zeros[cell])) * scales[cell].to_f32();
-            f16::from_f32(value).to_f32()
+            let value = if affine {
+                f64::from(q) * f64::from(scales[cell]) + f64::from(offsets[cell])
+            } else {
+                (f64::from(q) - f64::from(zeros[cell])) * f64::from(scales[cell])
+            };
+            f16::from_f64(value).to_f32()
         };
         Self {
             group,
             words: upload_bytes(&words(&in_order)),
-            cells: upload_bytes(&cells(&scales, &zeros)),
+            affine,
+            cells: upload_bytes(&if affine {
+                eight_bit::cells(&scales, &offsets)
+            } else {
+                cells(&scales, &zeros)
+            }),
             values: (0..n * k).map(value).collect(),
         }
     }
@@ -48,7 +66,7 @@ impl Int4 {
             words: self.words.view(),
             cells: self.cells.view(),
             group: self.group,
-            affine: false,
+            affine: self.affine,
         }
     }
 
@@ -81,8 +99,11 @@ const SHAPES: [(usize, usize, usize); 8] = [
 
 #[test]
 fn four_bits_become_sixteen_exactly() {
-    for (n, k, group) in SHAPES {
-        let weight = Int4::random(&mut Random((n * k) as u64), n, k, group);
+    for ((n, k, group), affine) in SHAPES
+        .into_iter()
+        .flat_map(|shape| [(shape, false), (shape, true)])
+    {
+        let weight = Int4::of_kind(&mut Random((n * k) as u64), (n, k), group, affine);
         let out = poisoned(n * k * 2);
         DequantizeInt4 {
             weight: weight.view(),
@@ -104,7 +125,7 @@ fn few_rows_are_multiplied_with_a_bias() {
     for (n, k, group) in SHAPES {
         for m in [1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64] {
             let mut random = Random((m * n) as u64);
-            let weight = Int4::random(&mut random, n, k, group);
+            let weight = Int4::of_kind(&mut random, (n, k), group, m % 3 == 2);
             let (x, bias) = (random.values(F16, m * k), random.values(F16, n));
             let y = poisoned(m * n * 2);
             SkinnyGemm {

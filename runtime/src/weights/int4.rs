@@ -142,7 +142,10 @@ impl Int4Matrix {
             columns,
             group,
             qweight,
-            scales: vec![scale; cells],
+            // −8..=7 is not 0 in the mean; of both signs it is.
+            scales: (0..cells)
+                .map(|cell| if cell % 2 == 0 { scale } else { -scale })
+                .collect(),
             zeros: vec![8; cells],
         }
     }

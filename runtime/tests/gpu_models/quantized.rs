@@ -99,7 +99,11 @@ impl Kind {
             |count: usize| -> Vec<u8> { (0..count).map(|_| numbers.next() as u8).collect() };
         let half = |value: f32| half::f16::from_f32(value).to_le_bytes();
         match self {
-            Self::Q4_0 => ([&half(size / 4.6)[..], &bytes(16)].concat(), 32),
+            Self::Q4_0 => {
+                // −8..=7 is not 0 in the mean; of both signs it is.
+                let sign = if bytes(1)[0] % 2 == 0 { 1.0 } else { -1.0 };
+                ([&half(sign * size / 4.6)[..], &bytes(16)].concat(), 32)
+            }
             Self::Q4_1 => {
                 let d = size / 4.6;
                 ([&half(d)[..], &half(-7.5 * d), &bytes(16)].concat(), 32)

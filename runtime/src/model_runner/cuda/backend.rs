@@ -45,7 +45,7 @@ pub(super) const FUSED_ROWS: usize = 16;
 
 /// Products with at most so many rows read four-bit weights as they are where the GPU can; with more it is faster to turn them
 /// into 16 bits first.
-const INT4_GEMM_ROWS: usize = 1024;
+const INT4_GEMM_ROWS: usize = 2048;
 
 /// From this width on a norm is a kernel of its own: inside a product every block would repeat it (on an H200 at 4,096 columns
 /// 32 µs in each layer, against 6 for two small kernels).
