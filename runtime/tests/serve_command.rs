@@ -62,7 +62,7 @@ fn serve(flags: &[&str]) -> (Process, SocketAddr, BufReader<std::process::ChildS
 fn request(address: SocketAddr, method: &str, path: &str, body: &str) -> TcpStream {
     let mut stream = TcpStream::connect(address).unwrap();
     stream
-        .set_read_timeout(Some(Duration::from_secs(60)))
+        .set_read_timeout(Some(Duration::from_secs(300)))
         .unwrap();
     let head = format!(
         "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
@@ -94,7 +94,13 @@ fn terminate(process: &Process) {
 #[test]
 fn answers_sensibly_and_drains_to_the_last_token() {
     // Exact mode: what the model says here does not hang on rounding.
-    let (mut process, address, _log) = serve(&["--drain-delay=1", "--dtype=float32"]);
+    // And the last token is to come however slow the machine is.
+    let flags = [
+        "--drain-delay=1",
+        "--shutdown-timeout=300",
+        "--dtype=float32",
+    ];
+    let (mut process, address, _log) = serve(&flags);
     assert_eq!(answer(request(address, "GET", "/health", "")).0, 200);
     let question = json!({
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
