@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use http::StatusCode;
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
 
@@ -24,7 +25,7 @@ pub struct CheckArgs {
     )]
     pub gateway: String,
     /// Seconds after which to give up.
-    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     pub timeout: u64,
 }
 
@@ -38,7 +39,7 @@ pub struct CheckError {
     reason: String,
 }
 
-/// Succeeds as soon as the gateway lists models.
+/// Succeeds as soon as the gateway answers somebody without a key, if only that one is needed.
 ///
 /// # Errors
 /// [`CheckError`] with the last failure when it does not in time.
@@ -47,8 +48,8 @@ pub async fn run(args: &CheckArgs) -> Result<(), CheckError> {
     loop {
         let asked = tokio::time::timeout(TIMEOUT, ask(&args.gateway)).await;
         let reason = match asked {
-            Ok(Ok(models)) => {
-                tracing::info!(gateway = args.gateway, models, "the gateway answers");
+            Ok(Ok(status)) => {
+                tracing::info!(gateway = args.gateway, %status, "the gateway answers");
                 return Ok(());
             }
             Ok(Err(reason)) => reason,
@@ -64,8 +65,8 @@ pub async fn run(args: &CheckArgs) -> Result<(), CheckError> {
     }
 }
 
-/// How many models the gateway lists to somebody without a key.
-async fn ask(gateway: &str) -> Result<usize, String> {
+/// The status of the answer: a list of models, or, where all services ask for keys, that a key is needed.
+async fn ask(gateway: &str) -> Result<StatusCode, String> {
     let said = |error: &dyn std::fmt::Display| error.to_string();
     let socket = tokio::net::TcpStream::connect(gateway)
         .await
@@ -87,17 +88,20 @@ async fn ask(gateway: &str) -> Result<usize, String> {
     let body = Limited::new(answer.into_body(), MAX_BODY).collect().await;
     connection.abort();
     let body = body.map_err(|error| error.to_string())?.to_bytes();
-    let list: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
-    match list["data"].as_array() {
-        Some(models) if status.is_success() => Ok(models.len()),
-        _ => Err(format!("it answered {status}")),
+    let said: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
+    let lists = status.is_success() && said["data"].is_array();
+    let wants_key = status == StatusCode::UNAUTHORIZED && said["error"]["message"].is_string();
+    if lists || wants_key {
+        Ok(status)
+    } else {
+        Err(format!("it answered {status}"))
     }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use axum::{Json, Router, http::StatusCode, routing::get};
+    use axum::{Json, Router, routing::get};
     use serde_json::json;
 
     use super::*;
@@ -113,10 +117,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_a_list_of_models_is_an_answer() {
+    async fn a_list_of_models_or_the_wish_for_a_key_is_an_answer() {
         let list = || async { Json(json!({"object": "list", "data": []})) };
         let good = gateway(Router::new().route("/v1/models", get(list))).await;
         run(&good).await.unwrap();
+
+        let closed = || async {
+            (
+                StatusCode::UNAUTHORIZED,
+                Json(json!({"error": {"message": "key"}})),
+            )
+        };
+        let closed = gateway(Router::new().route("/v1/models", get(closed))).await;
+        run(&closed).await.unwrap();
 
         let down = || async { (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"data": []}))) };
         let bad = gateway(Router::new().route("/v1/models", get(down))).await;
