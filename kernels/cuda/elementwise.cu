@@ -7,11 +7,16 @@ constexpr int MAX_VECTORS = 4; // 16-byte vectors of a row in one thread's regis
 
 enum Source { EMBED, ADD };
 
+// The embedding, in pieces of `rows` rows, one for each tensor-parallel rank.
+struct Tables {
+    const void *of[8];
+};
+
 // residual = embedding[token]  or  residual += delta;   out = residual / rms(residual) · weight.
 // `sums` takes the row's sum of squares, for consumers that do the norm themselves. One block per row.
 template <typename T, Source SOURCE>
-__device__ __forceinline__ void norm_row(const uint32_t *tokens, const int *row_slots, const uint32_t *last_tokens, const T *table,
-                                         const T *weight, T *residual, T *out, float *sums, int width, float eps) {
+__device__ __forceinline__ void norm_row(const uint32_t *tokens, const int *row_slots, const uint32_t *last_tokens,
+                                         const Tables &tables, uint32_t table_rows, const T *delta, const T *weight, T *residual, T *out, float *sums, int width, float eps) {
     __shared__ float scratch[33];
     using N = Num<T>;
     let_next_start();
@@ -22,9 +27,9 @@ __device__ __forceinline__ void norm_row(const uint32_t *tokens, const int *row_
     if (SOURCE == EMBED) {
         uint32_t token = tokens[row];
         if (token == TOKEN_FROM_SLOT) token = last_tokens[row_slots[row]];
-        source = table + (long)token * width;
+        source = reinterpret_cast<const T *>(tables.of[token / table_rows]) + (long)(token % table_rows) * width;
     } else {
-        source = table + row * width;
+        source = delta + row * width;
     }
     Vec8 values[MAX_VECTORS];
     float sum = 0.f;
@@ -89,12 +94,12 @@ template <typename T> __device__ __forceinline__ void silu_mul_row(const T *gate
 
 #define DEFINE(SUFFIX, T)                                                                                                          \
     extern "C" __global__ void embed_norm_##SUFFIX(const uint32_t *tokens, const int *row_slots, const uint32_t *last_tokens,      \
-                                                   const T *table, const T *weight, T *residual, T *out, float *sums, int width,   \
-                                                   float eps) {                                                                    \
-        norm_row<T, EMBED>(tokens, row_slots, last_tokens, table, weight, residual, out, sums, width, eps);                        \
+                                                   __grid_constant__ const Tables tables, uint32_t table_rows, const T *weight,    \
+                                                   T *residual, T *out, float *sums, int width, float eps) {                       \
+        norm_row<T, EMBED>(tokens, row_slots, last_tokens, tables, table_rows, nullptr, weight, residual, out, sums, width, eps);  \
     }                                                                                                                              \
     extern "C" __global__ void add_norm_##SUFFIX(const T *delta, const T *weight, T *residual, T *out, int width, float eps) {     \
-        norm_row<T, ADD>(nullptr, nullptr, nullptr, delta, weight, residual, out, nullptr, width, eps);                            \
+        norm_row<T, ADD>(nullptr, nullptr, nullptr, Tables{}, 1, delta, weight, residual, out, nullptr, width, eps);               \
     }                                                                                                                              \
     extern "C" __global__ void silu_mul_##SUFFIX(const T *gate_up, T *out, int width, int rows) {                                  \
         silu_mul_row<T>(gate_up, out, width, rows);                                                                                \

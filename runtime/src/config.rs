@@ -10,6 +10,9 @@ use clap::ValueEnum;
 
 use crate::model_runner::cpu;
 
+/// Most GPUs that serve a model.
+const MAX_GPU_RANKS: u32 = 8;
+
 /// Where the model computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Device {
@@ -194,7 +197,7 @@ pub struct EngineArgs {
         default_value_t = 0.9
     )]
     pub gpu_memory_utilization: f64,
-    /// GPUs that share the model
+    /// GPUs that share the model; on the CPU, groups of threads that do so as GPUs would
     #[arg(long, visible_alias = "tp", env = "ASHLAR_TENSOR_PARALLEL_SIZE", value_name = "N", value_parser = parse_u32, default_value = "1")]
     pub tensor_parallel_size: u32,
     /// Reuse the KV cache of equal prompt beginnings (the default)
@@ -318,9 +321,9 @@ impl EngineArgs {
     /// [`ConfigError`] naming the flag and what to use instead.
     pub fn validate_for_gpu(&self) -> Result<(), ConfigError> {
         let refuse = |flag: String, hint| Err(ConfigError::NotOnGpu { flag, hint });
-        if self.tensor_parallel_size > 1 {
+        if self.tensor_parallel_size > MAX_GPU_RANKS {
             let flag = format!("--tensor-parallel-size {}", self.tensor_parallel_size);
-            return refuse(flag, "one GPU serves a model; use 1");
+            return refuse(flag, "at most 8 GPUs of one machine serve a model");
         }
         if self.dtype == Dtype::Float32 {
             let flag = "--dtype float32".to_owned();
@@ -340,12 +343,10 @@ impl EngineArgs {
     /// # Errors
     /// [`ConfigError`] naming the flag and what to use instead.
     pub fn validate_for_cpu(&self) -> Result<(), ConfigError> {
-        let no_cuda = |flag: String| Err(ConfigError::NoCuda { flag });
-        if self.tensor_parallel_size > 1 {
-            return no_cuda(format!(
-                "--tensor-parallel-size {}",
-                self.tensor_parallel_size
-            ));
+        // Whoever asks for several devices means GPUs, unless it is said.
+        if self.tensor_parallel_size > 1 && self.device != Device::Cpu {
+            let flag = format!("--tensor-parallel-size {}", self.tensor_parallel_size);
+            return Err(ConfigError::NoCuda { flag });
         }
         if let dtype @ (Dtype::Float16 | Dtype::Bfloat16) = self.dtype {
             return Err(ConfigError::NotOnCpu {

@@ -238,7 +238,7 @@ fn load_on_cpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
     let max_num_batched_tokens = args
         .max_num_batched_tokens
         .unwrap_or(CPU_MAX_NUM_BATCHED_TOKENS);
-    let runner = CpuRunner::new(&CpuRunnerConfig {
+    let config = CpuRunnerConfig {
         path: path.to_owned(),
         load_format: load_format(args),
         dtype: match args.dtype {
@@ -259,7 +259,15 @@ fn load_on_cpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
         max_num_batched_tokens,
         max_model_len: args.max_model_len,
         ..CpuRunnerConfig::default()
-    })?;
+    };
+    if args.tensor_parallel_size > 1 {
+        let runner = CpuRunner::on_ranks(&config, args.tensor_parallel_size as usize)?;
+        return Ok(Loaded {
+            eos_token_ids: runner.leader().model_config().eos_token_ids.clone(),
+            runner: Box::new(runner),
+        });
+    }
+    let runner = CpuRunner::new(&config)?;
     Ok(Loaded {
         eos_token_ids: runner.model_config().eos_token_ids.clone(),
         runner: Box::new(runner),
@@ -274,7 +282,7 @@ fn load_on_gpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
     let max_num_batched_tokens = args
         .max_num_batched_tokens
         .unwrap_or(GPU_MAX_NUM_BATCHED_TOKENS);
-    let runner = CudaRunner::new(&CudaRunnerConfig {
+    let config = CudaRunnerConfig {
         path: path.to_owned(),
         load_format: load_format(args),
         dtype: match args.dtype {
@@ -292,7 +300,16 @@ fn load_on_gpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
         max_num_batched_tokens,
         max_model_len: args.max_model_len,
         enforce_eager: args.enforce_eager,
-    })?;
+    };
+    let ranks = args.tensor_parallel_size as usize;
+    if ranks > 1 {
+        let runner = CudaRunner::on_ranks(&config, &(0..ranks).collect::<Vec<_>>())?;
+        return Ok(Loaded {
+            eos_token_ids: runner.leader().model_config().eos_token_ids.clone(),
+            runner: Box::new(runner),
+        });
+    }
+    let runner = CudaRunner::new(&config)?;
     Ok(Loaded {
         eos_token_ids: runner.model_config().eos_token_ids.clone(),
         runner: Box::new(runner),

@@ -72,14 +72,23 @@ impl Device {
         }
     }
 
+    /// GPUs that the driver shows.
+    ///
+    /// # Errors
+    /// [`CudaError::NoDevice`] saying what is missing.
+    pub fn count() -> Result<usize, CudaError> {
+        Self::probe()?;
+        let count = CudaContext::device_count().map_err(driver_error("cuDeviceGetCount"))?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
     /// Opens a GPU and loads the kernels.
     ///
     /// # Errors
     /// [`CudaError::NoDevice`] without a driver, cuBLASLt or such a GPU; [`CudaError::Driver`] when it is too old for the kernels.
     pub fn open(ordinal: usize) -> Result<Self, CudaError> {
-        Self::probe()?;
-        let count = CudaContext::device_count().map_err(driver_error("cuDeviceGetCount"))?;
-        if i32::try_from(ordinal).map_or(true, |ordinal| ordinal >= count) {
+        let count = Self::count()?;
+        if ordinal >= count {
             return Err(CudaError::NoDevice {
                 message: format!("GPU {ordinal} was asked for and {count} are there"),
             });
@@ -457,6 +466,8 @@ pub struct PinnedBuffer {
 
 // SAFETY: the memory belongs to this value alone and has no ties to a thread.
 unsafe impl Send for PinnedBuffer {}
+// SAFETY: shared references only read.
+unsafe impl Sync for PinnedBuffer {}
 
 impl PinnedBuffer {
     /// The bytes.
@@ -465,6 +476,17 @@ impl PinnedBuffer {
         // SAFETY: the allocation has so many bytes, all written; the device writes to it only between `download` (which
         // borrows it mutably) and an event for which the owner waits before reading.
         unsafe { std::slice::from_raw_parts(self.ptr, self.bytes) }
+    }
+
+    /// The first four bytes, which the device may be writing.
+    pub(super) fn word(&self) -> u32 {
+        // SAFETY: allocations have 16 bytes at least, aligned by the driver; a torn read of an aligned word is impossible.
+        unsafe { self.ptr.cast::<u32>().read_volatile() }
+    }
+
+    /// Where the device sees it: page-locked memory has one address for all.
+    pub(super) fn address(&self) -> u64 {
+        self.ptr as u64
     }
 
     /// The bytes, to be written.

@@ -4,6 +4,7 @@ use super::{
     CudaError, Device, Float, View,
     modules::{Shape, arguments},
     need,
+    peers::MAX_RANKS,
 };
 
 /// Widest row: 4 vectors of 8 values in each of 1,024 threads.
@@ -19,7 +20,7 @@ fn row_threads(width: usize) -> usize {
         * 32
 }
 
-fn check_width(op: &'static str, width: usize) -> Result<(), CudaError> {
+pub(super) fn check_width(op: &'static str, width: usize) -> Result<(), CudaError> {
     need(
         width > 0 && width.is_multiple_of(8) && width <= MAX_WIDTH,
         op,
@@ -33,7 +34,7 @@ fn check_len(op: &'static str, what: &str, view: View<'_>, bytes: usize) -> Resu
     })
 }
 
-/// `residual[r] = table[token[r]]`, `out[r] = residual[r] / rms(residual[r]) · weight`.
+/// `residual[r] = table[token[r]]`, the table in one piece or in one for each tensor-parallel rank, `out[r] = residual[r] / rms(residual[r]) · weight`.
 #[derive(Clone, Copy)]
 pub struct EmbedNorm<'a> {
     /// Type of everything but tokens.
@@ -44,8 +45,10 @@ pub struct EmbedNorm<'a> {
     pub row_slots: View<'a>,
     /// `[slots]` u32.
     pub last_tokens: View<'a>,
-    /// `[vocab, width]`
-    pub table: View<'a>,
+    /// `[table_rows, width]` each, one after another; on other GPUs too, whose memory this one can reach.
+    pub tables: &'a [View<'a>],
+    /// Rows of a table.
+    pub table_rows: usize,
     /// `[width]`
     pub weight: View<'a>,
     /// `[rows, width]`
@@ -72,6 +75,14 @@ impl EmbedNorm<'_> {
         check_len(op, "weight", self.weight, row)?;
         check_len(op, "residual", self.residual, rows * row)?;
         check_len(op, "out", self.out, rows * row)?;
+        need(
+            (1..=MAX_RANKS).contains(&self.tables.len()) && self.table_rows > 0,
+            op,
+            || format!("{} tables of {} rows", self.tables.len(), self.table_rows),
+        )?;
+        for table in self.tables {
+            check_len(op, "table", *table, self.table_rows * row)?;
+        }
         self.sums
             .map_or(Ok(()), |sums| check_len(op, "sums", sums, rows * 4))
     }
@@ -87,7 +98,11 @@ impl EmbedNorm<'_> {
             self.row_slots.address(),
             self.last_tokens.address(),
         );
-        let (table, weight) = (self.table.address(), self.weight.address());
+        let mut tables = [0u64; MAX_RANKS];
+        for (at, table) in tables.iter_mut().zip(self.tables) {
+            *at = table.address();
+        }
+        let (table_rows, weight) = (self.table_rows as u32, self.weight.address());
         let (residual, out) = (self.residual.address(), self.out.address());
         let sums = self.sums.map_or(0, View::address);
         let width = self.width as i32;
@@ -104,7 +119,8 @@ impl EmbedNorm<'_> {
                 &name,
                 shape,
                 arguments![
-                    tokens, slots, last, table, weight, residual, out, sums, width, self.eps
+                    tokens, slots, last, tables, table_rows, weight, residual, out, sums, width,
+                    self.eps
                 ],
             )
         }

@@ -12,6 +12,7 @@
 //! eight_bit   eight-bit weights, floats and integers, likewise
 //! attention   paged attention: single rows (decode) and many rows (prefill)
 //! tensor_map  boxes of tensors for Hopper's copy engine
+//! peers       what tensor-parallel ranks reduce and gather over each other's memory
 //! sampling    penalties, masks, top-k, top-p, min-p, draws, log-probabilities
 //! ```
 //!
@@ -30,6 +31,7 @@ pub mod gemm;
 pub mod int4;
 pub mod int4_gemm;
 mod modules;
+pub mod peers;
 pub mod rope;
 pub mod sampling;
 pub mod skinny;
@@ -85,6 +87,12 @@ pub enum CudaError {
         /// What is there.
         free: usize,
     },
+    /// Another rank's GPU or thread hangs.
+    #[error("tensor-parallel rank {rank} has not answered for {} s: it hangs", peers::TIME_LIMIT.as_secs())]
+    Lost {
+        /// The rank.
+        rank: usize,
+    },
     /// Sizes that an operation cannot work with.
     #[error("{op}: {message}")]
     Shape {
@@ -99,7 +107,10 @@ impl CudaError {
     /// The GPU is lost or in an unknown state: the process has to start anew.
     #[must_use]
     pub fn is_fatal(&self) -> bool {
-        matches!(self, Self::Driver { .. } | Self::NoDevice { .. })
+        matches!(
+            self,
+            Self::Driver { .. } | Self::NoDevice { .. } | Self::Lost { .. }
+        )
     }
 }
 

@@ -34,6 +34,7 @@ const IMAGES: &[(&str, &[u8])] = &[
     fatbin!("prefill_attention"),
     fatbin!("prefill_attention_sm90a"),
     fatbin!("sampling"),
+    fatbin!("peers"),
 ];
 
 /// A kernel's handle. Modules are never unloaded, so it stays valid.
@@ -87,6 +88,30 @@ impl Modules {
             modules,
             functions: Mutex::new(HashMap::new()),
         })
+    }
+
+    /// Loads every kernel now instead of at its first launch: loading may wait for kernels that run, and those of
+    /// tensor-parallel ranks wait for each other.
+    pub(super) fn preload(&self) -> Result<(), CudaError> {
+        for module in &self.modules {
+            let mut count = 0;
+            // SAFETY: the module is loaded, and `count` lives through the call.
+            unsafe { sys::cuModuleGetFunctionCount(&raw mut count, module.0) }
+                .result()
+                .map_err(driver_error("cuModuleGetFunctionCount"))?;
+            let mut functions = vec![std::ptr::null_mut(); count as usize];
+            // SAFETY: there is room for `count` handles.
+            unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module.0) }
+                .result()
+                .map_err(driver_error("cuModuleEnumerateFunctions"))?;
+            for function in functions {
+                // SAFETY: the handle has just been handed out.
+                unsafe { sys::cuFuncLoad(function) }
+                    .result()
+                    .map_err(driver_error("cuFuncLoad"))?;
+            }
+        }
+        Ok(())
     }
 
     fn function(&self, name: &str, shared: usize) -> Result<Function, CudaError> {

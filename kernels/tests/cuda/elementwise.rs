@@ -4,7 +4,7 @@ use ashlar_kernels::cuda::elementwise::{AddNorm, EmbedNorm, GatherRows, SiluMul}
 
 use crate::support::*;
 
-fn norm(row: &[f32], weight: &[f32], eps: f64) -> Vec<f64> {
+pub(super) fn norm(row: &[f32], weight: &[f32], eps: f64) -> Vec<f64> {
     let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / row.len() as f64;
     let scale = 1.0 / (mean + eps).sqrt();
     let pairs = row.iter().zip(weight);
@@ -37,12 +37,22 @@ fn embedding_and_norm() {
             last_tokens[4] = last;
             let (residual, out) = (poisoned(rows * width * 2), poisoned(rows * width * 2));
             let sums = poisoned(rows * 4);
+            // In one table, or in two of 25 rows.
+            let whole = upload(float, &table);
+            let half = vocab / 2 * width * 2;
+            let halves = [whole.view().slice(0, half), whole.view().from(half)];
+            let tables = if rows == 3 {
+                &halves[..]
+            } else {
+                &[whole.view()]
+            };
             EmbedNorm {
                 float,
                 tokens: upload_u32(&tokens).view(),
                 row_slots: upload_i32(&slots).view(),
                 last_tokens: upload_u32(&last_tokens).view(),
-                table: upload(float, &table).view(),
+                tables,
+                table_rows: vocab / tables.len(),
                 weight: upload(float, &weight).view(),
                 residual: residual.view(),
                 out: out.view(),

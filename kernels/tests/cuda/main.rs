@@ -6,6 +6,7 @@ mod eight_bit;
 mod elementwise;
 mod int4;
 mod int4_gemm;
+mod peers;
 mod products;
 mod rope;
 mod sampling;

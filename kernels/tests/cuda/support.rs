@@ -102,7 +102,13 @@ pub(crate) fn poisoned(bytes: usize) -> DeviceBuffer {
 }
 
 pub(crate) fn download(float: Float, buffer: &DeviceBuffer, count: usize) -> Vec<f32> {
-    let bytes = device().read(buffer.view().slice(0, count * 2)).unwrap();
+    values_of(
+        float,
+        &device().read(buffer.view().slice(0, count * 2)).unwrap(),
+    )
+}
+
+pub(crate) fn values_of(float: Float, bytes: &[u8]) -> Vec<f32> {
     let words = bytes.as_chunks::<2>().0.iter();
     match float {
         Float::Bf16 => words.map(|w| bf16::from_le_bytes(*w).to_f32()).collect(),

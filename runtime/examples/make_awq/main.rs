@@ -26,6 +26,7 @@ use ashlar::{
     models::{
         config::ModelConfig,
         loader::{self, LoadFormat},
+        shard::Partition,
     },
     tokenizer::Tokenizer,
     weights::Checkpoint,
@@ -78,7 +79,14 @@ fn main() -> anyhow::Result<()> {
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut recorder = Recorder::new(&config, threads);
-    let decoder = loader::load(&checkpoint, &config, &recorder, LoadFormat::Auto, threads)?;
+    let decoder = loader::load(
+        &checkpoint,
+        &config,
+        &Partition::whole(&config),
+        &recorder,
+        LoadFormat::Auto,
+        threads,
+    )?;
     let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(CALIBRATION_TOKENS);
     recorder.run(&decoder, &config, &tokens);

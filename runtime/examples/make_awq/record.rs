@@ -267,7 +267,7 @@ impl Backend for Recorder {
 
     fn reduce_add_norm(
         &mut self,
-        delta: &Rows,
+        delta: &mut Rows,
         norm: &Vec<f32>,
         residual: &mut Rows,
         out: &mut Rows,

@@ -104,7 +104,12 @@ impl Core {
             gauge.store(0, Relaxed);
         }
         stats.waiting_tokens.store(0, Relaxed);
-        self.shared.exit();
+        let shared = Arc::clone(&self.shared);
+        if error.is_none() {
+            // Whoever waits for the end may end the process: give the device back before. A lost one might not take it.
+            drop(self);
+        }
+        shared.exit();
     }
 
     fn run_steps(&mut self) -> Result<(), RunnerError> {

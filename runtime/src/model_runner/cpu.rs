@@ -14,6 +14,7 @@ use super::{
     check::{check, refused},
     cpu_backend::{CpuBackend, CpuBackendConfig, CpuBuf},
     memory,
+    ranks::{Member, RankError, RankedRunner},
 };
 use crate::{
     engine::request::{GeneratedToken, TokenId},
@@ -22,6 +23,7 @@ use crate::{
         config::ModelConfig,
         decoder::{Activations, Decoder},
         loader::{self, LoadFormat},
+        shard::Partition,
     },
     sampler::{SampleError, Sampler},
     weights::{Checkpoint, WeightsError},
@@ -92,7 +94,7 @@ pub struct CpuRunnerConfig {
     pub max_num_batched_tokens: u32,
     /// Longest sequence; `None` takes the model's, lowered to what the KV cache holds.
     pub max_model_len: Option<u32>,
-    /// Threads; 0 takes every core that this process may use.
+    /// Threads, of all ranks together; 0 takes every core that this process may use.
     pub threads: usize,
 }
 
@@ -145,6 +147,9 @@ pub enum CpuRunnerError {
         /// What was asked.
         max_model_len: u32,
     },
+    /// A tensor-parallel rank failed.
+    #[error(transparent)]
+    Rank(#[from] RankError),
     /// The KV cache cannot be allocated.
     #[error("a KV cache of {bytes} bytes cannot be allocated; lower --kv-cache-memory-bytes")]
     CacheTooLarge {
@@ -184,9 +189,40 @@ impl CpuRunner {
     /// # Errors
     /// [`CpuRunnerError`] when the checkpoint cannot be used or the sizes do not fit each other.
     pub fn new(config: &CpuRunnerConfig) -> Result<Self, CpuRunnerError> {
+        Self::build(config, None)
+    }
+
+    /// Cuts the model across `ranks` runners in this process, which share the threads.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and [`CpuRunnerError::Rank`].
+    pub fn on_ranks(
+        config: &CpuRunnerConfig,
+        ranks: usize,
+    ) -> Result<RankedRunner<Self>, CpuRunnerError> {
+        let config = config.clone();
+        RankedRunner::start(ranks, move |member| Self::of_rank(&config, member))
+    }
+
+    /// One rank's runner.
+    ///
+    /// # Errors
+    /// As [`Self::on_ranks`].
+    pub fn of_rank(config: &CpuRunnerConfig, member: Member) -> Result<Self, CpuRunnerError> {
+        Self::build(config, Some(member))
+    }
+
+    fn build(config: &CpuRunnerConfig, member: Option<Member>) -> Result<Self, CpuRunnerError> {
         let started = Instant::now();
         let checkpoint = Checkpoint::open_for(&config.path, config.load_format)?;
         let model = ModelConfig::from_checkpoint(&checkpoint)?.with_fp8(config.quantize_fp8);
+        let place = member
+            .as_ref()
+            .map_or((0, 1), |member| (member.rank(), member.ranks()));
+        let (rank, ranks) = place;
+        let partition = Partition::new(&checkpoint, &model, place)
+            .map_err(|message| checkpoint.unsupported(message))?;
+        let local = partition.local(&model);
         if !model.head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
             let message = format!(
                 "its heads have {} values, not a multiple of {HEAD_DIM_MULTIPLE}",
@@ -199,11 +235,12 @@ impl CpuRunner {
             (KvDtype::Auto, Dtype::Auto) => KvDtype::Float16,
             (explicit, _) => explicit,
         };
-        let limits = limits(config, &model, kv_dtype)?;
+        let limits = limits(config, &local, kv_dtype, ranks)?;
         let threads = match config.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
         };
+        let threads = (threads / ranks).max(1);
         let backend_config = CpuBackendConfig {
             exact: config.dtype == Dtype::Float32,
             kv_dtype,
@@ -217,23 +254,33 @@ impl CpuRunner {
         };
         let bytes =
             u64::from(limits.num_blocks) * u64::from(limits.block_size) * limits.kv_bytes_per_token;
-        let backend = CpuBackend::new(&model, &backend_config)
+        let places = member.map(|member| (member, partition.vocabulary));
+        let backend = CpuBackend::new(&local, &backend_config, places)
             .ok_or(CpuRunnerError::CacheTooLarge { bytes })?;
-        let decoder = loader::load(&checkpoint, &model, &backend, config.load_format, threads)?;
+        let decoder = loader::load(
+            &checkpoint,
+            &model,
+            &partition,
+            &backend,
+            config.load_format,
+            threads,
+        )?;
         let buffer = |width| CpuBuf::new(width);
         let activations = Activations {
             residual: buffer(model.hidden_size),
             normed: buffer(model.hidden_size),
-            qkv: buffer(model.qkv_size()),
-            attention: buffer(model.attention_size()),
+            qkv: buffer(local.qkv_size()),
+            attention: buffer(local.attention_size()),
             delta: buffer(model.hidden_size),
-            gate_up: buffer(2 * model.intermediate_size),
-            mlp: buffer(model.intermediate_size),
+            gate_up: buffer(2 * local.intermediate_size),
+            mlp: buffer(local.intermediate_size),
             logits: buffer(model.vocab_size),
             blocks: Vec::new(),
         };
         tracing::info!(
             model = %config.path.display(),
+            rank,
+            ranks,
             threads,
             kv_cache_bytes = bytes,
             kv_cache_tokens = u64::from(limits.num_blocks - 1) * u64::from(limits.block_size),
@@ -329,11 +376,13 @@ impl CpuRunner {
     }
 }
 
-/// The one formula for the KV pool, shared by start-up and admission through [`RunnerLimits`].
+/// The one formula for the KV pool, shared by start-up and admission through [`RunnerLimits`]. `model` is one rank's; the
+/// pool and its bytes are those of all ranks.
 fn limits(
     config: &CpuRunnerConfig,
     model: &ModelConfig,
     kv_dtype: KvDtype,
+    ranks: usize,
 ) -> Result<RunnerLimits, CpuRunnerError> {
     for (name, value) in [
         ("--max-num-seqs", config.max_num_seqs),
@@ -359,7 +408,7 @@ fn limits(
         Some(asked) => asked,
         None => model_len,
     };
-    let kv_bytes_per_token = CpuBackend::kv_bytes_per_token(model, kv_dtype);
+    let kv_bytes_per_token = CpuBackend::kv_bytes_per_token(model, kv_dtype) * ranks as u64;
     let block_bytes = kv_bytes_per_token * u64::from(BLOCK_SIZE);
     // One more than the sequences need: block 0 holds nothing.
     let full = u64::from(config.max_num_seqs) * u64::from(wanted.div_ceil(BLOCK_SIZE)) + 1;
@@ -421,6 +470,7 @@ impl ModelRunner for CpuRunner {
             self.decoder
                 .logits(&mut self.backend, &mut self.activations);
         }
+        self.backend.take_error()?;
         let id = StepId(self.next_step);
         self.next_step += 1;
         self.pending = Some(Pending { id, sampled: None });

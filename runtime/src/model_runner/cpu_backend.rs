@@ -1,6 +1,6 @@
 //! [`Backend`] on the CPU: the host kernels of `ashlar-kernels`, their thread pool and the KV cache of every layer.
 //!
-//! Activations are f32 rows. Where a matrix is quantised its input is quantised to int8 once, for all its parts.
+//! Activations are f32 rows. On one of several ranks, what all need is summed or gathered in the memory they share. Where a matrix is quantised its input is quantised to int8 once, for all its parts.
 
 use std::sync::Mutex;
 
@@ -12,7 +12,10 @@ use ashlar_kernels::cpu::{
     quantize::BLOCK,
 };
 
-use super::cpu::KvDtype;
+use super::{
+    cpu::KvDtype,
+    ranks::{Member, RankError},
+};
 use crate::{
     engine::request::TokenId,
     models::{
@@ -20,7 +23,7 @@ use crate::{
         config::ModelConfig,
     },
     sampler::philox4x32,
-    weights::{Fp8Matrix, GgmlType, Int4Matrix, RawTensor, Weight},
+    weights::{Fp8Matrix, GgmlType, Int4Matrix, RawTensor, Weight, cut::Span},
 };
 
 /// Rows that make a task worth handing out, where a row is a few thousand operations.
@@ -100,6 +103,54 @@ pub(super) struct CpuBackend {
     /// Rows of [`Self::linear_in_two`], `[2 · rows, columns]`, and their products.
     split: Vec<f32>,
     products: Vec<f32>,
+    /// Among several ranks.
+    place: Option<Place>,
+}
+
+/// One of several ranks.
+struct Place {
+    member: Member,
+    /// Its rows of the embedding and the head.
+    vocabulary: Span,
+    /// What all ranks' results add up to.
+    sum: Vec<f32>,
+    /// Its part of the logits.
+    logits: CpuBuf,
+    /// Why the step is not to be used: the first failure.
+    error: Option<RankError>,
+}
+
+impl Place {
+    /// Notes a failure: operations have no result to return it in.
+    fn note(&mut self, result: Result<(), RankError>) {
+        if let Err(error) = result {
+            self.error.get_or_insert(error);
+        }
+    }
+
+    /// The sum of all ranks' `values`.
+    fn sum(&mut self, values: &[f32]) -> &[f32] {
+        self.sum.resize(values.len(), 0.0);
+        let summed = self.member.sum(values, &mut self.sum);
+        self.note(summed);
+        &self.sum
+    }
+
+    /// Puts the ranks' columns of the logits side by side.
+    fn gather(&mut self, out: &mut CpuBuf) {
+        let (rows, padded) = (self.logits.rows, self.logits.width);
+        let width = out.width;
+        let all = out.with_rows(rows);
+        let ranks = self.member.ranks();
+        let gathered = self.member.share(self.logits.values(), |rank, share| {
+            let columns = Span::of_rank(width, (rank, ranks), padded);
+            let pairs = all.chunks_exact_mut(width).zip(share.chunks_exact(padded));
+            for (row, part) in pairs {
+                row[columns.start..][..columns.len].copy_from_slice(&part[..columns.len]);
+            }
+        });
+        self.note(gathered);
+    }
 }
 
 /// The kernels' name of a K and V type.
@@ -126,8 +177,13 @@ impl CpuBackend {
         (layout(model, dtype, 1).block_bytes() / BLOCK_SIZE * model.num_layers) as u64
     }
 
-    /// Starts the threads and reserves the KV cache; `None` when that cannot be allocated.
-    pub(super) fn new(model: &ModelConfig, config: &CpuBackendConfig) -> Option<Self> {
+    /// Starts the threads and reserves the KV cache; `None` when that cannot be allocated. `model` has a rank's own sizes,
+    /// `place` says which, of several, and what of the vocabulary it holds.
+    pub(super) fn new(
+        model: &ModelConfig,
+        config: &CpuBackendConfig,
+        place: Option<(Member, Span)>,
+    ) -> Option<Self> {
         let layout = layout(model, config.kv_dtype, config.num_blocks);
         Some(Self {
             pool: ThreadPool::new(config.threads),
@@ -149,7 +205,22 @@ impl CpuBackend {
             quantized: QuantizedRows::default(),
             split: Vec::new(),
             products: Vec::new(),
+            place: place.map(|(member, vocabulary)| Place {
+                member,
+                vocabulary,
+                sum: Vec::new(),
+                logits: CpuBuf::new(vocabulary.padded),
+                error: None,
+            }),
         })
+    }
+
+    /// Why the step that has run cannot be used.
+    pub(super) fn take_error(&mut self) -> Result<(), RankError> {
+        let place = self.place.as_mut();
+        place
+            .and_then(|place| place.error.take())
+            .map_or(Ok(()), Err)
     }
 
     /// Calls `run` with each of these rows of `buf` (all different) and its place in `rows`, on all threads.
@@ -442,11 +513,20 @@ impl Backend for CpuBackend {
         out: &mut CpuBuf,
     ) {
         let width = residual.width;
+        let held = self.place.as_ref().map(|place| place.vocabulary);
+        let held = held.unwrap_or(Span::whole(embedding.rows()));
         self.for_rows(residual.with_rows(tokens.len()), width, |first, rows| {
             for (row, token) in rows.chunks_exact_mut(width).zip(&tokens[first..]) {
-                embedding.dequantize_row(*token as usize, row);
+                match (*token as usize).checked_sub(held.start) {
+                    Some(index) if index < held.len => embedding.dequantize_row(index, row),
+                    _ => row.fill(0.0),
+                }
             }
         });
+        if let Some(place) = &mut self.place {
+            let sum = place.sum(residual.values());
+            residual.values_mut().copy_from_slice(sum);
+        }
         elementwise::rms_norm(
             &self.pool,
             residual.values(),
@@ -537,15 +617,19 @@ impl Backend for CpuBackend {
 
     fn reduce_add_norm(
         &mut self,
-        delta: &CpuBuf,
+        delta: &mut CpuBuf,
         norm: &Vec<f32>,
         residual: &mut CpuBuf,
         out: &mut CpuBuf,
     ) {
         let out = out.with_rows(delta.rows);
+        let delta = match &mut self.place {
+            Some(place) => place.sum(delta.values()),
+            None => delta.values(),
+        };
         elementwise::add_rms_norm(
             &self.pool,
-            delta.values(),
+            delta,
             norm,
             self.eps,
             residual.values_mut(),
@@ -563,6 +647,12 @@ impl Backend for CpuBackend {
     }
 
     fn logits(&mut self, x: &CpuBuf, head: &Linear<PackedMatrix, Vec<f32>>, out: &mut CpuBuf) {
-        self.linear(x, head, AdapterRows, out);
+        let Some(mut place) = self.place.take() else {
+            self.linear(x, head, AdapterRows, out);
+            return;
+        };
+        self.linear(x, head, AdapterRows, &mut place.logits);
+        place.gather(out);
+        self.place = Some(place);
     }
 }

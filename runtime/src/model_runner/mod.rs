@@ -12,6 +12,7 @@ mod cpu_backend;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod memory;
+pub mod ranks;
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
@@ -23,6 +24,7 @@ use crate::{
 #[cfg(test)]
 pub(crate) use check::check;
 pub use cpu::{CpuRunner, CpuRunnerConfig, CpuRunnerError, Dtype, KvCacheSize, KvDtype};
+pub use ranks::RankedRunner;
 
 /// Stable index `< max_num_seqs` of a running sequence: per-request state of the runner lives in arrays indexed by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

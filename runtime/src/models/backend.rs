@@ -115,7 +115,8 @@ pub trait Backend: Sync {
         self.pack(&[scheme.random(shape, seed)?])
     }
 
-    /// `residual = embedding[tokens]`, `out = norm(residual)`.
+    /// `residual = embedding[tokens]`, `out = norm(residual)`; a rank that does not hold a token's row gets it from the one
+    /// that does.
     fn embed_norm(
         &mut self,
         tokens: &[TokenId],
@@ -149,10 +150,10 @@ pub trait Backend: Sync {
     /// `out = silu(gate) · up` where `gate_up` holds both halves of a row.
     fn silu_mul(&mut self, gate_up: &Self::Buf, out: &mut Self::Buf);
 
-    /// Sums `delta` across ranks, adds it to `residual`, `out = norm(residual)`.
+    /// Sums `delta` across ranks, adds it to `residual`, `out = norm(residual)`. `delta` is used up.
     fn reduce_add_norm(
         &mut self,
-        delta: &Self::Buf,
+        delta: &mut Self::Buf,
         norm: &Self::Vector,
         residual: &mut Self::Buf,
         out: &mut Self::Buf,
@@ -161,7 +162,7 @@ pub trait Backend: Sync {
     /// Keeps these rows (ascending) of `buf` and drops the others.
     fn keep_rows(&mut self, rows: &[u32], buf: &mut Self::Buf);
 
-    /// `out = x · headᵀ`, in f32, `[rows, vocab]`.
+    /// `out = x · headᵀ`, in f32, `[rows, vocab]`: the whole vocabulary, on every rank.
     fn logits(
         &mut self,
         x: &Self::Buf,

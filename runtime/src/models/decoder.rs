@@ -161,7 +161,7 @@ impl<B: Backend> Decoder<B> {
             &mut act.delta,
         );
         backend.reduce_add_norm(
-            &act.delta,
+            &mut act.delta,
             &layer.post_attention_norm,
             &mut act.residual,
             &mut act.normed,
@@ -173,7 +173,12 @@ impl<B: Backend> Decoder<B> {
                 backend.linear(&act.mlp, down, AdapterRows, &mut act.delta);
             }
         }
-        backend.reduce_add_norm(&act.delta, next_norm, &mut act.residual, &mut act.normed);
+        backend.reduce_add_norm(
+            &mut act.delta,
+            next_norm,
+            &mut act.residual,
+            &mut act.normed,
+        );
     }
 }
 

@@ -1,4 +1,5 @@
-//! From a checkpoint to a [`Decoder`]: check shapes, undo permutations, fuse parts, repack; layers in parallel.
+//! From a checkpoint to a [`Decoder`]: check shapes, take the rank's part, undo permutations, fuse parts, repack; layers in
+//! parallel.
 
 use std::{borrow::Cow, sync::Mutex, thread, time::Instant};
 
@@ -6,9 +7,13 @@ use super::{
     backend::{Backend, HeadNorms, Linear},
     config::ModelConfig,
     decoder::{Decoder, Layer, Mlp},
-    registry::{GGUF_WEIGHTS, HF_WEIGHTS, MatrixEntry, Part, Role, WeightMap},
+    registry::{GGUF_WEIGHTS, HF_WEIGHTS, MatrixEntry, Part, Role, Shard, WeightMap},
+    shard::Partition,
 };
-use crate::weights::{Checkpoint, Fp8Matrix, Fp8Scheme, RawTensor, Scheme, Weight, WeightsError};
+use crate::weights::{
+    Checkpoint, Fp8Matrix, Fp8Scheme, RawTensor, Scheme, Weight, WeightsError,
+    cut::{Cut, Span},
+};
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -20,13 +25,14 @@ pub enum LoadFormat {
     Dummy,
 }
 
-/// Loads all weights of `checkpoint`, on `threads` threads.
+/// Loads the rank's part of all weights of `checkpoint`, on `threads` threads. `config` describes the whole model.
 ///
 /// # Errors
-/// [`WeightsError`] when a tensor is absent, has another shape than the configuration says, or cannot be used.
+/// [`WeightsError`] when a tensor is absent, has another shape than the configuration says, or cannot be used or cut.
 pub fn load<B: Backend>(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
+    partition: &Partition,
     backend: &B,
     format: LoadFormat,
     threads: usize,
@@ -36,6 +42,7 @@ pub fn load<B: Backend>(
     let loader = Loader {
         checkpoint,
         config,
+        partition,
         backend,
         format,
         names: match checkpoint {
@@ -64,6 +71,7 @@ pub fn load<B: Backend>(
 struct Loader<'a, B> {
     checkpoint: &'a Checkpoint,
     config: &'a ModelConfig,
+    partition: &'a Partition,
     backend: &'a B,
     format: LoadFormat,
     names: &'static WeightMap,
@@ -186,8 +194,8 @@ impl<B: Backend> Loader<'_, B> {
         let (mut out_features, mut in_features) = (0, 0);
         let mut bias: Option<Vec<f32>> = None;
         for part in entry.parts {
-            let weight = self.part(part, layer)?;
-            if let Some(values) = self.bias(part, layer, weight.rows())? {
+            let weight = self.part(entry.shard, part, layer)?;
+            if let Some(values) = self.bias(entry.shard, part, layer)? {
                 let bias = bias.get_or_insert_with(Vec::new);
                 bias.resize(out_features, 0.0);
                 bias.extend(values);
@@ -225,9 +233,10 @@ impl<B: Backend> Loader<'_, B> {
     ) -> Result<Linear<B::Matrix, B::Vector>, WeightsError> {
         let name = entry.parts[0].name.replace("{}", &layer.to_string());
         let refused = |reason| self.checkpoint.unsupported(format!("{name}: {reason}"));
-        let out_features = entry.parts.iter().map(|part| self.shape(part.role).0).sum();
-        let in_features = self.shape(entry.parts[0].role).1;
-        let seed = name.bytes().fold(0u64, |hash, byte| {
+        let local = |part: &Part| self.local_shape(entry.shard, part.role);
+        let out_features = entry.parts.iter().map(|part| local(part).0).sum();
+        let in_features = local(&entry.parts[0]).1;
+        let seed = name.bytes().fold(self.partition.rank as u64, |hash, byte| {
             hash.wrapping_mul(31).wrapping_add(u64::from(byte))
         });
         let biased = self.config.qkv_bias && entry.parts[0].role == Role::Query;
@@ -253,8 +262,29 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
-    /// A part's matrix, its shape checked, its rows in the order that half-split RoPE needs.
-    fn part(&self, part: &Part, layer: usize) -> Result<Weight<'_>, WeightsError> {
+    /// The rank's part of a part's matrix, its rows in the order that half-split RoPE needs.
+    fn part(&self, shard: Shard, part: &Part, layer: usize) -> Result<Weight<'_>, WeightsError> {
+        let mut weight = self.stored(part, layer)?;
+        if let Some(cut) = self.partition.cut(shard, part.role) {
+            weight = weight.cut(cut).map_err(|reason| {
+                let name = part.name.replace("{}", &layer.to_string());
+                self.checkpoint.unsupported(format!("{name}: {reason}"))
+            })?;
+        }
+        match weight {
+            Weight::Rows(raw) if self.permuted(part.role) => {
+                let data = unpermute(&raw.data, raw.row_bytes(), self.config.head_dim);
+                Ok(Weight::Rows(RawTensor {
+                    data: Cow::Owned(data),
+                    ..raw
+                }))
+            }
+            other => Ok(other),
+        }
+    }
+
+    /// A part's whole matrix, its shape checked.
+    fn stored(&self, part: &Part, layer: usize) -> Result<Weight<'_>, WeightsError> {
         let name = part.name.replace("{}", &layer.to_string());
         let (rows, columns) = self.shape(part.role);
         if let Some(scheme) = &self.config.quantization
@@ -282,28 +312,28 @@ impl<B: Backend> Loader<'_, B> {
         {
             return Ok(Weight::Fp8(matrix));
         }
-        if !self.permuted(part.role) {
-            return Ok(Weight::Rows(raw));
-        }
-        let row_bytes = raw.row_bytes();
-        let data = unpermute(&raw.data, row_bytes, self.config.head_dim);
-        Ok(Weight::Rows(RawTensor {
-            data: Cow::Owned(data),
-            ..raw
-        }))
+        Ok(Weight::Rows(raw))
     }
 
     fn bias(
         &self,
+        shard: Shard,
         part: &Part,
         layer: usize,
-        len: usize,
     ) -> Result<Option<Vec<f32>>, WeightsError> {
+        let len = self.shape(part.role).0;
         let name = format!("{}.bias", part.name.replace("{}", &layer.to_string()));
         let Some(raw) = self.checkpoint.tensor(&name)? else {
             return Ok(None);
         };
-        let values = self.plain_values(&name, &raw, len)?;
+        let mut values = self.plain_values(&name, &raw, len)?;
+        match self.partition.cut(shard, part.role) {
+            None => {}
+            Some(Cut::Rows(span)) => values = span.take(&values),
+            // The ranks' results are summed: one of them brings the bias.
+            Some(Cut::Columns(_)) if self.partition.rank == 0 => {}
+            Some(Cut::Columns(_)) => return Ok(None),
+        }
         if !self.permuted(part.role) {
             return Ok(Some(values));
         }
@@ -326,6 +356,16 @@ impl<B: Backend> Loader<'_, B> {
         matches!(self.checkpoint, Checkpoint::Gguf(_))
             && self.config.architecture.gguf_permuted
             && matches!(role, Role::Query | Role::Key)
+    }
+
+    /// `(rows, columns)` of the rank's part of a part.
+    fn local_shape(&self, shard: Shard, role: Role) -> (usize, usize) {
+        let (rows, columns) = self.shape(role);
+        match self.partition.cut(shard, role) {
+            None => (rows, columns),
+            Some(Cut::Rows(Span { padded, .. })) => (padded, columns),
+            Some(Cut::Columns(Span { padded, .. })) => (rows, padded),
+        }
     }
 
     /// `(rows, columns)` of a part.

@@ -3,7 +3,8 @@
 //! ```text
 //! weights::Checkpoint ──► config (ModelConfig) ──► registry (which tensors, how they are fused and sharded)
 //!                                   │                          │
-//!                                   └────────► decoder ◄───────┘   generic over backend::Backend
+//!                                   │        shard (a rank's part of each) ──► loader
+//!                                   └────────► decoder ◄──────────────────────────┘   generic over backend::Backend
 //! ```
 //!
 //! Adding a model of the Llama family is a row in [`registry`], not a new file.
@@ -13,3 +14,4 @@ pub mod config;
 pub mod decoder;
 pub mod loader;
 pub mod registry;
+pub mod shard;

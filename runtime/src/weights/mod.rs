@@ -8,6 +8,7 @@
 use std::{fs::File, io, ops::Deref, path::Path};
 
 pub mod checkpoint;
+pub mod cut;
 pub mod fp8;
 pub mod ggml_type;
 pub mod gguf;

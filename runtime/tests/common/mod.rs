@@ -2,6 +2,8 @@
 //! without an engine.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, missing_docs)] // Each test file uses its own part.
 
+pub mod families;
+
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use ashlar::{

@@ -1,6 +1,11 @@
 //! Eight-bit floats and GGUF's blocks on the GPU against the CPU's exact mode on the same values.
 
-use super::*;
+use ashlar::model_runner::{CpuRunner, CpuRunnerConfig, Dtype, KvCacheSize};
+
+use super::{
+    common::families::{LAYERS, Numbers, VOCAB},
+    *,
+};
 
 /// Eight-bit activations, of three bits each: what many rows are multiplied with. Attention in these models chooses sharply,
 /// so that it grows from layer to layer; a wrong term would be near 1.

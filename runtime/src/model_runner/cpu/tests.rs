@@ -48,14 +48,32 @@ fn config(kv_cache: KvCacheSize, max_model_len: Option<u32>) -> CpuRunnerConfig 
 fn the_pool_is_sized_by_one_formula() {
     let model = model();
     // 2 layers × (K and V) × 16 values × 2 bytes.
-    let sized = |kv_cache, len| limits(&config(kv_cache, len), &model, KvDtype::Float16);
+    let sized = |kv_cache, len| limits(&config(kv_cache, len), &model, KvDtype::Float16, 1);
     let auto = sized(KvCacheSize::Auto, None).unwrap();
     assert_eq!(
         (auto.kv_bytes_per_token, auto.num_blocks, auto.max_model_len),
         (128, 4 * 16 + 1, 256)
     );
-    let f32 = limits(&config(KvCacheSize::Auto, None), &model, KvDtype::Float32).unwrap();
+    let f32 = limits(
+        &config(KvCacheSize::Auto, None),
+        &model,
+        KvDtype::Float32,
+        1,
+    )
+    .unwrap();
     assert_eq!(f32.kv_bytes_per_token, 256);
+    // Three ranks hold three times as much; the memory is that of all.
+    let three = limits(
+        &config(KvCacheSize::Auto, None),
+        &model,
+        KvDtype::Float16,
+        3,
+    )
+    .unwrap();
+    assert_eq!(
+        (three.kv_bytes_per_token, three.num_blocks),
+        (384, auto.num_blocks)
+    );
     let bytes = sized(KvCacheSize::Bytes(128 * 16 * 10 + 5), Some(144)).unwrap();
     assert_eq!((bytes.num_blocks, bytes.max_model_len), (10, 144));
     // Without a length, the model's is lowered to what fits; an explicit one that does not fit is an error.
@@ -118,6 +136,7 @@ fn a_step_outside_the_limits_is_refused_before_it_runs() {
         &config(KvCacheSize::Blocks(10), None),
         &model(),
         KvDtype::Float16,
+        1,
     )
     .unwrap();
     check(&step(), &limits).unwrap();

@@ -28,6 +28,7 @@ use half::{bf16, f16};
 use super::{
     integers,
     matrix::Matrix,
+    place::Place,
     step::{DecodeSection, Layout},
 };
 use crate::{
@@ -113,8 +114,41 @@ impl CudaBuf {
         })
     }
 
+    /// Rows of `width` values in these two buffers, in turns.
+    pub(super) fn in_turns([data, spare]: [Arc<DeviceBuffer>; 2], width: usize) -> Self {
+        Self {
+            data,
+            spare: Some(spare),
+            width,
+            rows: 0,
+            state: State::Ready,
+        }
+    }
+
     pub(super) fn view(&self) -> View<'_> {
         self.data.view()
+    }
+
+    /// The memory, to be shared.
+    pub(super) fn memory(&self) -> &Arc<DeviceBuffer> {
+        &self.data
+    }
+
+    /// Values in a row.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Rows that it holds.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Goes on with the other buffer.
+    pub(super) fn turn(&mut self) {
+        if let Some(spare) = &mut self.spare {
+            std::mem::swap(&mut self.data, spare);
+        }
     }
 
     fn set(&mut self, rows: usize, state: State) {
@@ -170,6 +204,8 @@ pub(super) struct CudaBackend {
     /// Whether layers hold integers, which few rows multiply as they are, and many only once they are 16-bit floats.
     integers: bool,
     error: Option<CudaError>,
+    /// Among several ranks.
+    pub(super) place: Option<Place>,
 }
 
 impl CudaBackend {
@@ -226,6 +262,7 @@ impl CudaBackend {
             int4_parts: None,
             integers: config.integers,
             error: None,
+            place: None,
             device: device.clone(),
         })
     }
@@ -471,6 +508,24 @@ impl CudaBackend {
         }))
     }
 
+    /// The head's product, of the columns that `out` holds.
+    fn head(
+        &self,
+        x: &CudaBuf,
+        head: &Linear<GpuMatrix, GpuVector>,
+        out: &CudaBuf,
+    ) -> Result<(), CudaError> {
+        let (matrix, bias) = (&head.parts[0], head.bias.as_ref());
+        let is_normed = matches!(x.state, State::Normed { .. });
+        if is_normed || Self::is_skinny(x.rows, matrix.columns) {
+            let product = Self::product_of(x, matrix, bias);
+            let output = Output::StoreF32(out.view());
+            self.run_product(&product, x.rows, out.width, output)
+        } else {
+            self.launch_gemm(x, (matrix, bias), (out.view(), true))
+        }
+    }
+
     /// Finds the fastest plans for products of `rows` rows with this matrix.
     pub(super) fn tune(
         &self,
@@ -494,10 +549,31 @@ impl CudaBackend {
         operands: (&GpuMatrix, Option<&GpuVector>),
         target: (View<'_>, bool),
     ) -> Result<(), CudaError> {
-        self.gemm(x, operands, target, x.rows, |product| match product {
+        self.gemm(x, operands, target, x.rows, |product| {
+            self.launch_large(product)
+        })
+    }
+
+    fn launch_large(&self, product: &LargeProduct<'_>) -> Result<(), CudaError> {
+        match product {
             LargeProduct::Float(gemm) => gemm.launch(&self.device),
             LargeProduct::Fp8(gemm) => gemm.launch(&self.device),
             LargeProduct::Int4(gemm) => gemm.launch(&self.device),
+        }
+    }
+
+    /// A product of `rows` rows of whatever lies in `x`.
+    pub(super) fn product(
+        &self,
+        weight: &Linear<GpuMatrix, GpuVector>,
+        x: &CudaBuf,
+        y: &CudaBuf,
+        f32_out: bool,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let operands = (&weight.parts[0], weight.bias.as_ref());
+        self.gemm(x, operands, (y.view(), f32_out), rows, |product| {
+            self.launch_large(product)
         })
     }
 
@@ -753,22 +829,31 @@ impl Backend for CudaBackend {
         out: &mut CudaBuf,
     ) {
         let rows = self.layout.counts.rows;
-        let table = self.values(embedding);
-        let embed = |table| EmbedNorm {
-            float: self.float,
-            tokens: self.at(self.layout.tokens),
-            row_slots: self.at(self.layout.row_slots),
-            last_tokens: self.last_tokens.view(),
-            table,
-            weight: norm.view(),
-            residual: residual.view(),
-            out: out.view(),
-            sums: None,
-            rows,
-            width: residual.width,
-            eps: self.eps,
+        let pieces = match &self.place {
+            Some(place) => &place.embeddings[..],
+            None => std::slice::from_ref(embedding),
         };
-        let result = table.and_then(|table| embed(table).launch(&self.device));
+        let launch = || {
+            let tables = pieces.iter().map(|piece| self.values(piece));
+            let tables: Vec<View<'_>> = tables.collect::<Result<_, CudaError>>()?;
+            EmbedNorm {
+                float: self.float,
+                tokens: self.at(self.layout.tokens),
+                row_slots: self.at(self.layout.row_slots),
+                last_tokens: self.last_tokens.view(),
+                tables: &tables,
+                table_rows: embedding.rows,
+                weight: norm.view(),
+                residual: residual.view(),
+                out: out.view(),
+                sums: None,
+                rows,
+                width: residual.width,
+                eps: self.eps,
+            }
+            .launch(&self.device)
+        };
+        let result = launch();
         self.note(result);
         residual.set(rows, State::Ready);
         out.set(rows, State::Ready);
@@ -848,12 +933,20 @@ impl Backend for CudaBackend {
 
     fn reduce_add_norm(
         &mut self,
-        delta: &CudaBuf,
+        delta: &mut CudaBuf,
         norm: &GpuVector,
         residual: &mut CudaBuf,
         out: &mut CudaBuf,
     ) {
         let (rows, width) = (delta.rows, residual.width);
+        if let Some(place) = &self.place {
+            let result = self
+                .settle(delta)
+                .and_then(|()| place.reduce(self.float, delta, (norm, self.eps), residual, out));
+            self.note(result);
+            out.set(rows, State::Ready);
+            return;
+        }
         if let State::Product(product) = &delta.state
             && (width >= SEPARATE_NORM_WIDTH || rows > skinny::MAX_ROWS)
         {
@@ -919,14 +1012,11 @@ impl Backend for CudaBackend {
     }
 
     fn logits(&mut self, x: &CudaBuf, head: &Linear<GpuMatrix, GpuVector>, out: &mut CudaBuf) {
-        let (matrix, bias) = (&head.parts[0], head.bias.as_ref());
-        let is_normed = matches!(x.state, State::Normed { .. });
-        let result = if is_normed || Self::is_skinny(x.rows, matrix.columns) {
-            let product = Self::product_of(x, matrix, bias);
-            let output = Output::StoreF32(out.view());
-            self.run_product(&product, x.rows, out.width, output)
-        } else {
-            self.launch_gemm(x, (matrix, bias), (out.view(), true))
+        let result = match &self.place {
+            None => self.head(x, head, out),
+            Some(place) => self
+                .head(x, head, &place.logits)
+                .and_then(|()| place.gather(x.rows, out.width)),
         };
         self.note(result);
         out.set(x.rows, State::Ready);

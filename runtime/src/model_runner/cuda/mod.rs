@@ -12,6 +12,7 @@
 mod backend;
 mod integers;
 mod matrix;
+mod place;
 mod sampling;
 mod staging;
 mod step;
@@ -23,10 +24,11 @@ use std::{
 };
 
 pub use ashlar_kernels::cuda::{CudaError, Float};
-use ashlar_kernels::cuda::{Device, Graph, gemm};
+use ashlar_kernels::cuda::{Device, Graph, gemm, peers::Peers};
 
 use self::{
     backend::{CudaBackend, CudaBackendConfig, CudaBuf, GpuMatrix, block_format},
+    place::{Place, load_products},
     sampling::GpuSampler,
     staging::Staging,
     step::{Counts, Layout, StepBuilder, max_items},
@@ -35,12 +37,14 @@ use super::{
     ModelCosts, ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SeqInput, Slot,
     StepId, StepOutput,
     check::{check, refused},
+    ranks::{Member, RankError, RankedRunner},
 };
 use crate::{
     models::{
         config::ModelConfig,
         decoder::{Activations, Decoder, Mlp},
         loader::{self, LoadFormat},
+        shard::Partition,
     },
     weights::{Checkpoint, GgmlType, Scheme, WeightsError},
 };
@@ -100,6 +104,19 @@ pub enum CudaRunnerError {
         /// What the model allows.
         model: u32,
     },
+    /// Fewer GPUs than ranks.
+    #[error(
+        "--tensor-parallel-size {asked} needs {asked} GPUs, and this machine shows {found}; give the container more GPUs or lower it"
+    )]
+    TooFewGpus {
+        /// Ranks.
+        asked: usize,
+        /// GPUs.
+        found: usize,
+    },
+    /// A tensor-parallel rank failed.
+    #[error(transparent)]
+    Rank(#[from] RankError),
     /// One sequence does not fit.
     #[error(
         "{bytes} bytes of GPU memory are left for the KV cache and hold {tokens} tokens, and {needed} are needed; raise --gpu-memory-utilization or lower --max-model-len"
@@ -122,7 +139,15 @@ pub fn probe() -> Result<(), CudaRunnerError> {
     Ok(Device::probe()?)
 }
 
-/// Runs a model of the Llama family on one GPU.
+/// GPUs of this machine.
+///
+/// # Errors
+/// [`CudaError::NoDevice`] saying what is missing.
+pub fn count() -> Result<usize, CudaRunnerError> {
+    Ok(Device::count()?)
+}
+
+/// Runs a model of the Llama family on one GPU, or a tensor-parallel rank's part of it.
 pub struct CudaRunner {
     limits: RunnerLimits,
     config: ModelConfig,
@@ -140,6 +165,8 @@ pub struct CudaRunner {
     /// The submitted step that has not been sampled, and its rows of logits.
     submitted: Option<(StepId, usize)>,
     next_step: u64,
+    /// Its place among the ranks, which learn from it if this thread panics.
+    member: Option<Member>,
 }
 
 impl CudaRunner {
@@ -148,10 +175,46 @@ impl CudaRunner {
     /// # Errors
     /// [`CudaRunnerError`] when there is no GPU, the checkpoint cannot be used, or the sizes do not fit each other.
     pub fn new(config: &CudaRunnerConfig) -> Result<Self, CudaRunnerError> {
+        Self::build(config, None)
+    }
+
+    /// Cuts the model across ranks, each on the GPU of this number (of `config.ordinal`, none). Ranks may share a GPU,
+    /// which tests do.
+    ///
+    /// # Errors
+    /// As [`Self::new`], [`CudaRunnerError::TooFewGpus`] and [`CudaRunnerError::Rank`].
+    pub fn on_ranks(
+        config: &CudaRunnerConfig,
+        ordinals: &[usize],
+    ) -> Result<RankedRunner<Self>, CudaRunnerError> {
+        let found = count()?;
+        if ordinals.iter().any(|ordinal| *ordinal >= found) {
+            let asked = ordinals.len();
+            return Err(CudaRunnerError::TooFewGpus { asked, found });
+        }
+        let configs: Vec<CudaRunnerConfig> = ordinals
+            .iter()
+            .map(|ordinal| CudaRunnerConfig {
+                ordinal: *ordinal,
+                ..config.clone()
+            })
+            .collect();
+        RankedRunner::start(ordinals.len(), move |member| {
+            Self::build(&configs[member.rank()], Some(member))
+        })
+    }
+
+    fn build(config: &CudaRunnerConfig, member: Option<Member>) -> Result<Self, CudaRunnerError> {
         let started = Instant::now();
         let device = Device::open(config.ordinal)?;
         let checkpoint = Checkpoint::open_for(&config.path, config.load_format)?;
-        let model = ModelConfig::from_checkpoint(&checkpoint)?.with_fp8(config.quantize_fp8);
+        let whole = ModelConfig::from_checkpoint(&checkpoint)?.with_fp8(config.quantize_fp8);
+        let (rank, ranks) = member
+            .as_ref()
+            .map_or((0, 1), |member| (member.rank(), member.ranks()));
+        let partition = Partition::new(&checkpoint, &whole, (rank, ranks))
+            .map_err(|message| checkpoint.unsupported(message))?;
+        let model = partition.local(&whole);
         check_widths(&checkpoint, &model)?;
         let float = config
             .dtype
@@ -165,24 +228,42 @@ impl CudaRunner {
         let mut backend = CudaBackend::new(&device, &model, &backend_config)?;
         let decoder = loader::load(
             &checkpoint,
-            &model,
+            &whole,
+            &partition,
             &backend,
             config.load_format,
             LOAD_THREADS,
         )?;
         backend.reserve_scratch(layer_matrices(&decoder), max_rows)?;
-        let activations = activations(&device, &model, max_rows, max_logit_rows)?;
+        let mut activations = activations(&device, &model, max_rows, max_logit_rows)?;
+        if let Some(member) = &member {
+            let sizes = (max_rows, gemm::bucket(max_logit_rows));
+            let held = partition.vocabulary.padded;
+            let place = Place::take(member, &device, &decoder, &mut activations, sizes, held)?;
+            backend.place = Some(place);
+        }
         device.synchronize()?;
         let loaded = started.elapsed();
         tune(&backend, &decoder, &activations, (max_rows, max_logit_rows))?;
-        let limits = limits(config, &model, &backend, max_model_len)?;
+        if ranks > 1 {
+            load_products(&backend, &decoder, &activations, (max_rows, max_logit_rows))?;
+        }
+        let mut limits = limits(config, &model, &backend, max_model_len, ranks)?;
+        if let Some(member) = &member {
+            // As many blocks as the fullest GPU has room for; behind this, ranks wait for each other no more than in steps.
+            let all = member.exchange((limits.num_blocks, limits.max_model_len))?;
+            for theirs in all {
+                limits.num_blocks = limits.num_blocks.min(theirs.0);
+                limits.max_model_len = limits.max_model_len.min(theirs.1);
+            }
+        }
         backend.set_cache(limits.num_blocks as usize)?;
         let tuned = started.elapsed();
         let mut runner = Self {
             sampler: GpuSampler::new(&device, &limits, model.eos_token_ids.clone())?,
             staging: Staging::new(&device),
             limits,
-            costs: model.costs(checkpoint.num_bytes()),
+            costs: whole.costs(checkpoint.num_bytes()),
             config: model,
             backend,
             decoder,
@@ -193,13 +274,20 @@ impl CudaRunner {
             submitted: None,
             next_step: 0,
             device,
+            member,
         };
+        runner.device.synchronize()?;
+        if let Some(member) = &runner.member {
+            member.exchange(())?;
+        }
         if !config.enforce_eager {
             runner.capture_graphs()?;
         }
         runner.device.synchronize()?;
         tracing::info!(
             gpu = runner.device.name()?,
+            rank,
+            ranks,
             model = %config.path.display(),
             kv_cache_blocks = runner.limits.num_blocks,
             kv_cache_tokens = u64::from(runner.limits.num_blocks - 1) * u64::from(BLOCK_SIZE),
@@ -444,6 +532,7 @@ fn limits(
     model: &ModelConfig,
     backend: &CudaBackend,
     max_model_len: u32,
+    ranks: usize,
 ) -> Result<RunnerLimits, CudaRunnerError> {
     let (free, total) = backend.device.memory()?;
     let share = (total as f64 * config.gpu_memory_utilization) as usize;
@@ -469,7 +558,7 @@ fn limits(
         max_model_len: max_model_len.min(u32::try_from(tokens).unwrap_or(max_model_len)),
         vocab_size: u32::try_from(model.vocab_size)
             .expect("the configuration bounds sizes: this is a bug"),
-        kv_bytes_per_token: (backend.block_bytes() / BLOCK_SIZE as usize) as u64,
+        kv_bytes_per_token: (ranks * backend.block_bytes() / BLOCK_SIZE as usize) as u64,
     })
 }
 
@@ -559,9 +648,15 @@ impl ModelRunner for CudaRunner {
     }
 
     fn poll(&mut self, step: StepId, wait: Duration) -> Result<Option<StepOutput>, RunnerError> {
-        self.sampler
+        let output = self
+            .sampler
             .poll(step, wait)
-            .map_err(|error| failed(&error))
+            .map_err(|error| failed(&error))?;
+        let peers = self.backend.place.as_ref().map(|place| &place.peers);
+        match peers.and_then(Peers::lost) {
+            Some(rank) => Err(failed(&CudaError::Lost { rank })),
+            None => Ok(output),
+        }
     }
 
     fn depth(&self) -> usize {
