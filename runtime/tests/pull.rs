@@ -32,12 +32,13 @@ fn options(place: Place) -> PullOptions {
         revision: "main".into(),
         place,
         selection: Selection::default(),
+        budget: None,
     }
 }
 
 fn pull_from(server: &HubServer, place: Place) -> Result<Pulled, HubError> {
     pull(
-        &Hub::new(config(server)).unwrap(),
+        &Hub::new(config(server)).unwrap().into(),
         &options(place),
         &Progress::silent(),
     )
@@ -146,7 +147,7 @@ fn a_second_pull_of_a_commit_sends_nothing() {
     let mut options = options(Place::Folder(folder.clone()));
     options.revision = COMMIT.into();
     pull(
-        &Hub::new(config(&server)).unwrap(),
+        &Hub::new(config(&server)).unwrap().into(),
         &options,
         &Progress::silent(),
     )
@@ -387,7 +388,7 @@ fn the_token_goes_to_the_hub_and_not_to_its_storage() {
         ..config(&server)
     };
     pull(
-        &Hub::new(config).unwrap(),
+        &Hub::new(config).unwrap().into(),
         &options(Place::Folder(folder.clone())),
         &Progress::silent(),
     )
@@ -479,7 +480,7 @@ fn a_cached_branch_serves_without_the_hub() {
     let first = pull_from(&server, Place::Cache(cache.clone())).unwrap();
     let config = config(&server);
     drop(server);
-    let hub = Hub::new(config).unwrap();
+    let hub = Hub::new(config).unwrap().into();
     assert_eq!(
         pull(
             &hub,
@@ -562,7 +563,7 @@ fn one_gguf_by_pattern_is_the_model_itself() {
     let mut options = options(Place::Folder(folder.clone()));
     options.selection.include = vec!["*Q4_0.gguf".into()];
     let pulled = pull(
-        &Hub::new(config(&server)).unwrap(),
+        &Hub::new(config(&server)).unwrap().into(),
         &options,
         &Progress::silent(),
     )
@@ -590,7 +591,7 @@ fn the_status_endpoint_tells_phase_and_bytes() {
         serde_json::from_str::<serde_json::Value>(text.split("\r\n\r\n").nth(1).unwrap()).unwrap()
     };
     assert_eq!(read()["phase"], "resolving");
-    let hub = Hub::new(config(&server)).unwrap();
+    let hub = Hub::new(config(&server)).unwrap().into();
     pull(&hub, &options(Place::Folder(folder.clone())), &progress).unwrap();
     let status = read();
     assert_eq!(

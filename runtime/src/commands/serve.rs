@@ -187,6 +187,8 @@ async fn serve(args: ServeArgs, started: Instant) -> anyhow::Result<()> {
         connections.clone(),
     ));
     tracing::info!(%address, model = %args.engine.model, "loading");
+    // A cache that needs room sees by this that the model is in use.
+    let _in_use = ashlar::hub::hold(std::path::Path::new(&args.engine.model));
 
     let observer = Arc::new(LateObserver::default());
     let engine_args = args.engine.clone();

@@ -19,7 +19,7 @@ use super::{HubError, select::safe_path, uri};
 /// The public hub.
 pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 /// Most bytes of a listing or an index: tens of thousands of files fit.
-const MAX_DOCUMENT_BYTES: u64 = 32 << 20;
+pub(crate) const MAX_DOCUMENT_BYTES: u64 = 32 << 20;
 /// Most bytes of an error answer that are shown.
 const MAX_DETAIL_BYTES: u64 = 300;
 /// Most relative redirects followed while asking for a file's hash.
@@ -119,6 +119,54 @@ impl HubConfig {
         self.endpoint = endpoint.to_owned();
         Ok(())
     }
+
+    /// Runs `attempt` until it succeeds, fails for good, or has failed [`Self::max_attempts`] times.
+    pub(crate) fn retrying<T>(
+        &self,
+        what: &str,
+        mut attempt: impl FnMut() -> Result<T, Fault>,
+    ) -> Result<T, HubError> {
+        let mut failures = 0;
+        loop {
+            match attempt() {
+                Ok(value) => return Ok(value),
+                Err(Fault::Fatal(error)) => return Err(error),
+                Err(Fault::Retry { reason, after }) => {
+                    failures += 1;
+                    self.pause(what, failures, reason, after)?;
+                }
+            }
+        }
+    }
+
+    /// Waits before attempt `failures + 1`, or gives up.
+    pub(crate) fn pause(
+        &self,
+        what: &str,
+        failures: u32,
+        reason: String,
+        after: Option<Duration>,
+    ) -> Result<(), HubError> {
+        if failures >= self.max_attempts {
+            return Err(HubError::Network {
+                what: what.to_owned(),
+                attempts: failures,
+                reason,
+            });
+        }
+        let longest = self.retry_base * 30;
+        let doubled = self
+            .retry_base
+            .saturating_mul(1 << failures.min(5))
+            .min(longest);
+        let jittered = doubled.mul_f64(0.5 + 0.5 * rand::random::<f64>());
+        let wait = after.map_or(jittered, |after| {
+            after.min(longest.max(Duration::from_secs(30)))
+        });
+        tracing::warn!(what, failures, %reason, wait_seconds = wait.as_secs_f64(), "will try again");
+        std::thread::sleep(wait);
+        Ok(())
+    }
 }
 
 /// Hash that a file must have, in lower-case hex.
@@ -129,6 +177,15 @@ pub enum Digest {
     Sha256(String),
     /// Git's blob id, SHA-1 of a header and the content: small files.
     GitSha1(String),
+    /// Of the content: objects of a bucket that were written at once.
+    Md5(String),
+    /// Of the MD5s of the parts, as a store tags an object that was written in parts of `part_bytes`.
+    Md5Parts {
+        /// Hex digits, `-`, number of parts.
+        etag: String,
+        /// Bytes of each part but the last.
+        part_bytes: u64,
+    },
 }
 
 impl Digest {
@@ -150,11 +207,12 @@ impl Digest {
         }
     }
 
-    /// The hex digits.
+    /// The hex digits; of parts, their number too.
     #[must_use]
     pub fn hex(&self) -> &str {
         match self {
-            Self::Sha256(hex) | Self::GitSha1(hex) => hex,
+            Self::Sha256(hex) | Self::GitSha1(hex) | Self::Md5(hex) => hex,
+            Self::Md5Parts { etag, .. } => etag,
         }
     }
 }
@@ -168,9 +226,11 @@ pub struct RemoteFile {
     pub size: Option<u64>,
     /// Hash; `None` until [`Hub::describe`].
     pub digest: Option<Digest>,
+    /// Entity tag that the bytes must still have; only of objects in a bucket.
+    pub etag: Option<String>,
 }
 
-/// A repository at one commit.
+/// A model's files at one moment.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     /// 40 hex digits.
@@ -225,23 +285,10 @@ impl Hub {
             name: "hub client",
             reason: error.to_string(),
         })?;
-        let tls = TlsConfig::builder()
-            .root_certs(root_certs(config.ca_file.as_deref())?)
-            .build();
-        let agent = Agent::config_builder()
-            .tls_config(tls.clone())
-            .http_status_as_error(false)
-            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-            .user_agent(concat!("ashlar/", env!("CARGO_PKG_VERSION")))
-            // Compressed answers would break lengths, ranges and hashes.
-            .accept_encoding("identity")
-            .timeout_connect(Some(config.stall))
-            .timeout_recv_response(Some(config.stall))
-            .timeout_per_read(Some(config.stall))
-            .build();
+        let (agent, tls) = new_agent(&config)?;
         Ok(Self {
             api,
-            agent: agent.into(),
+            agent,
             tls,
             config: Arc::new(config),
         })
@@ -267,7 +314,7 @@ impl Hub {
     /// [`HubError`]: unknown, gated, unreachable, or an answer that is not a listing.
     pub fn snapshot(&self, repo: &str, revision: &str) -> Result<Snapshot, HubError> {
         let what = format!("{repo} at {revision}");
-        let listing: Listing = self.retrying(&what, || {
+        let listing: Listing = self.config.retrying(&what, || {
             let request = self
                 .repo(repo, revision)
                 .info_request()
@@ -311,6 +358,7 @@ impl Hub {
                 path,
                 size,
                 digest: id.as_deref().and_then(Digest::parse),
+                etag: None,
             })
         };
         let files = listing
@@ -337,7 +385,9 @@ impl Hub {
         if file.size.is_some() && file.digest.is_some() {
             return Ok(());
         }
-        let response = self.retrying(&file.path, || self.head(repo, commit, &file.path))?;
+        let response = self
+            .config
+            .retrying(&file.path, || self.head(repo, commit, &file.path))?;
         let header = |name: &str| {
             response
                 .headers()
@@ -432,27 +482,6 @@ impl Hub {
         }
     }
 
-    /// A small document of the repository, whole.
-    ///
-    /// # Errors
-    /// [`HubError`] as for any request, or when it is no JSON of the wanted shape.
-    pub fn document<T: serde::de::DeserializeOwned>(
-        &self,
-        repo: &str,
-        commit: &str,
-        path: &str,
-    ) -> Result<T, HubError> {
-        self.retrying(path, || {
-            let mut response = self.bytes(repo, commit, path, 0)?;
-            response
-                .body_mut()
-                .with_config()
-                .limit(MAX_DOCUMENT_BYTES)
-                .read_json()
-                .map_err(|error| Fault::document(path, error))
-        })
-    }
-
     /// Lets success through; sorts the rest into what may pass and what will not.
     fn accept(
         &self,
@@ -517,55 +546,6 @@ impl Hub {
             },
         }))
     }
-
-    /// Runs `attempt` until it succeeds, fails for good, or has failed [`HubConfig::max_attempts`] times.
-    fn retrying<T>(
-        &self,
-        what: &str,
-        mut attempt: impl FnMut() -> Result<T, Fault>,
-    ) -> Result<T, HubError> {
-        let mut failures = 0;
-        loop {
-            match attempt() {
-                Ok(value) => return Ok(value),
-                Err(Fault::Fatal(error)) => return Err(error),
-                Err(Fault::Retry { reason, after }) => {
-                    failures += 1;
-                    self.pause(what, failures, reason, after)?;
-                }
-            }
-        }
-    }
-
-    /// Waits before attempt `failures + 1`, or gives up.
-    pub(crate) fn pause(
-        &self,
-        what: &str,
-        failures: u32,
-        reason: String,
-        after: Option<Duration>,
-    ) -> Result<(), HubError> {
-        if failures >= self.config.max_attempts {
-            return Err(HubError::Network {
-                what: what.to_owned(),
-                attempts: failures,
-                reason,
-            });
-        }
-        let longest = self.config.retry_base * 30;
-        let doubled = self
-            .config
-            .retry_base
-            .saturating_mul(1 << failures.min(5))
-            .min(longest);
-        let jittered = doubled.mul_f64(0.5 + 0.5 * rand::random::<f64>());
-        let wait = after.map_or(jittered, |after| {
-            after.min(longest.max(Duration::from_secs(30)))
-        });
-        tracing::warn!(what, failures, %reason, wait_seconds = wait.as_secs_f64(), "will try again");
-        std::thread::sleep(wait);
-        Ok(())
-    }
 }
 
 /// How one attempt failed.
@@ -590,7 +570,7 @@ impl Fault {
         }
     }
 
-    fn document(what: &str, error: ureq::Error) -> Self {
+    pub(crate) fn document(what: &str, error: ureq::Error) -> Self {
         match error {
             ureq::Error::Json(_) | ureq::Error::BodyExceedsLimit(_) => {
                 Self::Fatal(HubError::Protocol {
@@ -601,6 +581,25 @@ impl Fault {
             other => Self::network(other),
         }
     }
+}
+
+/// A client with these settings, and how it trusts.
+pub(crate) fn new_agent(config: &HubConfig) -> Result<(Agent, TlsConfig), HubError> {
+    let tls = TlsConfig::builder()
+        .root_certs(root_certs(config.ca_file.as_deref())?)
+        .build();
+    let agent = Agent::config_builder()
+        .tls_config(tls.clone())
+        .http_status_as_error(false)
+        .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+        .user_agent(concat!("ashlar/", env!("CARGO_PKG_VERSION")))
+        // Compressed answers would break lengths, ranges and hashes.
+        .accept_encoding("identity")
+        .timeout_connect(Some(config.stall))
+        .timeout_recv_response(Some(config.stall))
+        .timeout_per_read(Some(config.stall))
+        .build();
+    Ok((agent.into(), tls))
 }
 
 fn root_certs(file: Option<&Path>) -> Result<RootCerts, HubError> {
@@ -637,7 +636,7 @@ fn percent_encoded(path: &str) -> String {
         })
 }
 
-fn beginning(response: Response<Body>) -> String {
+pub(crate) fn beginning(response: Response<Body>) -> String {
     let mut text = Vec::new();
     // What cannot be read is merely not shown.
     let _ = response

@@ -7,13 +7,15 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use md5::Md5;
 use sha1::Sha1;
 use sha2::{Digest as _, Sha256};
 
 use super::{
     HubError,
-    client::{Digest, Fault, Hub, RemoteFile},
+    client::{Digest, Fault, RemoteFile},
     progress::{FileProgress, Progress},
+    source::Source,
 };
 
 /// Bytes read and written at once.
@@ -23,7 +25,7 @@ const MAX_MISMATCHES: u32 = 2;
 
 /// What to fetch and where to put it.
 pub(crate) struct Job<'a> {
-    pub(crate) hub: &'a Hub,
+    pub(crate) source: &'a Source,
     pub(crate) repo: &'a str,
     pub(crate) commit: &'a str,
     pub(crate) file: &'a RemoteFile,
@@ -120,7 +122,7 @@ impl Job<'_> {
                 Err(Fault::Fatal(error)) => return Err(error),
                 Err(Fault::Retry { reason, after }) => {
                     failures = if moved { 1 } else { failures + 1 };
-                    self.hub.pause(&what, failures, reason, after)?;
+                    self.source.config().pause(&what, failures, reason, after)?;
                 }
             }
         }
@@ -148,9 +150,7 @@ impl Job<'_> {
         let mut have = hasher.read_all(&mut file).map_err(disk)?;
         counted.set(have);
         if have < self.size() {
-            let response = self
-                .hub
-                .bytes(self.repo, self.commit, &self.file.path, have)?;
+            let response = self.source.bytes(self.repo, self.commit, self.file, have)?;
             let resumed = resumes_at(&response, have, self.size());
             if !resumed || response.status().as_u16() == 416 {
                 // The whole file, or a range that we did not ask for: what is on disk cannot be joined to it.
@@ -261,7 +261,56 @@ fn resumes_at(response: &ureq::http::Response<ureq::Body>, have: u64, size: u64)
 enum Hasher {
     Sha256(Box<Sha256>),
     GitSha1(Box<Sha1>),
+    Md5(Box<Md5>),
+    Md5Parts(Box<PartsHasher>),
     None,
+}
+
+/// MD5 of the MD5s of equal parts, of which the last may be shorter.
+struct PartsHasher {
+    part_bytes: u64,
+    /// Bytes that the part at hand still takes.
+    room: u64,
+    part: Md5,
+    all: Md5,
+    parts: u64,
+}
+
+impl PartsHasher {
+    fn new(part_bytes: u64) -> Self {
+        Self {
+            part_bytes,
+            room: part_bytes,
+            part: Md5::default(),
+            all: Md5::default(),
+            parts: 0,
+        }
+    }
+
+    fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let taken =
+                usize::try_from(self.room).map_or(bytes.len(), |room| bytes.len().min(room));
+            self.part.update(&bytes[..taken]);
+            self.room -= taken as u64;
+            bytes = &bytes[taken..];
+            if self.room == 0 {
+                self.end_part();
+            }
+        }
+    }
+
+    fn end_part(&mut self) {
+        self.all.update(std::mem::take(&mut self.part).finalize());
+        (self.room, self.parts) = (self.part_bytes, self.parts + 1);
+    }
+
+    fn finish(mut self) -> String {
+        if self.room < self.part_bytes {
+            self.end_part();
+        }
+        format!("{}-{}", hex::encode(self.all.finalize()), self.parts)
+    }
 }
 
 impl Hasher {
@@ -271,6 +320,10 @@ impl Hasher {
             Some(Digest::GitSha1(_)) => {
                 Self::GitSha1(Box::new(Sha1::new_with_prefix(format!("blob {size}\0"))))
             }
+            Some(Digest::Md5(_)) => Self::Md5(Box::default()),
+            Some(Digest::Md5Parts { part_bytes, .. }) => {
+                Self::Md5Parts(Box::new(PartsHasher::new(*part_bytes)))
+            }
             None => Self::None,
         }
     }
@@ -279,6 +332,8 @@ impl Hasher {
         match self {
             Self::Sha256(hasher) => hasher.update(bytes),
             Self::GitSha1(hasher) => hasher.update(bytes),
+            Self::Md5(hasher) => hasher.update(bytes),
+            Self::Md5Parts(hasher) => hasher.update(bytes),
             Self::None => {}
         }
     }
@@ -302,6 +357,8 @@ impl Hasher {
         match self {
             Self::Sha256(hasher) => Some(hex::encode(hasher.finalize())),
             Self::GitSha1(hasher) => Some(hex::encode(hasher.finalize())),
+            Self::Md5(hasher) => Some(hex::encode(hasher.finalize())),
+            Self::Md5Parts(hasher) => Some(hasher.finish()),
             Self::None => None,
         }
     }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 pub enum HubError {
     /// The text is no address.
     #[error(
-        "{uri:?} is not a model: {reason}; give a folder, a .gguf file, or hf://OWNER/NAME[/FILE.gguf][@REVISION]"
+        "{uri:?} is not a model: {reason}; give a folder, a .gguf file, hf://OWNER/NAME[/FILE.gguf][@REVISION] or s3://BUCKET/FOLDER[/FILE.gguf]"
     )]
     BadUri {
         /// As written.
@@ -79,6 +79,44 @@ pub enum HubError {
         /// Beginning of the answer.
         detail: String,
     },
+    /// A bucket's store said no.
+    #[error("the store answered HTTP {status} {code} for {what}: {advice}")]
+    Store {
+        /// What was asked.
+        what: String,
+        /// The status.
+        status: u16,
+        /// The store's own code; may be empty.
+        code: String,
+        /// What to do.
+        advice: String,
+    },
+    /// The folder of a bucket is empty.
+    #[error("s3://{uri} holds no objects: check bucket and folder")]
+    NoObjects {
+        /// Bucket and folder.
+        uri: String,
+    },
+    /// A bucket holds something else by now.
+    #[error(
+        "s3://{uri} does not hold what it held at revision {wanted} any more (now {found}): restore the objects, or take what is there as a new revision (annotation serving.ashlar.dev/restart, or a pull without --revision)"
+    )]
+    ObjectsChanged {
+        /// Bucket and folder.
+        uri: String,
+        /// As asked for.
+        wanted: String,
+        /// As found.
+        found: String,
+    },
+    /// Somebody wrote an object while it was read.
+    #[error(
+        "s3://{uri} was replaced while it was being downloaded: pull again when the upload is over"
+    )]
+    ObjectReplaced {
+        /// Bucket and key.
+        uri: String,
+    },
     /// The network gave up.
     #[error(
         "{what} failed after {attempts} attempts without progress: {reason}; run the command again to go on where it stopped"
@@ -132,6 +170,18 @@ pub enum HubError {
         exclude: Vec<String>,
         /// Names, shortened.
         files: String,
+    },
+    /// Too many models that may not go.
+    #[error(
+        "the model needs {needed} bytes, and of the {max_bytes} that the cache may hold {in_use} are models in use: raise the cache's maxBytes, or delete services that use it"
+    )]
+    CacheFull {
+        /// Bytes of this model.
+        needed: u64,
+        /// The bound.
+        max_bytes: u64,
+        /// Bytes that must stay.
+        in_use: u64,
     },
     /// The file system said no.
     #[error("cannot {action} {path}: {source}{}", disk_hint(source))]

@@ -1,7 +1,7 @@
 //! Models from a hub onto this machine: resolved once, resumed, checked, and never half there.
 //!
 //! ```text
-//! uri ──► client (revision → commit, listing) ──► select (what a runtime needs) ──► store (lock, place)
+//! uri ──► source: client or s3 (revision → commit, listing) ──► select (what a runtime needs) ──► store (lock, place)
 //!                                                                                     └► download (resume, hash)
 //! ```
 //!
@@ -18,8 +18,11 @@
 pub mod client;
 pub mod download;
 pub mod error;
+pub mod evict;
 pub mod progress;
+pub mod s3;
 pub mod select;
+pub mod source;
 pub mod store;
 pub mod uri;
 
@@ -27,8 +30,11 @@ use std::path::{Path, PathBuf};
 
 pub use client::{Hub, HubConfig, Token};
 pub use error::HubError;
+pub use evict::{Budget, hold};
 pub use progress::{Phase, Progress};
+pub use s3::{Bucket, S3Config};
 pub use select::Selection;
+pub use source::Source;
 pub use store::{Place, PullOptions, Pulled, pull};
 pub use uri::ModelUri;
 
@@ -46,10 +52,11 @@ pub fn default_cache() -> PathBuf {
         .unwrap_or_else(|| PathBuf::from("ashlar-cache"))
 }
 
-/// Local path of the model that `model` names: a folder or file as it is, a hub address after pulling it.
+/// Local path of the model that `model` names: a folder or file as it is, an address of a hub or bucket after pulling
+/// it.
 ///
-/// `revision` is used when the address itself carries none; both default to `main`. Settings of the hub come from the
-/// environment ([`HubConfig::from_env`]). Blocks while downloading: call it outside async tasks.
+/// `revision` is used when the address itself carries none; both default to the source's newest. Settings come from the
+/// environment ([`HubConfig::from_env`], [`S3Config::from_env`]). Blocks while downloading: call it outside async tasks.
 ///
 /// # Errors
 /// [`HubError`] when the address is malformed, or its files cannot be had.
@@ -59,17 +66,16 @@ pub fn resolve_model(
     cache: Option<&Path>,
     progress: &Progress,
 ) -> Result<PathBuf, HubError> {
-    let (repo, uri_revision, file) = match ModelUri::parse(model)? {
+    let uri = ModelUri::parse(model)?;
+    let (uri_revision, file) = match uri.clone() {
         ModelUri::Local(path) => return Ok(path),
-        ModelUri::Hub {
-            repo,
-            revision,
-            file,
-        } => (repo, revision, file),
+        ModelUri::Hub { revision, file, .. } => (revision, file),
+        ModelUri::Bucket { file, .. } => (None, file),
     };
+    let (source, repo) = Source::of(&uri, HubConfig::from_env()?, S3Config::from_env())?;
     let revision = uri_revision
         .or_else(|| revision.map(str::to_owned))
-        .unwrap_or_else(|| "main".to_owned());
+        .unwrap_or_else(|| source.default_revision().to_owned());
     let cache = cache.map_or_else(default_cache, Path::to_path_buf);
     let selection = file
         .clone()
@@ -82,7 +88,8 @@ pub fn resolve_model(
         revision,
         place: Place::Cache(cache),
         selection,
+        budget: None,
     };
-    let pulled = pull(&Hub::new(HubConfig::from_env()?)?, &options, progress)?;
+    let pulled = pull(&source, &options, progress)?;
     Ok(pulled.model_path())
 }

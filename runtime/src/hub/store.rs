@@ -18,16 +18,20 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     HubError, Phase, Progress, Selection,
-    client::{Digest, Hub, RemoteFile, Snapshot},
+    client::{Digest, RemoteFile, Snapshot},
     download::{Job, clear_partials},
+    evict::{self, Budget},
     select::{SAFETENSORS_INDEX, select},
+    source::Source,
     uri,
 };
 
 /// Our own files inside a model's folder.
 pub const OWN_FOLDER: &str = ".ashlar";
-const MANIFEST: &str = ".ashlar/manifest.json";
+pub(crate) const MANIFEST: &str = ".ashlar/manifest.json";
 const PARTIAL: &str = ".ashlar/partial";
+/// Times that a model may be evicted while its lock is waited for.
+const MAX_LOCKS: u32 = 5;
 
 /// Where to put a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,14 +45,16 @@ pub enum Place {
 /// What to pull.
 #[derive(Debug, Clone)]
 pub struct PullOptions {
-    /// `OWNER/NAME`.
+    /// `OWNER/NAME` of a hub, `BUCKET/FOLDER` of a store.
     pub repo: String,
-    /// Commit, branch or tag.
+    /// Commit, branch or tag; of a bucket [`super::s3::LATEST`] or what an earlier pull found.
     pub revision: String,
     /// Where to.
     pub place: Place,
     /// Which files.
     pub selection: Selection,
+    /// What the models beside this one may take with it; no bound without.
+    pub budget: Option<Budget>,
 }
 
 /// What a folder holds. Written last: a folder that has it is complete.
@@ -118,8 +124,12 @@ impl Pulled {
 ///
 /// # Errors
 /// [`HubError`]; what was downloaded so far stays for the next attempt, unless its hash was wrong.
-pub fn pull(hub: &Hub, options: &PullOptions, progress: &Progress) -> Result<Pulled, HubError> {
-    let result = pull_inner(hub, options, progress);
+pub fn pull(
+    source: &Source,
+    options: &PullOptions,
+    progress: &Progress,
+) -> Result<Pulled, HubError> {
+    let result = pull_inner(source, options, progress);
     match &result {
         Ok(_) => progress.set_phase(Phase::Ready),
         Err(error) => progress.fail(&error.to_string()),
@@ -127,21 +137,20 @@ pub fn pull(hub: &Hub, options: &PullOptions, progress: &Progress) -> Result<Pul
     result
 }
 
-fn pull_inner(hub: &Hub, options: &PullOptions, progress: &Progress) -> Result<Pulled, HubError> {
-    let bad = |name, reason: &str| HubError::BadSetting {
-        name,
-        reason: reason.to_owned(),
-    };
-    uri::check_repo(&options.repo).map_err(|reason| bad("REPO", reason))?;
-    uri::check_revision(&options.revision).map_err(|reason| bad("--revision", reason))?;
-    let source = hub.config().endpoint.as_str();
+fn pull_inner(
+    from: &Source,
+    options: &PullOptions,
+    progress: &Progress,
+) -> Result<Pulled, HubError> {
+    from.check(&options.repo, &options.revision)?;
+    let source = from.config().endpoint.as_str();
     progress.set_phase(Phase::Resolving);
     if uri::is_commit(&options.revision)
         && let Some(found) = find(options, source, &options.revision)
     {
         return Ok(present(found, progress));
     }
-    let snapshot = match hub.snapshot(&options.repo, &options.revision) {
+    let snapshot = match from.snapshot(&options.repo, &options.revision) {
         Ok(snapshot) => snapshot,
         Err(error) => return offline(options, source, error, progress),
     };
@@ -159,7 +168,7 @@ fn pull_inner(hub: &Hub, options: &PullOptions, progress: &Progress) -> Result<P
     if let Some(found) = find(options, source, &snapshot.commit) {
         return Ok(present(found, progress));
     }
-    let wanted = wanted_files(hub, options, &snapshot)?;
+    let wanted = wanted_files(from, options, &snapshot)?;
     let work = Work::new(options, source, &snapshot.commit);
     let _lock = work.lock(progress)?;
     // Whoever held the lock before may have done all of it.
@@ -167,8 +176,12 @@ fn pull_inner(hub: &Hub, options: &PullOptions, progress: &Progress) -> Result<P
         return Ok(present(found, progress));
     }
     let manifest = work.manifest(options, source, &snapshot.commit, &wanted);
+    if let Some(budget) = &options.budget {
+        let needed = manifest.files.iter().map(|file| file.size).sum();
+        evict::make_room(&work.target, needed, budget)?;
+    }
     work.prepare(&manifest)?;
-    download_all(hub, options, &snapshot.commit, &wanted, &work, progress)?;
+    download_all(from, options, &snapshot.commit, &wanted, &work, progress)?;
     work.complete(&manifest)?;
     Ok(Pulled {
         folder: work.target,
@@ -179,7 +192,7 @@ fn pull_inner(hub: &Hub, options: &PullOptions, progress: &Progress) -> Result<P
 
 /// Selects, and makes every size known.
 fn wanted_files(
-    hub: &Hub,
+    source: &Source,
     options: &PullOptions,
     snapshot: &Snapshot,
 ) -> Result<Vec<RemoteFile>, HubError> {
@@ -188,12 +201,17 @@ fn wanted_files(
         .iter()
         .map(|file| file.path.clone())
         .collect();
-    let indexed =
-        options.selection.include.is_empty() && names.iter().any(|name| name == SAFETENSORS_INDEX);
-    let shards = if indexed {
-        Some(shards(hub, &options.repo, &snapshot.commit)?)
-    } else {
-        None
+    let index = snapshot
+        .files
+        .iter()
+        .find(|file| file.path == SAFETENSORS_INDEX)
+        .filter(|_| options.selection.include.is_empty());
+    let shards: Option<BTreeSet<String>> = match index {
+        Some(index) => {
+            let map = source.weight_map(&options.repo, &snapshot.commit, index)?;
+            Some(map.into_values().collect())
+        }
+        None => None,
     };
     let picked = select(&options.repo, &names, shards.as_ref(), &options.selection)?;
     let mut wanted: Vec<RemoteFile> = snapshot
@@ -203,24 +221,15 @@ fn wanted_files(
         .cloned()
         .collect();
     for file in &mut wanted {
-        hub.describe(&options.repo, &snapshot.commit, file)?;
+        source.describe(&options.repo, &snapshot.commit, file)?;
     }
     // Largest first: the workers then end at about the same time.
     wanted.sort_by_key(|file| std::cmp::Reverse(file.size));
     Ok(wanted)
 }
 
-fn shards(hub: &Hub, repo: &str, commit: &str) -> Result<BTreeSet<String>, HubError> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: std::collections::BTreeMap<String, String>,
-    }
-    let index: Index = hub.document(repo, commit, SAFETENSORS_INDEX)?;
-    Ok(index.weight_map.into_values().collect())
-}
-
 fn download_all(
-    hub: &Hub,
+    source: &Source,
     options: &PullOptions,
     commit: &str,
     wanted: &[RemoteFile],
@@ -240,7 +249,7 @@ fn download_all(
             && let Some(file) = wanted.get(next.fetch_add(1, Ordering::Relaxed))
         {
             let job = Job {
-                hub,
+                source,
                 repo: &options.repo,
                 commit,
                 file,
@@ -258,7 +267,7 @@ fn download_all(
         }
     };
     std::thread::scope(|scope| {
-        for _ in 1..hub.config().workers.clamp(1, wanted.len().max(1)) {
+        for _ in 1..source.config().workers.clamp(1, wanted.len().max(1)) {
             scope.spawn(worker);
         }
         worker();
@@ -303,23 +312,35 @@ impl Work {
     /// Held until dropped, or until the process ends, however it ends.
     fn lock(&self, progress: &Progress) -> Result<File, HubError> {
         let io = |action| HubError::io(action, &self.lock);
-        if let Some(parent) = self.lock.parent() {
-            std::fs::create_dir_all(parent).map_err(HubError::io("create", parent))?;
-        }
-        let file = File::create(&self.lock).map_err(io("create"))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                tracing::info!(lock = %self.lock.display(), "another process pulls this model: waiting for it");
-                progress.set_phase(Phase::Waiting);
-                file.lock().map_err(io("lock"))?;
+        for _ in 0..MAX_LOCKS {
+            if let Some(parent) = self.lock.parent() {
+                std::fs::create_dir_all(parent).map_err(HubError::io("create", parent))?;
             }
-            Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => {
-                tracing::warn!(lock = %self.lock.display(), "this file system has no locks: do not pull the same model twice at once");
+            let file = File::create(&self.lock).map_err(io("create"))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    tracing::info!(lock = %self.lock.display(), "another process pulls this model: waiting for it");
+                    progress.set_phase(Phase::Waiting);
+                    file.lock().map_err(io("lock"))?;
+                }
+                Err(TryLockError::Error(error))
+                    if error.kind() == std::io::ErrorKind::Unsupported =>
+                {
+                    tracing::warn!(lock = %self.lock.display(), "this file system has no locks: do not pull the same model twice at once");
+                }
+                Err(TryLockError::Error(error)) => return Err(io("lock")(error)),
             }
-            Err(TryLockError::Error(error)) => return Err(io("lock")(error)),
+            if is_at(&file, &self.lock) {
+                return Ok(file);
+            }
+            // Whoever held it has evicted the model: a lock on a file that has no name any more locks nobody out.
         }
-        Ok(file)
+        Err(HubError::Network {
+            what: format!("locking {}", self.lock.display()),
+            attempts: MAX_LOCKS,
+            reason: "the model was evicted each time; give the cache more room".to_owned(),
+        })
     }
 
     fn manifest(
@@ -369,6 +390,7 @@ impl Work {
 
     fn complete(&self, manifest: &Manifest) -> Result<(), HubError> {
         clear_partials(&self.staging.join(PARTIAL));
+        evict::touch(&self.staging);
         let text =
             serde_json::to_vec_pretty(manifest).expect("a manifest is plain data: this is a bug");
         write_whole(&self.staging.join(MANIFEST), &text)?;
@@ -418,6 +440,7 @@ fn find(options: &PullOptions, source: &str, commit: &str) -> Option<Pulled> {
 }
 
 fn present(found: Pulled, progress: &Progress) -> Pulled {
+    evict::touch(&found.folder);
     progress.set_revision(&found.revision);
     progress.set_total(found.bytes());
     progress
@@ -466,7 +489,7 @@ fn remember(options: &PullOptions, source: &str, commit: &str) -> Result<(), Hub
     write_whole(&path, commit.as_bytes())
 }
 
-fn read_manifest(folder: &Path) -> Option<Manifest> {
+pub(crate) fn read_manifest(folder: &Path) -> Option<Manifest> {
     serde_json::from_slice(&std::fs::read(folder.join(MANIFEST)).ok()?).ok()
 }
 
@@ -481,6 +504,14 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), HubError> {
         std::fs::rename(&beside, path)
     };
     write().map_err(HubError::io("write", path))
+}
+
+/// True while the file is the one that has this name.
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let id = |found: std::fs::Metadata| (found.dev(), found.ino());
+    let (open, named) = (file.metadata().map(id), std::fs::metadata(path).map(id));
+    matches!((open, named), (Ok(open), Ok(named)) if open == named)
 }
 
 fn remove_if_there(path: &Path) -> Result<(), HubError> {

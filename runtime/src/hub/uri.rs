@@ -18,6 +18,15 @@ pub enum ModelUri {
         /// The one file wanted.
         file: Option<String>,
     },
+    /// `s3://BUCKET[/FOLDER][/FILE.gguf]`.
+    Bucket {
+        /// The bucket.
+        bucket: String,
+        /// Folder in it, without slashes around it; may be empty.
+        folder: String,
+        /// The one file wanted.
+        file: Option<String>,
+    },
 }
 
 impl ModelUri {
@@ -32,6 +41,9 @@ impl ModelUri {
         };
         if let Some(rest) = text.strip_prefix("hf://") {
             return parse_hub(rest).map_err(bad);
+        }
+        if let Some(rest) = text.strip_prefix("s3://") {
+            return parse_bucket(rest).map_err(bad);
         }
         if let Some(path) = text.strip_prefix("file://") {
             return local(Path::new(path)).ok_or_else(|| bad("no such file or folder"));
@@ -79,6 +91,32 @@ fn parse_hub(rest: &str) -> Result<ModelUri, &'static str> {
     Ok(ModelUri::Hub {
         repo,
         revision,
+        file,
+    })
+}
+
+fn parse_bucket(rest: &str) -> Result<ModelUri, &'static str> {
+    let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.');
+    let named = (3..=63).contains(&bucket.len())
+        && bucket.chars().all(allowed)
+        && bucket.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && bucket.ends_with(|c: char| c.is_ascii_alphanumeric());
+    if !named {
+        return Err("a bucket's name has 3 to 63 lower-case letters, digits, '-' and '.'");
+    }
+    let path = path.trim_end_matches('/');
+    if !path.is_empty() && super::select::safe_path(path).is_none() {
+        return Err("a folder is made of plain names, without '..' and without empty ones");
+    }
+    let (folder, file) = match path.rsplit_once('/') {
+        _ if !path.ends_with(".gguf") => (path, None),
+        Some((folder, file)) => (folder, Some(file.to_owned())),
+        None => ("", Some(path.to_owned())),
+    };
+    Ok(ModelUri::Bucket {
+        bucket: bucket.to_owned(),
+        folder: folder.to_owned(),
         file,
     })
 }
@@ -161,6 +199,22 @@ mod tests {
             ModelUri::parse("no-such-owner/name").unwrap(),
             hub("no-such-owner/name", None, None)
         );
+        let bucket = |bucket: &str, folder: &str, file: Option<&str>| ModelUri::Bucket {
+            bucket: bucket.into(),
+            folder: folder.into(),
+            file: file.map(Into::into),
+        };
+        for (text, expected) in [
+            ("s3://models", bucket("models", "", None)),
+            ("s3://models/a/b/", bucket("models", "a/b", None)),
+            ("s3://models/x.gguf", bucket("models", "", Some("x.gguf"))),
+            (
+                "s3://my.models/a/x.gguf",
+                bucket("my.models", "a", Some("x.gguf")),
+            ),
+        ] {
+            assert_eq!(ModelUri::parse(text).unwrap(), expected);
+        }
         let here = tempfile::tempdir().unwrap();
         let path = here.path().to_str().unwrap();
         assert_eq!(
@@ -186,6 +240,11 @@ mod tests {
             "hf://a/b/../../x.gguf",
             "hf://a/b/config.json",
             "ftp://a/b",
+            "s3://",
+            "s3://ab/m",
+            "s3://Models/m",
+            "s3://models/../x",
+            "s3://models/a//b",
             "/no/such/folder",
             "./no/such",
             "x.gguf",
