@@ -88,11 +88,12 @@ make_folder_model() {
     save "$1" "$3" "$2"
 }
 
-# make_own TMP CONTEXT REFERENCE PART BINARY BASE: one of Ashlar's images, on our own base.
+# make_own TMP CONTEXT REFERENCE PART BINARY BASE SBOM: one of Ashlar's images, on our own base.
 make_own() {
     say "Making the $4 image"
     mkdir "$2"
     cp "$5" "$REPO/$4/Dockerfile" "$2/"
+    cp "$7" "$2/sbom.cdx.json"
     command -v strip > /dev/null && strip "$2/$(basename "$5")"
     buildah "$1/store" from --name base scratch
     buildah "$1/store" add base "$6/root.tar" /
@@ -111,10 +112,12 @@ image() {
 }
 
 own() {
-    local part=$1 binary=$2 reference=$3 base
+    local part=$1 binary=$2 reference=$3 base sbom
+    sbom=$CACHE/sbom-$part.cdx.json
+    (cd "$REPO" && "$CLUSTER_DIR/sbom.py" "$(basename "$binary")") > "$sbom"
     base=$(cached image-base "$(hash_of "$suite" "$BASE_PACKAGES" "$(declare -f make_rootfs)")" make_base)
-    MAKER_ARGS=("$part" "$binary" "$base")
-    image "$part" make_own "$reference" "$binary" "$REPO/$part/Dockerfile" "$base"
+    MAKER_ARGS=("$part" "$binary" "$base" "$sbom")
+    image "$part" make_own "$reference" "$binary" "$REPO/$part/Dockerfile" "$base" "$sbom"
 }
 
 for name in "$@"; do
