@@ -197,6 +197,7 @@ check "refuse a pull policy" refuses imagePullPolicy --set operator.imagePullPol
 check "refuse a long drain delay" refuses drainDelaySeconds --set gateway.drainDelaySeconds=60
 check "refuse an objective of one" refuses availability --set-json alerts.objectives.availability=1
 check "refuse a bound that is no bucket" refuses firstTokenSeconds --set-json alerts.objectives.firstTokenSeconds=3
+check "refuse a cache outside the root" refuses path --set nodeCache.path=models
 check "refuse an argument that is none" refuses extraArgs --set 'gateway.extraArgs={serve}'
 if [ -n "${KUBECONFIG:-}" ] && kubectl version > /dev/null 2>&1; then
     for name in default full minimal; do check "server takes $name" server_takes "$name"; done

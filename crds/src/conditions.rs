@@ -63,6 +63,8 @@ pub mod reason {
     pub const API_NOT_INSTALLED: &str = "APINotInstalled";
     /// Admission refused the pod for its cache volume.
     pub const CACHE_FORBIDDEN: &str = "CacheForbidden";
+    /// A ResourceQuota of the namespace has no room for the pod; the message has the quota's numbers.
+    pub const QUOTA_EXCEEDED: &str = "QuotaExceeded";
     /// Admission refused the pod for another cause; the message is admission's own.
     pub const POD_FORBIDDEN: &str = "PodForbidden";
     /// The API server does not let the operator write what the service needs; the message is its own.

@@ -44,7 +44,7 @@ use serde_json::Value;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
     validation = Rule::new("!has(self.scaling) || self.replicas == 1").message("spec.scaling sets the number of replicas; remove it to use replicas, kubectl scale, HPA or KEDA"),
-    validation = Rule::new("!has(self.cache) || self.model.uri.startsWith('hf://')").message("spec.cache is for models that are downloaded (hf://); pvc:// and oci:// models are read in place"),
+    validation = Rule::new("!has(self.cache) || self.model.uri.startsWith('hf://') || self.model.uri.startsWith('s3://')").message("spec.cache is for models that are downloaded (hf://, s3://); pvc:// and oci:// models are read in place"),
     validation = Rule::new("self.runtime.device != 'cpu' || self.parallelism.tensor == 1").message("spec.parallelism.tensor needs GPUs; with spec.runtime.device: cpu it must be 1")
 )]
 pub struct InferenceServiceSpec {
@@ -117,14 +117,15 @@ fn default_startup_timeout() -> i32 {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("self.uri.matches('^(hf://[A-Za-z0-9][-A-Za-z0-9._]*(/[-A-Za-z0-9._]+)?|pvc://[a-z0-9][-a-z0-9.]*(/[-A-Za-z0-9._/]*)?|oci://[^ ]+)$')").message("spec.model.uri must be hf://ORG/NAME, pvc://CLAIM/PATH or oci://IMAGE"),
+    validation = Rule::new("self.uri.matches('^(hf://[A-Za-z0-9][-A-Za-z0-9._]*(/[-A-Za-z0-9._]+)?|s3://[a-z0-9][-a-z0-9.]+(/[-A-Za-z0-9._=+@]+)*/?|pvc://[a-z0-9][-a-z0-9.]*(/[-A-Za-z0-9._/]*)?|oci://[^ ]+)$')").message("spec.model.uri must be hf://ORG/NAME, s3://BUCKET/FOLDER, pvc://CLAIM/PATH or oci://IMAGE"),
     validation = Rule::new("!self.uri.contains('..')").message("spec.model.uri must not contain '..'"),
     validation = Rule::new("!has(self.revision) || self.uri.startsWith('hf://')").message("spec.model.revision is for hf:// models; put the tag or digest of an oci:// model in its uri"),
     validation = Rule::new("!has(self.tokenSecretRef) || self.uri.startsWith('hf://')").message("spec.model.tokenSecretRef is for hf:// models"),
-    validation = Rule::new("!has(self.endpoint) || self.uri.startsWith('hf://')").message("spec.model.endpoint is for hf:// models")
+    validation = Rule::new("!has(self.endpoint) || self.uri.startsWith('hf://') || self.uri.startsWith('s3://')").message("spec.model.endpoint is for hf:// and s3:// models"),
+    validation = Rule::new("!(has(self.region) || has(self.credentialsSecretRef)) || self.uri.startsWith('s3://')").message("spec.model.region and spec.model.credentialsSecretRef are for s3:// models")
 )]
 pub struct ModelSpec {
-    /// `hf://ORG/NAME`, `pvc://CLAIM/PATH` or `oci://IMAGE`.
+    /// `hf://ORG/NAME`, `s3://BUCKET/FOLDER`, `pvc://CLAIM/PATH` or `oci://IMAGE`.
     #[schemars(length(min = 1, max = 512))]
     pub uri: String,
     /// Commit, tag or branch of an `hf://` model; resolved once.
@@ -147,10 +148,18 @@ pub struct ModelSpec {
     /// Token for a gated or private `hf://` model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_secret_ref: Option<SecretKeyReference>,
-    /// Address of a mirror of the hub.
+    /// Address of a mirror of the hub, or of an S3-compatible store; Amazon's own when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 256), regex(pattern = r"^https?://[^ ]+$"))]
     pub endpoint: Option<String>,
+    /// Region of the store of an `s3://` model; `us-east-1` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[a-z0-9][-a-z0-9]*$"))]
+    pub region: Option<String>,
+    /// Secret with `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and, if there is one, `AWS_SESSION_TOKEN`, for an `s3://`
+    /// model; requests are not signed without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials_secret_ref: Option<SecretReference>,
 }
 
 /// How weights are quantised.
@@ -230,6 +239,10 @@ pub struct PvcCache {
     /// Name of the PersistentVolumeClaim.
     #[schemars(length(min = 1, max = 253))]
     pub claim_name: String,
+    /// Most bytes of all models in it, as a quantity; models that no service names any more go first, the least recently
+    /// used before others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<Quantity>,
 }
 
 /// A cache on the node.
@@ -239,6 +252,10 @@ pub struct HostPathCache {
     /// Absolute folder on the node, made by the chart's cache DaemonSet.
     #[schemars(length(min = 2, max = 256), regex(pattern = r"^/[-A-Za-z0-9._/]+$"))]
     pub path: String,
+    /// Most bytes of the namespace's models in it, as a quantity; what no pod uses goes first, the least recently used
+    /// before others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<Quantity>,
 }
 
 /// The engine that runs in the pods.
@@ -428,6 +445,47 @@ pub struct RolloutStrategySpec {
     /// `Auto`, `Always` or `Never`.
     #[serde(default)]
     pub surge: Surge,
+    /// Give a new revision a share of the requests first; it takes over when it is promoted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub canary: Option<CanarySpec>,
+}
+
+/// A new revision's trial.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct CanarySpec {
+    /// Share of the requests that go to the new revision, in percent.
+    #[schemars(range(min = 1, max = 99))]
+    pub weight_percent: i32,
+    /// Who decides: `Manual`, by annotation `serving.ashlar.dev/canary: promote` or `rollback`, or `OnErrorRate`.
+    #[serde(default)]
+    pub promote: Promote,
+    /// With `OnErrorRate`: roll back above this share of failed requests, in percent; promote at or below it.
+    #[serde(default = "default_max_error")]
+    #[schemars(range(min = 0, max = 100))]
+    pub max_error_percent: i32,
+    /// With `OnErrorRate`: requests that the new revision has to answer before anything is decided.
+    #[serde(default = "default_min_requests")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub min_requests: i32,
+}
+
+fn default_max_error() -> i32 {
+    1
+}
+
+fn default_min_requests() -> i32 {
+    100
+}
+
+/// Who decides about a canary.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Promote {
+    /// The user, by annotation.
+    #[default]
+    Manual,
+    /// Its share of failed requests.
+    OnErrorRate,
 }
 
 fn default_drain_timeout() -> i32 {
@@ -439,6 +497,7 @@ impl Default for RolloutStrategySpec {
         Self {
             drain_timeout_seconds: default_drain_timeout(),
             surge: Surge::default(),
+            canary: None,
         }
     }
 }
@@ -458,6 +517,7 @@ pub enum Auth {
 #[x_kube(
     validation = Rule::new("self.auth != 'Keys' || has(self.apiKeySecretRef)").message("spec.endpoint.apiKeySecretRef is required with spec.endpoint.auth: Keys"),
     validation = Rule::new("self.auth != 'None' || !has(self.apiKeySecretRef)").message("spec.endpoint.apiKeySecretRef must be absent with spec.endpoint.auth: None"),
+    validation = Rule::new("!has(self.gatewayRef) || (self.alias && has(self.hosts))").message("spec.endpoint.gatewayRef needs spec.endpoint.hosts, and spec.endpoint.alias: true, which the route leads to"),
     validation = Rule::new("!has(self.hosts) || self.hosts.all(h, !h.endsWith('.svc') && !h.endsWith('.local'))").message("spec.endpoint.hosts must not end in .svc or .local: those names belong to the cluster")
 )]
 pub struct EndpointSpec {
@@ -476,6 +536,9 @@ pub struct EndpointSpec {
         )
     )]
     pub hosts: Vec<String>,
+    /// Gateway (Gateway API) through which the hosts are reached from outside: an HTTPRoute is made for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway_ref: Option<GatewayReference>,
     /// Make the Service `NAME` in the service's namespace, an alias of the gateway.
     #[serde(default = "default_alias")]
     pub alias: bool,
@@ -504,6 +567,23 @@ pub struct LimitsSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100_000))]
     pub concurrent_requests: Option<i32>,
+}
+
+/// A Gateway of the Gateway API.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GatewayReference {
+    /// Its name.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+    /// Its namespace; the service's own when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub namespace: Option<String>,
+    /// One of its listeners; all that take the hosts when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub section_name: Option<String>,
 }
 
 /// A Secret in the service's namespace.
@@ -567,9 +647,20 @@ pub struct RevisionStatus {
     /// True when the operator's default image is newer than the one that runs.
     #[serde(default)]
     pub outdated: bool,
-    /// How the rollout proceeds (`Surge` or `InPlace`) and why.
+    /// How the rollout proceeds (`Surge`, `InPlace`, `Canary`, `Waiting` or `Halted`) and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollout: Option<String>,
+    /// The newest revision is on trial, or was rolled back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub canary: Option<CanaryStatus>,
+}
+
+/// What gateways give a revision that is on trial.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct CanaryStatus {
+    /// Its share of the requests in percent; 0 when it was rolled back.
+    pub weight_percent: i32,
 }
 
 /// The model's files.

@@ -10,6 +10,10 @@ pub const SERVICE_LABEL: &str = "serving.ashlar.dev/service";
 pub const REVISION_LABEL: &str = "serving.ashlar.dev/revision";
 /// Annotation on a service whose new value renders a new revision with today's defaults.
 pub const RESTART_ANNOTATION: &str = "serving.ashlar.dev/restart";
+/// Label of the pods that fill a claim with a model's files: the service's name. They take no requests.
+pub const PULL_LABEL: &str = "serving.ashlar.dev/pull";
+/// Annotation on a service by which a user ends a canary: `promote` or `rollback`, then `@` and the revision's hash.
+pub const CANARY_ANNOTATION: &str = "serving.ashlar.dev/canary";
 /// Field manager of every server-side apply.
 pub const FIELD_MANAGER: &str = "ashlar-operator";
 /// Name of the container that runs the engine.
@@ -66,6 +70,12 @@ impl InferenceService {
             self.name_any(),
             self.namespace().unwrap_or_default()
         )
+    }
+
+    /// Name of the Job that fills a claim for a revision.
+    #[must_use]
+    pub fn pull_name(&self, hash: &str) -> String {
+        format!("{}-pull-{hash}", self.name_any())
     }
 
     /// Name of a revision's ControllerRevision and Deployment.

@@ -22,6 +22,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bucket;
 pub mod client;
 pub mod cluster;
 pub mod dump;

@@ -5,6 +5,7 @@
 //! autoscaler   load of pods and gateways → replicas: scrape → signal → decide, inside the leading controller
 //! gateway      requests → pods: resolve → auth → hold → route → proxy
 //! check        asks an installed gateway, for `helm test`
+//! node_cache   folders of a node for models, made by a DaemonSet
 //! ```
 //!
 //! Controller and gateway run as two Deployments of one image and meet only in the API server: the gateway reads what
@@ -15,3 +16,4 @@ pub mod autoscaler;
 pub mod check;
 pub mod controller;
 pub mod gateway;
+pub mod node_cache;

@@ -3,7 +3,7 @@
 use std::{io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
-use ashlar_operator::{autoscaler, check, controller, gateway};
+use ashlar_operator::{autoscaler, check, controller, gateway, node_cache};
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
@@ -53,6 +53,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Play a trace of load against the autoscaler's decisions and a modelled fleet.
     Simulate(autoscaler::simulate::SimulateArgs),
+    /// Make the folders in which a node keeps models (`spec.cache.hostPath`).
+    NodeCache(node_cache::NodeCacheArgs),
     /// Print the CustomResourceDefinition.
     Crd,
 }
@@ -77,6 +79,7 @@ async fn start(cli: Cli) -> anyhow::Result<()> {
         Command::Grant(args) => gateway::grant::run(&args).await?,
         Command::Check(args) => check::run(&args).await?,
         Command::Simulate(args) => autoscaler::simulate::run(&args)?,
+        Command::NodeCache(args) => node_cache::run(&args).await?,
         Command::Crd => {
             std::io::stdout().write_all(ashlar_crds::inference_service_crd_yaml().as_bytes())?
         }

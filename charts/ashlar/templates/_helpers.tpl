@@ -54,6 +54,7 @@ securityContext:
   runAsNonRoot: true
   runAsUser: 65532
   runAsGroup: 65532
+  fsGroup: 65532
   seccompProfile:
     type: RuntimeDefault
 {{- with .values.priorityClassName }}
@@ -125,4 +126,12 @@ namespaceSelector: {}
 podSelector:
   matchExpressions:
     - {key: serving.ashlar.dev/service, operator: Exists}
+{{- end }}
+
+{{/* Pods of every namespace that fill claims with models. */}}
+{{- define "ashlar.pullPeer" -}}
+namespaceSelector: {}
+podSelector:
+  matchExpressions:
+    - {key: serving.ashlar.dev/pull, operator: Exists}
 {{- end }}

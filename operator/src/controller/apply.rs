@@ -119,56 +119,83 @@ pub async fn apply(
     child: &Child,
     live: &[LiveChild],
 ) -> Result<bool, ApplyError> {
+    let needed = is_needed(client, service, child, live).await?;
+    if needed {
+        write(client, service, child).await?;
+    }
+    Ok(needed)
+}
+
+/// Whether a child has to be written. Asks the API server only about a name that the caches do not know.
+///
+/// # Errors
+/// [`ApplyError::NameTaken`] when the name belongs to someone else, [`ApplyError::Call`] when the API server does not say.
+pub async fn is_needed(
+    client: &Client,
+    service: &InferenceService,
+    child: &Child,
+    live: &[LiveChild],
+) -> Result<bool, ApplyError> {
     let uid = service.metadata.uid.as_deref().unwrap_or_default();
-    let namespace = service.metadata.namespace.as_deref().unwrap_or_default();
-    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &child.resource);
-    let call = |verb, source| ApplyError::Call {
-        verb,
-        kind: child.resource.kind.clone(),
-        name: child.name.clone(),
-        source,
-    };
     let taken = || ApplyError::NameTaken {
         kind: child.resource.kind.clone(),
         name: child.name.clone(),
     };
-    match live
-        .iter()
-        .find(|live| live.resource.kind == child.resource.kind && live.name == child.name)
-    {
-        Some(live) if live.owner.as_deref() != Some(uid) => return Err(taken()),
-        Some(live) if live.terminating || is_current(&child.value, &live.value) => {
-            return Ok(false);
+    let mut live = live.iter();
+    let found = live.find(|l| l.resource.kind == child.resource.kind && l.name == child.name);
+    if let Some(live) = found {
+        if live.owner.as_deref() != Some(uid) {
+            return Err(taken());
         }
-        Some(_) => {}
-        None => {
-            // Not in our cache: new, or somebody else's.
-            if let Some(existing) = timed(api.get_opt(&child.name))
-                .await
-                .map_err(|source| call("read", source))?
-                && !existing
-                    .metadata
-                    .owner_references
-                    .iter()
-                    .flatten()
-                    .any(|owner| owner.uid == uid)
-            {
-                return Err(taken());
-            }
-        }
+        return Ok(!live.terminating && !is_current(&child.value, &live.value));
     }
+    // Not in our cache: new, or somebody else's.
+    let existing = timed(api_of(client, service, child).get_opt(&child.name))
+        .await
+        .map_err(|source| failed("read", child, source))?;
+    let owned = existing.is_none_or(|existing| {
+        let mut owners = existing.metadata.owner_references.iter().flatten();
+        owners.any(|owner| owner.uid == uid)
+    });
+    if owned { Ok(true) } else { Err(taken()) }
+}
+
+/// Writes a child.
+///
+/// # Errors
+/// [`ApplyError::Call`] when the API server refuses.
+pub async fn write(
+    client: &Client,
+    service: &InferenceService,
+    child: &Child,
+) -> Result<(), ApplyError> {
     let params = PatchParams::apply(FIELD_MANAGER).force();
+    let api = api_of(client, service, child);
     timed(api.patch(&child.name, &params, &Patch::Apply(&child.value)))
         .await
-        .map_err(|source| call("apply", source))?;
+        .map_err(|source| failed("apply", child, source))?;
     tracing::info!(
-        namespace,
+        namespace = service.metadata.namespace,
         service = service.metadata.name,
         kind = child.resource.kind,
         name = child.name,
         "applied"
     );
-    Ok(true)
+    Ok(())
+}
+
+fn api_of(client: &Client, service: &InferenceService, child: &Child) -> Api<DynamicObject> {
+    let namespace = service.metadata.namespace.as_deref().unwrap_or_default();
+    Api::namespaced_with(client.clone(), namespace, &child.resource)
+}
+
+fn failed(verb: &'static str, child: &Child, source: kube::Error) -> ApplyError {
+    ApplyError::Call {
+        verb,
+        kind: child.resource.kind.clone(),
+        name: child.name.clone(),
+        source,
+    }
 }
 
 /// Deletes a child of ours.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -118,6 +119,16 @@ pub(super) fn host_conflict(
                 "host {host} belongs to {holder}, which is older; remove it from spec.endpoint.hosts of one of the two"
             ))
         })
+}
+
+/// Addresses of all gateways, ready or not.
+pub(super) fn addresses(slices: &[EndpointSlice]) -> Vec<IpAddr> {
+    let endpoints = slices
+        .iter()
+        .flat_map(|slice| slice.endpoints.iter().flatten());
+    endpoints
+        .filter_map(|endpoint| endpoint.addresses.first()?.parse().ok())
+        .collect()
 }
 
 /// Addresses of the gateway that take requests.

@@ -1,17 +1,21 @@
 //! The only reads of a reconcile, all from caches that watches keep: a reconcile asks the API server nothing.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use ashlar_crds::{
     InferenceService,
-    names::{FIELD_MANAGER, SERVICE_LABEL},
+    names::{FIELD_MANAGER, PULL_LABEL, SERVICE_LABEL},
 };
 use futures::{Stream, future::BoxFuture};
 use k8s_openapi::api::{
     apps::v1::{ControllerRevision, Deployment},
+    batch::v1::Job,
     core::v1::{ConfigMap, Pod, Service, ServiceAccount},
     discovery::v1::EndpointSlice,
     networking::v1::NetworkPolicy,
@@ -27,7 +31,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::{
-    build::children::{SLICE_MANAGER_LABEL, SLICE_SERVICE_LABEL},
+    build::children::{SLICE_MANAGER_LABEL, SLICE_SERVICE_LABEL, http_routes},
     index::{Index, Reduced},
     victims::DELETION_COST,
 };
@@ -36,6 +40,11 @@ use super::{
 const MAX_TRIGGERS: usize = 4096;
 /// Objects of one answer when a watch lists.
 const PAGE: u32 = 250;
+/// How often a cluster without an optional kind is looked at again.
+const DISCOVERY: Duration = Duration::from_secs(60);
+
+/// Conditions of children that a reconcile looks at.
+const TELLING: [&str; 2] = ["ReplicaFailure", "Complete"];
 
 /// What one reconcile sees of the cluster.
 #[derive(Debug, Default)]
@@ -46,6 +55,8 @@ pub struct Observed {
     pub deployments: Vec<Arc<Deployment>>,
     /// Pods of all revisions, terminating ones included, without their `spec`.
     pub pods: Vec<Arc<Pod>>,
+    /// Pods of Jobs that fill the service's claim, in the same way.
+    pub pull_pods: Vec<Arc<Pod>>,
     /// The gateway's own EndpointSlices.
     pub gateway_slices: Vec<EndpointSlice>,
     /// Every child as it is, by kind and name.
@@ -88,7 +99,11 @@ struct Stored(Arc<str>);
 pub struct Caches {
     children: Vec<(ApiResource, Index<Stored>)>,
     pods: Index<Arc<Pod>>,
+    pull_pods: Index<Arc<Pod>>,
     gateway_slices: Index<Arc<EndpointSlice>>,
+    /// HTTPRoutes, once the cluster has the kind.
+    routes: Index<Stored>,
+    has_routes: Arc<AtomicBool>,
     heard: Arc<AtomicBool>,
 }
 
@@ -139,6 +154,7 @@ impl Caches {
             ApiResource::erase::<Service>(&()),
             ApiResource::erase::<ServiceAccount>(&()),
             ApiResource::erase::<ConfigMap>(&()),
+            ApiResource::erase::<Job>(&()),
             ApiResource::erase::<EndpointSlice>(&()),
             ApiResource::erase::<NetworkPolicy>(&()),
             ApiResource::erase::<PodDisruptionBudget>(&()),
@@ -152,14 +168,27 @@ impl Caches {
             spawn_children(index.clone(), api, kind.kind.clone(), triggers.clone());
             (kind, index)
         });
-        let pods = Index::new();
-        spawn_pods(pods.clone(), client, watched, triggers.clone());
+        let (pods, pull_pods) = (Index::new(), Index::new());
+        for (label, index) in [(SERVICE_LABEL, &pods), (PULL_LABEL, &pull_pods)] {
+            spawn_pods(index.clone(), client, watched, label, triggers.clone());
+        }
         let gateway_slices = Index::new();
-        spawn_gateway(gateway_slices.clone(), client, gateway, triggers);
+        spawn_gateway(gateway_slices.clone(), client, gateway, triggers.clone());
+        let (routes, has_routes) = (Index::new(), Arc::new(AtomicBool::new(false)));
+        spawn_routes(
+            routes.clone(),
+            client,
+            watched,
+            Arc::clone(&has_routes),
+            triggers,
+        );
         let caches = Self {
             children: children.into(),
             pods,
+            pull_pods,
             gateway_slices,
+            routes,
+            has_routes,
             heard,
         };
         (
@@ -179,6 +208,7 @@ impl Caches {
             index.ready().await;
         }
         self.pods.ready().await;
+        self.pull_pods.ready().await;
         self.gateway_slices.ready().await;
     }
 
@@ -202,10 +232,17 @@ impl Caches {
             let stored = index.of(namespace, name);
             live.extend(stored.iter().map(|stored| live_child(resource, stored)));
         }
+        let routes = self.routes.of(namespace, name);
+        live.extend(
+            routes
+                .iter()
+                .map(|stored| live_child(&http_routes(), stored)),
+        );
         Observed {
             revisions: typed(&live),
             deployments: typed(&live),
             pods: self.pods.of(namespace, name),
+            pull_pods: self.pull_pods.of(namespace, name),
             gateway_slices: self
                 .gateway_slices
                 .all()
@@ -214,6 +251,12 @@ impl Caches {
                 .collect(),
             live,
         }
+    }
+
+    /// Whether the cluster has HTTPRoutes.
+    #[must_use]
+    pub fn has_http_routes(&self) -> bool {
+        self.has_routes.load(Ordering::Acquire)
     }
 
     /// Pods of one service, as the watch shows them now.
@@ -262,7 +305,7 @@ fn live_child(resource: &ApiResource, stored: &Stored) -> LiveChild {
 
 /// Children: all that somebody could have edited, nothing that only the cluster writes.
 fn reduce_child(mut object: DynamicObject) -> Option<Reduced<Stored>> {
-    let service = service_of(&object.metadata)?;
+    let service = service_of(&object.metadata, SERVICE_LABEL)?;
     // The cluster's own controller copies our labels to the slices of the headless Service: those are not ours.
     let manager = object.labels().get(SLICE_MANAGER_LABEL);
     if manager.is_some_and(|manager| manager != FIELD_MANAGER) {
@@ -271,15 +314,14 @@ fn reduce_child(mut object: DynamicObject) -> Option<Reduced<Stored>> {
     let meta = &mut object.metadata;
     meta.managed_fields = None;
     meta.resource_version = None;
-    meta.generation = None;
     meta.creation_timestamp = None;
     let name = meta.name.clone()?;
     let mut data = object.data;
     data["metadata"] = serde_json::to_value(meta).expect("metadata is plain data: this is a bug");
     if let Some(fields) = data.as_object_mut() {
-        let failure = fields.remove("status").and_then(replica_failure);
-        if let Some(failure) = failure {
-            fields.insert("status".into(), failure);
+        let telling = fields.remove("status").and_then(telling_conditions);
+        if let Some(telling) = telling {
+            fields.insert("status".into(), telling);
         }
     }
     Some(Reduced {
@@ -289,20 +331,22 @@ fn reduce_child(mut object: DynamicObject) -> Option<Reduced<Stored>> {
     })
 }
 
-/// The part of a Deployment's status that says why no pod is created.
-fn replica_failure(mut status: Value) -> Option<Value> {
+/// The part of a status that says why a Deployment's pods are not created, or that a Job is over.
+fn telling_conditions(mut status: Value) -> Option<Value> {
     let conditions = status.get_mut("conditions")?.as_array_mut()?;
-    conditions.retain(|c| c["type"] == "ReplicaFailure" && c["status"] == "True");
+    let telling = |c: &Value| TELLING.iter().any(|kind| c["type"] == *kind);
+    conditions.retain(|c| telling(c) && c["status"] == "True");
     for condition in conditions.iter_mut().filter_map(Value::as_object_mut) {
         condition.remove("lastUpdateTime");
+        condition.remove("lastProbeTime");
     }
-    let failed = !conditions.is_empty();
-    failed.then(|| serde_json::json!({ "conditions": status["conditions"] }))
+    let any = !conditions.is_empty();
+    any.then(|| serde_json::json!({ "conditions": status["conditions"] }))
 }
 
 /// Pods: identity, labels and state.
-fn reduce_pod(mut pod: Pod) -> Option<Reduced<Arc<Pod>>> {
-    let service = service_of(&pod.metadata)?;
+fn reduce_pod(mut pod: Pod, label: &str) -> Option<Reduced<Arc<Pod>>> {
+    let service = service_of(&pod.metadata, label)?;
     let meta = std::mem::take(&mut pod.metadata);
     let name = meta.name.clone()?;
     pod.spec = None;
@@ -348,15 +392,13 @@ fn reduce_pod(mut pod: Pod) -> Option<Reduced<Arc<Pod>>> {
     })
 }
 
-fn service_of(meta: &ObjectMeta) -> Option<String> {
-    let service = meta.labels.as_ref()?.get(SERVICE_LABEL)?;
+fn service_of(meta: &ObjectMeta, label: &str) -> Option<String> {
+    let service = meta.labels.as_ref()?.get(label)?;
     Some(format!("{}/{service}", meta.namespace.as_deref()?))
 }
 
-fn ours() -> watcher::Config {
-    watcher::Config::default()
-        .labels(SERVICE_LABEL)
-        .page_size(PAGE)
+fn labelled(label: &str) -> watcher::Config {
+    watcher::Config::default().labels(label).page_size(PAGE)
 }
 
 fn reference(service: String) -> Trigger {
@@ -366,21 +408,57 @@ fn reference(service: String) -> Trigger {
 
 fn spawn_children(index: Index<Stored>, api: Api<DynamicObject>, kind: String, triggers: Triggers) {
     tokio::spawn(async move {
-        let events = watcher(api, ours()).default_backoff();
+        let events = watcher(api, labelled(SERVICE_LABEL)).default_backoff();
         let wake = triggers.wake(reference);
         index.follow(events, &kind, reduce_child, wake).await;
     });
 }
 
-fn spawn_pods(index: Index<Arc<Pod>>, client: &Client, watched: Option<&str>, triggers: Triggers) {
+fn spawn_pods(
+    index: Index<Arc<Pod>>,
+    client: &Client,
+    watched: Option<&str>,
+    label: &'static str,
+    triggers: Triggers,
+) {
     let api: Api<Pod> = match watched {
         Some(namespace) => Api::namespaced(client.clone(), namespace),
         None => Api::all(client.clone()),
     };
     tokio::spawn(async move {
-        let events = watcher(api, ours()).default_backoff();
+        let events = watcher(api, labelled(label)).default_backoff();
         let wake = triggers.wake(reference);
-        index.follow(events, "Pod", reduce_pod, wake).await;
+        let reduce = |pod| reduce_pod(pod, label);
+        index.follow(events, "Pod", reduce, wake).await;
+    });
+}
+
+/// Looks for the kind until the cluster has it, then follows it.
+fn spawn_routes(
+    index: Index<Stored>,
+    client: &Client,
+    watched: Option<&str>,
+    has_routes: Arc<AtomicBool>,
+    triggers: Triggers,
+) {
+    let (client, kind) = (client.clone(), http_routes());
+    let api: Api<DynamicObject> = match watched {
+        Some(namespace) => Api::namespaced_with(client.clone(), namespace, &kind),
+        None => Api::all_with(client.clone(), &kind),
+    };
+    tokio::spawn(async move {
+        loop {
+            let resources = client.list_api_group_resources(&kind.api_version);
+            let found = super::timed(resources).await;
+            if found.is_ok_and(|all| all.resources.iter().any(|r| r.name == kind.plural)) {
+                break;
+            }
+            tokio::time::sleep(DISCOVERY).await;
+        }
+        has_routes.store(true, Ordering::Release);
+        if triggers.send(None).await {
+            spawn_children(index, api, kind.kind, triggers);
+        }
     });
 }
 
@@ -462,14 +540,20 @@ mod tests {
     }
 
     #[test]
-    fn of_a_deployments_status_only_a_refusal_is_kept() {
+    fn of_a_status_only_a_refusal_and_an_end_are_kept() {
         let refusal = json!({"type": "ReplicaFailure", "status": "True", "message": "quota", "lastUpdateTime": "t"});
         let other = json!({"type": "Available", "status": "True"});
-        let kept = replica_failure(json!({"replicas": 3, "conditions": [other, refusal]})).unwrap();
+        let kept =
+            telling_conditions(json!({"replicas": 3, "conditions": [other, refusal]})).unwrap();
         assert_eq!(
             kept,
             json!({"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "quota"}]})
         );
-        assert_eq!(replica_failure(json!({"conditions": [other]})), None);
+        assert_eq!(telling_conditions(json!({"conditions": [other]})), None);
+        let complete = json!({"type": "Complete", "status": "True", "lastProbeTime": "t"});
+        assert_eq!(
+            telling_conditions(json!({"succeeded": 1, "conditions": [complete]})).unwrap(),
+            json!({"conditions": [{"type": "Complete", "status": "True"}]})
+        );
     }
 }

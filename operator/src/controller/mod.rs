@@ -17,6 +17,7 @@
 pub mod apply;
 mod backoff;
 pub mod build;
+mod canary;
 mod capacity;
 mod endpoint;
 pub mod fetch;
@@ -195,6 +196,7 @@ pub(crate) struct Context {
     pub(crate) caches: Caches,
     pub(crate) defaults: Defaults,
     pub(crate) gateway_account: String,
+    pub(crate) gateway_metrics_port: u16,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) events: kube::runtime::events::Recorder,
     pub(crate) written: status::Written,
@@ -345,6 +347,7 @@ async fn control(
             metrics_from: args.metrics_from.0,
         },
         gateway_account: args.gateway_service_account,
+        gateway_metrics_port: args.gateway_metrics_port,
         autoscaler: Arc::new(
             Autoscaler::new(metrics.registry(), args.gateway_metrics_port)
                 .expect("each name once: this is a bug"),
@@ -401,21 +404,34 @@ async fn check_crd(client: &Client) -> Result<(), ControllerError> {
         .await
         .map_err(|error| ControllerError::Client(error.to_string()))?;
     let found = found.ok_or_else(|| ControllerError::Crd("is not installed".into()))?;
-    let schema = |crd: &Crd| serde_json::to_value(&crd.spec.versions).unwrap_or_default();
-    let (ours, found) = (schema(&ours), schema(&found));
-    let properties = |versions: &serde_json::Value| -> Vec<String> {
-        versions
-            .pointer("/0/schema/openAPIV3Schema/properties/spec/properties")
-            .and_then(|p| p.as_object())
-            .map(|p| p.keys().cloned().collect())
-            .unwrap_or_default()
+    let fields = |crd: &Crd| {
+        let versions = serde_json::to_value(&crd.spec.versions).unwrap_or_default();
+        let mut fields = Vec::new();
+        if let Some(schema) = versions.pointer("/0/schema/openAPIV3Schema") {
+            collect_fields(schema, "", &mut fields);
+        }
+        fields
     };
-    let installed = properties(&found);
-    match properties(&ours)
-        .into_iter()
-        .find(|field| !installed.contains(field))
-    {
-        Some(field) => Err(ControllerError::Crd(format!("has no field spec.{field}"))),
+    let (ours, installed) = (fields(&ours), fields(&found));
+    match ours.into_iter().find(|field| !installed.contains(field)) {
+        Some(field) => Err(ControllerError::Crd(format!("has no field {field}"))),
         None => Ok(()),
+    }
+}
+
+/// Paths of all fields of a schema, such as `spec.model.uri`.
+fn collect_fields(schema: &serde_json::Value, path: &str, fields: &mut Vec<String>) {
+    if let Some(items) = schema.get("items") {
+        collect_fields(items, path, fields);
+    }
+    let properties = schema.get("properties").and_then(|p| p.as_object());
+    for (name, property) in properties.into_iter().flatten() {
+        let path = if path.is_empty() {
+            name.clone()
+        } else {
+            format!("{path}.{name}")
+        };
+        collect_fields(property, &path, fields);
+        fields.push(path);
     }
 }

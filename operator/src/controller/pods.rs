@@ -109,7 +109,16 @@ pub fn failed_start(pod: &Pod, startup_timeout: i64, now: Timestamp) -> Option<S
 /// Why this pod is not ready; none when it is.
 #[must_use]
 pub fn why_not_ready(pod: &Pod) -> Option<Blocker> {
-    if is_ready(pod) || has_ended(pod) {
+    if is_ready(pod) {
+        return None;
+    }
+    why_waiting(pod)
+}
+
+/// What a pod waits for, whatever its readiness says: one that only downloads is ready all along. None when it has ended.
+#[must_use]
+pub fn why_waiting(pod: &Pod) -> Option<Blocker> {
+    if has_ended(pod) {
         return None;
     }
     if pod.metadata.deletion_timestamp.is_some() {
@@ -152,12 +161,21 @@ pub fn why_not_ready(pod: &Pod) -> Option<Blocker> {
 /// Admission or quota lets no pod be created: its own words say why.
 #[must_use]
 pub fn refused(words: &str) -> Blocker {
-    let reason = if words.contains("hostPath") {
+    let reason = if words.contains("exceeded quota") {
+        reason::QUOTA_EXCEEDED
+    } else if words.contains("hostPath") {
         reason::CACHE_FORBIDDEN
     } else {
         reason::POD_FORBIDDEN
     };
     blocker(8, reason, format!("no pod can be created: {words}"))
+}
+
+/// A Job has yet to say how far it is.
+#[must_use]
+pub fn filling(job: &str) -> Blocker {
+    let message = format!("Job {job} downloads the model before there are pods");
+    blocker(1, reason::STARTING, message)
 }
 
 fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
@@ -227,7 +245,7 @@ fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
         ));
     }
     let running = state.is_some_and(|s| s.running.is_some());
-    if pull && running && !status.ready {
+    if pull && running {
         return Some(blocker(
             3,
             reason::MODEL_DOWNLOADING,
@@ -352,6 +370,18 @@ mod tests {
                 .message
                 .contains("bad weights")
         );
+    }
+
+    #[test]
+    fn a_pod_of_a_job_downloads_although_it_is_ready() {
+        let running = json!({
+            "phase": "Running", "conditions": [{"type": "Ready", "status": "True"}],
+            "containerStatuses": [{"name": "pull", "image": "i", "imageID": "", "ready": true, "restartCount": 0, "state": {"running": {}}}],
+        });
+        assert_eq!(why_not_ready(&pod(running.clone())), None);
+        let waiting = why_waiting(&pod(running)).unwrap();
+        assert_eq!(waiting.reason, reason::MODEL_DOWNLOADING);
+        assert_eq!(why_waiting(&pod(json!({"phase": "Succeeded"}))), None);
     }
 
     #[test]

@@ -14,8 +14,6 @@ use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::Pod;
 use serde::Deserialize;
 
-use super::pods;
-
 /// Longest wait for a whole answer.
 const TIMEOUT: Duration = Duration::from_millis(800);
 /// Largest answer that is read.
@@ -60,12 +58,14 @@ impl Downloads {
         &self,
         namespace: &str,
         name: &str,
-        all: &[Arc<Pod>],
+        pods: &[Arc<Pod>],
+        pull_pods: &[Arc<Pod>],
     ) -> Option<Download> {
         let key = format!("{namespace}/{name}");
-        let downloading = all
+        let downloading = pods
             .iter()
-            .filter(|pod| pods::is_downloading(pod))
+            .chain(pull_pods)
+            .filter(|pod| super::pods::is_downloading(pod))
             .min_by_key(|pod| pod.metadata.creation_timestamp.clone());
         let Some(pod) = downloading else {
             self.lock().remove(&key);
@@ -106,6 +106,12 @@ fn sum_of(exposition: &str) -> Option<f64> {
         }
     }
     Some(total)
+}
+
+/// What a server of our own says, as text; none when it does not answer in time.
+pub(super) async fn get_text(address: (IpAddr, u16), path: &str) -> Option<String> {
+    let answer = tokio::time::timeout(TIMEOUT, ask(address, path)).await;
+    String::from_utf8(answer.ok()??.to_vec()).ok()
 }
 
 async fn get(pod: &Pod, path: &str) -> Option<Bytes> {

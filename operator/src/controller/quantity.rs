@@ -23,3 +23,28 @@ pub(super) fn thousandths(text: &str) -> Option<f64> {
         .unwrap_or((text, 1.0));
     Some((number.parse::<f64>().ok()? * factor * 1e3).round())
 }
+
+/// A quantity as a whole number of its unit, rounded down; none when it is no quantity, or below zero.
+pub(super) fn whole(text: &str) -> Option<u64> {
+    let number = thousandths(text)? / 1e3;
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "checked to fit"
+    )]
+    (0.0..9e18).contains(&number).then_some(number as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::whole;
+
+    #[test]
+    fn bytes_are_whole_and_not_negative() {
+        assert_eq!(whole("1.5Ki"), Some(1536));
+        assert_eq!(whole("200Gi"), Some(200 << 30));
+        for bad in ["", "-1", "many", "NaN"] {
+            assert_eq!(whole(bad), None, "{bad}");
+        }
+    }
+}

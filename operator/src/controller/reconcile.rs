@@ -14,6 +14,7 @@ use super::{
     Context,
     apply::{self, ApplyError},
     build::{Child, children, revision, template},
+    canary::{self, Verdict},
     endpoint,
     fetch::Observed,
     report::{self, ReportError},
@@ -28,6 +29,8 @@ use super::{
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// The same while deletion costs are being written; the watch that shows them is usually sooner.
 const LOOK_SOON: Duration = Duration::from_millis(250);
+/// The same while the gateways' counts decide about a new revision: each second costs requests.
+const LOOK_AT_TRIAL: Duration = Duration::from_secs(1);
 /// How often a service at rest is looked at again, should a watch have missed something.
 const RESYNC: Duration = Duration::from_secs(600);
 
@@ -128,12 +131,21 @@ async fn steps(
     if let Some(outcome) = &scaling {
         validated.wanted = outcome.desired;
     }
-    let view = revisions::view(&validated, &observed, &context.defaults, now)?;
-    let plan = next_step(&validated, &view, context);
-    let (asked, waiting) = lower_gently(&validated, &view, &plan, context).await;
+    let mut view = revisions::view(&validated, &observed, &context.defaults, now)?;
+    let canary = on_trial(&validated, &mut view, &observed, context).await;
+    let filling = revisions::filling(&validated, &view, &observed, &context.defaults, || {
+        folders_to_keep(&validated, context)
+    });
+    let plan = if filling.waits {
+        rollout::wait(validated.wanted, &view.newest, &view.older)
+    } else {
+        next_step(&validated, &view, canary, context)
+    };
+    let (asked, waiting) = lower_gently(&validated, &view, &plan, &observed, context).await;
 
     let gateway_slices = children::sorted_slices(observed.gateway_slices.clone());
-    let around = children::children(&validated, &context.defaults, &gateway_slices)?;
+    let has_routes = context.caches.has_http_routes();
+    let around = children::children(&validated, &context.defaults, &gateway_slices, has_routes)?;
     let records = revisions::records(&validated, &view, &observed);
     let workloads = revisions::deployments(&validated, &view, &asked, &observed);
     let (alias, around): (Vec<_>, Vec<_>) = around
@@ -141,9 +153,20 @@ async fn steps(
         .partition(|child| child.resource.kind == "Service" && child.name == name);
     // What pods need is there before pods are; within a group the order does not matter.
     apply_all(&around, &observed, service, context).await?;
-    apply_all(&records, &observed, service, context).await?;
-    for child in &workloads {
+    // Whether a workload's name is free can be asked meanwhile.
+    let asked = workloads
+        .iter()
+        .map(|child| apply::is_needed(&context.client, service, child, &observed.live));
+    let (_, needed) = tokio::try_join!(
+        apply_all(&records, &observed, service, context),
+        try_join_all(asked)
+    )?;
+    if let Some(child) = &filling.job {
         apply_one(child, &observed, service, context).await?;
+    }
+    for (child, _) in workloads.iter().zip(needed).filter(|(_, needed)| *needed) {
+        apply::write(&context.client, service, child).await?;
+        context.metrics.wrote(&child.resource.kind);
     }
     let mut alias_waits = false;
     for child in &alias {
@@ -152,6 +175,7 @@ async fn steps(
     let built: Vec<Child> = around
         .into_iter()
         .chain(records)
+        .chain(filling.job)
         .chain(workloads)
         .chain(alias)
         .collect();
@@ -161,13 +185,15 @@ async fn steps(
     let conflict = endpoint::host_conflict(service, &context.services.state());
     let download = context
         .downloads
-        .look(&namespace, &name, &observed.pods)
+        .look(&namespace, &name, &observed.pods, &observed.pull_pods)
         .await;
     let default_image = template::image(&validated, &context.defaults);
     let status = status::compute(&Facts {
         service: &validated,
         defaults: &context.defaults,
         pods: &observed.pods,
+        pull_pods: &observed.pull_pods,
+        filling: filling.waits,
         newest: &view.newest,
         plan: &plan,
         refused: revisions::refused(&observed, &view.newest.hash),
@@ -176,7 +202,9 @@ async fn steps(
         keys,
         scaling: scaling.as_ref(),
         host_conflict: conflict.as_deref(),
+        has_http_routes: has_routes,
         download,
+        pulled_bytes: revisions::pulled_bytes(&observed, &view.newest.hash),
         resolved_revision: revisions::resolved(&view.pin),
         largest_node: context
             .capacity
@@ -185,10 +213,13 @@ async fn steps(
     });
     let settled = view.newest.ready == validated.wanted
         && plan.rollout.is_none()
+        && !filling.waits
         && keys == KeyAccess::Allowed
         && conflict.is_none();
     let again = if waiting {
         LOOK_SOON
+    } else if canary.is_some() {
+        LOOK_AT_TRIAL
     } else if alias_waits {
         // Not all at one time.
         LOOK_AGAIN.mul_f64(0.4 + 0.6 * rand::random::<f64>())
@@ -200,8 +231,54 @@ async fn steps(
     Ok((status, Action::requeue(again)))
 }
 
+/// Folders of the service's claim that some service of the namespace loads from, in any revision that is kept.
+fn folders_to_keep(service: &ValidatedService, context: &Context) -> Vec<String> {
+    let cache = service.service.spec.cache.as_ref();
+    let Some(pvc) = cache.and_then(|cache| cache.pvc.as_ref()) else {
+        return Vec::new();
+    };
+    let services = context.services.state();
+    let neighbours = services
+        .iter()
+        .filter(|other| other.namespace().as_deref() == Some(&service.namespace));
+    let mut folders: Vec<String> = neighbours
+        .flat_map(|other| {
+            let observed = context
+                .caches
+                .observe(&service.namespace, &other.name_any());
+            revisions::folders_in_use(&observed, &pvc.claim_name)
+        })
+        .collect();
+    folders.sort();
+    folders.dedup();
+    folders
+}
+
+/// Judges the newest revision's trial, if it is on one; its share of the requests while that goes on.
+async fn on_trial(
+    service: &ValidatedService,
+    view: &mut RevisionView,
+    observed: &Observed,
+    context: &Context,
+) -> Option<i32> {
+    let trial = canary::trial(service, view)?;
+    let gateways = endpoint::addresses(&observed.gateway_slices);
+    let port = context.gateway_metrics_port;
+    match canary::judge(service, trial, view, &gateways, port).await {
+        Verdict::Wait => return Some(trial.weight_percent),
+        Verdict::Promote => view.newest.promoted = true,
+        Verdict::RollBack(why) => view.newest.rolled_back = Some(why),
+    }
+    None
+}
+
 /// Asks `rollout` for the next step, with what nodes have left while there is a rollout.
-fn next_step(service: &ValidatedService, view: &RevisionView, context: &Context) -> RolloutPlan {
+fn next_step(
+    service: &ValidatedService,
+    view: &RevisionView,
+    canary: Option<i32>,
+    context: &Context,
+) -> RolloutPlan {
     let key = format!("{}/{}", service.namespace, service.name);
     let rolling = view
         .older
@@ -226,6 +303,7 @@ fn next_step(service: &ValidatedService, view: &RevisionView, context: &Context)
         surge: service.service.spec.rollout_strategy.surge,
         room,
         in_place,
+        canary,
     };
     let plan = rollout::plan(&circumstances, &view.newest, &view.older);
     if let Some(pod) = &view.template.spec {
@@ -242,6 +320,7 @@ async fn lower_gently(
     service: &ValidatedService,
     view: &RevisionView,
     plan: &RolloutPlan,
+    observed: &Observed,
     context: &Context,
 ) -> (RolloutPlan, bool) {
     let mut asked = plan.clone();
@@ -260,6 +339,7 @@ async fn lower_gently(
         let lowering = Lowering {
             namespace: &service.namespace,
             deployment: &service.service.revision_name(hash),
+            generation: revisions::generation(observed, hash),
             to: *to,
             pods: pods
                 .into_iter()

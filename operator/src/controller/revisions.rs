@@ -18,11 +18,11 @@ use kube::ResourceExt as _;
 use super::{
     Context,
     apply::{self, ApplyError},
-    build::{Child, Defaults, children, revision, template},
+    build::{Child, Defaults, children, model, revision, template},
     fetch::Observed,
     pods,
     rollout::{RevisionState, RolloutPlan},
-    validate::{InvalidSpec, ModelSource, ValidatedService},
+    validate::{InvalidSpec, ValidatedService},
 };
 
 /// Revisions that are kept.
@@ -31,6 +31,10 @@ const KEPT_REVISIONS: usize = 3;
 const FAILED_ANNOTATION: &str = "serving.ashlar.dev/failed";
 /// Annotation of a revision that has had all its replicas ready once: what happens later is no failed start.
 const PROVEN_ANNOTATION: &str = "serving.ashlar.dev/proven";
+
+/// Annotation of a revision whose trial is over: `promoted`, or why it was rolled back.
+const TRIAL_ANNOTATION: &str = "serving.ashlar.dev/trial";
+const PROMOTED: &str = "promoted";
 
 /// What is known of a service's revisions.
 pub(super) struct RevisionView {
@@ -110,6 +114,7 @@ fn state(
     let ready = count(&pods::is_ready);
     let remembered = deployment.and_then(|d| d.annotations().get(FAILED_ANNOTATION).cloned());
     let proven = deployment.is_some_and(|d| d.annotations().contains_key(PROVEN_ANNOTATION));
+    let trial = deployment.and_then(|d| d.annotations().get(TRIAL_ANNOTATION));
     let failing = || {
         pods.iter()
             .find_map(|pod| pods::failed_start(pod, startup, now))
@@ -126,6 +131,8 @@ fn state(
         scheduled: count(&pods::is_scheduled),
         unschedulable: pods.iter().any(|pod| pods::is_unschedulable(pod, now)),
         proven,
+        promoted: trial.is_some_and(|end| end == PROMOTED),
+        rolled_back: trial.filter(|end| *end != PROMOTED).cloned(),
         failed: if ready > 0 || proven {
             None
         } else {
@@ -136,9 +143,7 @@ fn state(
 
 /// The commit that a revision's pods download: once one of them has resolved a branch or tag, all later ones get the same.
 fn pin(service: &ValidatedService, hash: &str, observed: &Observed) -> Option<String> {
-    if !matches!(service.source, ModelSource::Hub { .. }) {
-        return None;
-    }
+    service.source.pulled_from()?;
     let name = service.service.revision_name(hash);
     let live = observed
         .live
@@ -152,27 +157,38 @@ fn pin(service: &ValidatedService, hash: &str, observed: &Observed) -> Option<St
         });
     let of_revision = |pod: &&Arc<Pod>| revision::hash_of(&***pod) == Some(hash);
     let reported = || {
-        observed
-            .pods
-            .iter()
-            .filter(of_revision)
-            .find_map(|pod| pulled(pod))
+        let pods = observed.pods.iter().chain(&observed.pull_pods);
+        pods.filter(of_revision).find_map(|pod| pulled(pod))
     };
     live.filter(|pinned| is_commit(pinned))
         .map(str::to_owned)
         .or_else(reported)
         .or_else(|| service.service.spec.model.revision.clone())
-        .or_else(|| Some("main".to_owned()))
+        .or_else(|| Some(service.source.default_revision().to_owned()))
 }
 
 /// The commit that a pod's `pull` says it has downloaded.
 fn pulled(pod: &Pod) -> Option<String> {
-    let statuses = pod.status.as_ref()?.init_container_statuses.as_ref()?;
-    let pull = statuses.iter().find(|s| s.name == PULL_CONTAINER)?;
-    let message = pull.state.as_ref()?.terminated.as_ref()?.message.as_ref()?;
-    let result: serde_json::Value = serde_json::from_str(message).ok()?;
+    let result = pull_result(pod)?;
     let commit = result.get("revision")?.as_str()?;
     is_commit(commit).then(|| commit.to_owned())
+}
+
+/// Bytes of the model that a revision's `pull` has downloaded.
+pub(super) fn pulled_bytes(observed: &Observed, hash: &str) -> Option<i64> {
+    let pods = observed.pods.iter().chain(&observed.pull_pods);
+    let mut of_revision = pods.filter(|pod| revision::hash_of(&***pod) == Some(hash));
+    of_revision.find_map(|pod| pull_result(pod)?.get("bytes")?.as_i64())
+}
+
+/// What a pod's `pull` said at its end.
+fn pull_result(pod: &Pod) -> Option<serde_json::Value> {
+    let status = pod.status.as_ref()?;
+    let init = status.init_container_statuses.iter().flatten();
+    let mut all = init.chain(status.container_statuses.iter().flatten());
+    let pull = all.find(|s| s.name == PULL_CONTAINER)?;
+    let message = pull.state.as_ref()?.terminated.as_ref()?.message.as_ref()?;
+    serde_json::from_str(message).ok()
 }
 
 fn is_commit(revision: &str) -> bool {
@@ -182,6 +198,63 @@ fn is_commit(revision: &str) -> bool {
 /// The pin, once it is a commit.
 pub(super) fn resolved(pin: &Option<String>) -> Option<&str> {
     pin.as_deref().filter(|pin| is_commit(pin))
+}
+
+/// Whether the newest revision's pods still wait for a Job to fill their claim, and the Job if there is none yet.
+pub(super) struct Filling {
+    /// They wait.
+    pub(super) waits: bool,
+    /// To be made.
+    pub(super) job: Option<Child>,
+}
+
+/// Looks at the Job of the newest revision. `keep` is asked which folders of the claim must stay when one is made.
+pub(super) fn filling(
+    service: &ValidatedService,
+    view: &RevisionView,
+    observed: &Observed,
+    defaults: &Defaults,
+    keep: impl FnOnce() -> Vec<String>,
+) -> Filling {
+    let spec = view.template.spec.as_ref();
+    let inits = spec.and_then(|spec| spec.init_containers.as_ref());
+    // Revisions rendered by an older operator fetch their model themselves.
+    let by_itself = inits.is_some_and(|all| all.iter().any(|c| c.name == PULL_CONTAINER));
+    if by_itself || !model::is_filled_by_job(service) {
+        return Filling {
+            waits: false,
+            job: None,
+        };
+    }
+    let name = service.service.pull_name(&view.newest.hash);
+    let mut live = observed.live.iter();
+    let Some(job) = live.find(|live| live.resource.kind == "Job" && live.name == name) else {
+        let job = model::job(service, defaults, &view.newest.hash, &keep());
+        return Filling {
+            waits: true,
+            job: job.as_ref().map(Child::new),
+        };
+    };
+    let conditions = job
+        .value
+        .pointer("/status/conditions")
+        .and_then(|c| c.as_array());
+    let complete = conditions.is_some_and(|all| all.iter().any(|c| c["type"] == "Complete"));
+    Filling {
+        waits: !complete,
+        job: None,
+    }
+}
+
+/// The folders of a claim that revisions of a service load from.
+pub(super) fn folders_in_use(observed: &Observed, claim: &str) -> Vec<String> {
+    let templates = observed
+        .revisions
+        .iter()
+        .filter_map(|r| revision::stored_template(r));
+    templates
+        .filter_map(|template| model::cached_by(&template, claim))
+        .collect()
 }
 
 /// What the newest revision needs before its pods: its record, and what they download.
@@ -222,7 +295,14 @@ pub(super) fn deployments(
     if let Some(failure) = newest.failed.as_ref().filter(|_| plan.halted) {
         annotations.insert(FAILED_ANNOTATION.to_owned(), failure.clone());
     }
-    if newest.proven || (newest.ready > 0 && newest.ready >= service.wanted) {
+    if newest.promoted {
+        annotations.insert(TRIAL_ANNOTATION.to_owned(), PROMOTED.to_owned());
+    } else if let Some(why) = &newest.rolled_back {
+        annotations.insert(TRIAL_ANNOTATION.to_owned(), why.clone());
+    }
+    // One that is on trial has still to prove itself.
+    let all_ready = newest.ready > 0 && newest.ready >= service.wanted && plan.weight.is_none();
+    if newest.proven || all_ready {
         annotations.insert(PROVEN_ANNOTATION.to_owned(), "true".to_owned());
     }
     // Old revisions go down before the newest goes up, so that an in-place rollout never asks for both.
@@ -310,6 +390,13 @@ pub(super) fn runtime_image(template: &PodTemplateSpec) -> Option<String> {
     let containers = &template.spec.as_ref()?.containers;
     let runtime = containers.iter().find(|c| c.name == RUNTIME_CONTAINER)?;
     runtime.image.clone()
+}
+
+/// Generation of a revision's Deployment: it grows with each new replica count.
+pub(super) fn generation(observed: &Observed, hash: &str) -> i64 {
+    let mut deployments = observed.deployments.iter();
+    let deployment = deployments.find(|d| revision::hash_of(&***d) == Some(hash));
+    deployment.and_then(|d| d.metadata.generation).unwrap_or(0)
 }
 
 /// The words with which the cluster refuses to create a revision's pods.

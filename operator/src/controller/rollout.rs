@@ -23,6 +23,10 @@ pub struct RevisionState {
     pub unschedulable: bool,
     /// Its pods do not start: the words of the failure.
     pub failed: Option<String>,
+    /// Its trial is over, and it takes over.
+    pub promoted: bool,
+    /// Its trial is over, and the revision before stays: why.
+    pub rolled_back: Option<String>,
 }
 
 /// What to ask of the Deployments.
@@ -36,6 +40,8 @@ pub struct RolloutPlan {
     pub rollout: Option<String>,
     /// The newest revision has failed while an older one exists: the old one serves.
     pub halted: bool,
+    /// Share of the requests that the newest revision gets, in percent, while it is on trial or was rolled back.
+    pub weight: Option<i32>,
 }
 
 /// What a step depends on besides the revisions.
@@ -49,6 +55,8 @@ pub struct Circumstances {
     pub room: Option<i32>,
     /// This rollout has been going on in place.
     pub in_place: bool,
+    /// The newest revision is on trial with so many percent of the requests.
+    pub canary: Option<i32>,
 }
 
 /// Decides the next step.
@@ -62,10 +70,57 @@ pub fn plan(
     newest: &RevisionState,
     older: &[RevisionState],
 ) -> RolloutPlan {
+    let plan = steps(circumstances, newest, older);
+    match (circumstances.canary, &plan.previous) {
+        (Some(weight), Some(_)) if !plan.halted => on_trial(plan, circumstances, newest, weight),
+        _ => plan,
+    }
+}
+
+/// A rollout goes on until the newest revision has its share of the replicas, and at least one old pod stays.
+fn on_trial(
+    mut plan: RolloutPlan,
+    circumstances: &Circumstances,
+    newest: &RevisionState,
+    weight: i32,
+) -> RolloutPlan {
+    let wanted = circumstances.wanted;
+    let share = (wanted.saturating_mul(weight) + 99) / 100;
+    let share = share.clamp(1, (wanted - 1).max(1));
+    plan.newest = plan.newest.min(share);
+    if let Some((_, old)) = &mut plan.previous {
+        *old = (*old).max(wanted - share).max(wanted.min(1));
+    }
+    plan.weight = Some(weight);
+    let hash = &newest.hash;
+    let state = if newest.ready >= share {
+        format!("revision {hash} gets {weight} % of the requests")
+    } else if plan.newest == 0 {
+        "no node has room for one pod more beside the last one".to_owned()
+    } else {
+        format!(
+            "{} of {share} pods of revision {hash} are ready",
+            newest.ready
+        )
+    };
+    plan.rollout = Some(format!(
+        "Canary: {state}; to decide by hand set annotation serving.ashlar.dev/canary to promote@{hash} or rollback@{hash}"
+    ));
+    plan
+}
+
+fn steps(
+    circumstances: &Circumstances,
+    newest: &RevisionState,
+    older: &[RevisionState],
+) -> RolloutPlan {
     let wanted = circumstances.wanted;
     let previous = older
         .iter()
-        .filter(|r| r.replicas > 0 || r.pods > 0 || newest.failed.is_some())
+        .filter(|r| {
+            let back = newest.failed.is_some() || newest.rolled_back.is_some();
+            r.replicas > 0 || r.pods > 0 || back
+        })
         .max_by_key(|r| (r.ready > 0, r.replicas > 0, r.number));
     let Some(previous) = previous else {
         return RolloutPlan {
@@ -77,13 +132,20 @@ pub fn plan(
         newest,
         previous: Some((previous.hash.clone(), old)),
         rollout,
-        halted: false,
+        ..RolloutPlan::default()
     };
     // Pods of every old revision hold their places until they are gone.
     let old_pods: i32 = older.iter().map(|r| r.pods).sum();
     let in_place = why_in_place(circumstances, newest, old_pods);
     if wanted == 0 {
         return step(0, 0, None);
+    }
+    if let Some(why) = &newest.rolled_back {
+        return RolloutPlan {
+            halted: true,
+            weight: Some(0),
+            ..step(0, wanted, Some(format!("Halted: {why}")))
+        };
     }
     if let Some(failure) = &newest.failed {
         return RolloutPlan {
@@ -117,6 +179,23 @@ pub fn plan(
         previous.replicas.min(wanted - ready),
         Some("Surge: a new pod starts before an old one ends".to_owned()),
     )
+}
+
+/// The step while the newest revision's model is still on its way: it gets no replica more, and who serves goes on.
+#[must_use]
+pub fn wait(wanted: i32, newest: &RevisionState, older: &[RevisionState]) -> RolloutPlan {
+    let kept = newest.replicas.min(wanted);
+    let serving = older
+        .iter()
+        .filter(|r| r.replicas > 0 || r.pods > 0)
+        .max_by_key(|r| (r.ready > 0, r.replicas > 0, r.number));
+    RolloutPlan {
+        newest: kept,
+        previous: serving.map(|r| (r.hash.clone(), wanted - kept)),
+        rollout: serving
+            .map(|_| "Waiting: the model of the new revision is being downloaded".to_owned()),
+        ..RolloutPlan::default()
+    }
 }
 
 /// Why the rollout goes on in place; none when it surges.
@@ -291,6 +370,77 @@ mod tests {
         );
     }
 
+    fn trial(wanted: i32, room: i32, weight: i32) -> Circumstances {
+        Circumstances {
+            canary: Some(weight),
+            ..auto(wanted, Some(room))
+        }
+    }
+
+    #[test]
+    fn a_canary_stops_at_its_share_of_the_replicas() {
+        let old = |replicas| [state("a", 1, replicas, replicas)];
+        let half = plan(&trial(8, 1, 50), &state("b", 2, 4, 4), &old(4));
+        assert_eq!(
+            (half.newest, half.previous, half.weight),
+            (4, Some(("a".into(), 4)), Some(50))
+        );
+        let words = half.rollout.unwrap();
+        assert!(
+            words.starts_with("Canary") && words.contains("promote@b"),
+            "{words}"
+        );
+        // A smaller weight gives replicas back, a promotion goes on from there.
+        let less = plan(&trial(8, 1, 10), &state("b", 2, 4, 4), &old(4));
+        assert_eq!((less.newest, less.previous), (1, Some(("a".into(), 7))));
+        let promoted = plan(&auto(8, Some(1)), &state("b", 2, 4, 4), &old(4));
+        assert!(promoted.newest == 5 && promoted.weight.is_none());
+    }
+
+    #[test]
+    fn the_last_old_pod_stays_while_its_successor_is_on_trial() {
+        let old = [state("a", 1, 1, 1)];
+        let with_room = plan(&trial(1, 1, 10), &state("b", 2, 0, 0), &old);
+        assert_eq!(
+            (with_room.newest, with_room.previous),
+            (1, Some(("a".into(), 1)))
+        );
+        let without = plan(&trial(1, 0, 10), &state("b", 2, 0, 0), &old);
+        assert_eq!(
+            (without.newest, without.previous),
+            (0, Some(("a".into(), 1)))
+        );
+        assert!(without.rollout.unwrap().contains("no node has room"));
+    }
+
+    #[test]
+    fn a_rollback_gives_everything_to_the_revision_before() {
+        let back = RevisionState {
+            rolled_back: Some("9 of 100 requests failed".into()),
+            ..state("b", 2, 2, 2)
+        };
+        let plan = plan(&auto(4, Some(1)), &back, &[state("a", 1, 2, 2)]);
+        assert_eq!(
+            (plan.newest, plan.previous, plan.weight, plan.halted),
+            (0, Some(("a".into(), 4)), Some(0), true)
+        );
+        assert!(plan.rollout.unwrap().contains("9 of 100"));
+    }
+
+    #[test]
+    fn while_the_model_is_on_its_way_the_old_revision_serves_all() {
+        let old = [state("a", 1, 2, 2), state("z", 0, 0, 0)];
+        let waiting = wait(3, &state("b", 2, 0, 0), &old);
+        assert_eq!(
+            (waiting.newest, waiting.previous),
+            (0, Some(("a".into(), 3)))
+        );
+        assert!(waiting.rollout.unwrap().starts_with("Waiting"));
+        // A first revision waits without a rollout, and one that has pods keeps them.
+        assert_eq!(wait(2, &state("b", 2, 0, 0), &[]), RolloutPlan::default());
+        assert_eq!(wait(2, &state("b", 2, 1, 1), &[]).newest, 1);
+    }
+
     /// A cluster with so many places, played one event at a time.
     struct Cluster {
         places: i32,
@@ -345,7 +495,7 @@ mod tests {
             let orderly = (0..60).flat_map(|_| 0..4u8);
             for event in events.into_iter().chain(orderly) {
                 let room = known.then(|| (cluster.free() - (cluster.newest.pods - cluster.newest.scheduled)).max(0));
-                let now = Circumstances { wanted, surge, room, in_place };
+                let now = Circumstances { wanted, surge, room, in_place, canary: None };
                 let plan = plan(&now, &cluster.newest, std::slice::from_ref(&cluster.old));
                 let rollout = plan.rollout.clone().unwrap_or_default();
                 in_place |= rollout.starts_with("InPlace");
@@ -359,6 +509,28 @@ mod tests {
                 cluster.happen(event);
             }
             prop_assert_eq!((cluster.newest.ready, cluster.old.pods), (wanted, 0));
+        }
+
+        /// On trial the newest revision never gets more than its share of the replicas, the old one keeps the rest and at least
+        /// one, and there is never more than one pod too many.
+        #[test]
+        fn a_trial_stays_within_its_share(
+            wanted in 1..12i32,
+            weight in 1..100i32,
+            old in 1..12i32,
+            new in 0..12i32,
+            room in prop::option::of(0..3i32),
+            surge in prop::sample::select(vec![Surge::Auto, Surge::Never, Surge::Always]),
+        ) {
+            let (old, new) = (old.min(wanted), new.min(wanted));
+            let now = Circumstances { wanted, surge, room, in_place: false, canary: Some(weight) };
+            let plan = plan(&now, &state("b", 2, new, new), &[state("a", 1, old, old)]);
+            let share = ((wanted * weight + 99) / 100).clamp(1, (wanted - 1).max(1));
+            let kept = plan.previous.map_or(0, |(_, replicas)| replicas);
+            prop_assert_eq!(plan.weight, Some(weight));
+            prop_assert!(plan.newest <= share, "{} of {share}", plan.newest);
+            prop_assert!(kept >= (wanted - share).max(1), "{kept} old ones of {wanted}");
+            prop_assert!(plan.newest + kept <= wanted.max(old + new) + 1);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! `status`, computed from what was applied and what the pods say. Pure.
 
 use ashlar_crds::{
-    Auth, InferenceService, InferenceServiceStatus, ModelStatus, RevisionStatus, ScalingStatus,
+    Auth, CanaryStatus, InferenceService, InferenceServiceStatus, ModelStatus, RevisionStatus,
+    ScalingStatus,
     conditions::{ENDPOINT_READY, MODEL_READY, READY, SCALING_READY, WORKLOADS_READY, reason},
     names::SERVICE_LABEL,
 };
@@ -45,6 +46,10 @@ pub struct Facts<'a> {
     pub defaults: &'a Defaults,
     /// Pods of all revisions.
     pub pods: &'a [Arc<Pod>],
+    /// Pods of the Jobs that fill the claim.
+    pub pull_pods: &'a [Arc<Pod>],
+    /// The newest revision's pods wait for such a Job.
+    pub filling: bool,
     /// The newest revision.
     pub newest: &'a RevisionState,
     /// What was asked of the Deployments.
@@ -61,8 +66,12 @@ pub struct Facts<'a> {
     pub scaling: Option<&'a Outcome>,
     /// Why one of the hosts does not lead here.
     pub host_conflict: Option<&'a str>,
+    /// The cluster has HTTPRoutes.
+    pub has_http_routes: bool,
     /// How far the download is, while there is one.
     pub download: Option<Download>,
+    /// Bytes of what the newest revision has downloaded, once it has said so.
+    pub pulled_bytes: Option<i64>,
     /// The commit that the newest revision downloads, once known.
     pub resolved_revision: Option<&'a str>,
     /// The most GPUs that any node has in all, when nodes are known.
@@ -145,11 +154,16 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
     let service = facts.service;
     let ready = facts.pods.iter().filter(|pod| pods::is_ready(pod)).count();
     let refused = facts.refused.map(pods::refused);
+    let job = service.service.pull_name(&facts.newest.hash);
+    let filling = facts.filling.then(|| pods::filling(&job));
+    let pulling = facts.pull_pods.iter().filter(|_| facts.filling);
     let worst = facts
         .pods
         .iter()
         .filter_map(|pod| pods::why_not_ready(pod))
+        .chain(pulling.filter_map(|pod| pods::why_waiting(pod)))
         .chain(refused)
+        .chain(filling)
         .max()
         .map(|blocker| explained(facts, blocker));
     let endpoint = endpoint_verdict(facts);
@@ -196,6 +210,10 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
                 .map(|(hash, _)| hash.clone()),
             outdated: facts.outdated,
             rollout: facts.plan.rollout.clone(),
+            canary: facts
+                .plan
+                .weight
+                .map(|weight_percent| CanaryStatus { weight_percent }),
         }),
         model: Some(model_status(facts, phase)),
         scaling: Some(ScalingStatus {
@@ -234,6 +252,7 @@ fn model_status(facts: &Facts<'_>, phase: &str) -> ModelStatus {
         .download
         .map(|d| d.total_bytes)
         .filter(|total| *total > 0)
+        .or(facts.pulled_bytes)
         .or(old.total_bytes);
     let downloaded = match facts.download {
         Some(download) => Some(download.downloaded_bytes),
@@ -322,6 +341,13 @@ fn endpoint_verdict(facts: &Facts<'_>) -> Verdict {
         // By its other addresses the service answers, but not by all that the user asked for.
         return verdict(false, reason::HOST_CONFLICT, conflict);
     }
+    if spec.gateway_ref.is_some() && !facts.has_http_routes {
+        return verdict(
+            false,
+            reason::API_NOT_INSTALLED,
+            "spec.endpoint.gatewayRef needs the Gateway API (HTTPRoute, gateway.networking.k8s.io/v1), which this cluster does not have; install it, or remove the field",
+        );
+    }
     match (spec.auth, facts.keys) {
         (Auth::Keys, KeyAccess::Denied) => verdict(
             false,
@@ -352,6 +378,16 @@ fn endpoint_verdict(facts: &Facts<'_>) -> Verdict {
 fn workloads_verdict(facts: &Facts<'_>, worst: Option<&Blocker>) -> Verdict {
     let wanted = facts.service.wanted;
     if facts.plan.halted {
+        if let Some(why) = &facts.newest.rolled_back {
+            return verdict(
+                false,
+                reason::REVISION_FAILED,
+                format!(
+                    "revision {} was rolled back: {why}; apply the old spec, or another",
+                    facts.newest.hash
+                ),
+            );
+        }
         let words = facts.newest.failed.clone().unwrap_or_default();
         return verdict(
             false,
@@ -430,8 +466,9 @@ fn ready_verdict(
     workloads: &Verdict,
     worst: Option<&Blocker>,
 ) -> Verdict {
-    // A host that belongs to another service does not keep `status.url` from answering.
-    if !endpoint.ok && endpoint.reason != reason::HOST_CONFLICT {
+    // A host that leads nowhere does not keep `status.url` from answering.
+    let of_hosts = [reason::HOST_CONFLICT, reason::API_NOT_INSTALLED].contains(&endpoint.reason);
+    if !endpoint.ok && !of_hosts {
         return verdict(false, endpoint.reason, endpoint.message.clone());
     }
     if ready > 0 {

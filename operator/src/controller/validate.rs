@@ -1,7 +1,9 @@
 //! What the schema cannot say: turns a service into facts that `build` can trust, or says what is wrong. Pure.
 
-use ashlar_crds::{Device, InferenceService};
+use ashlar_crds::{Device, Engine, InferenceService, InferenceServiceSpec};
 use kube::ResourceExt as _;
+
+use super::quantity;
 
 /// Why a spec that passed the schema cannot be built. The message has the field's path.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +32,11 @@ pub enum ModelSource {
         /// `ORG/NAME`.
         repository: String,
     },
+    /// Downloaded by `ashlar pull` from an S3-compatible store.
+    Bucket {
+        /// Folder or `.gguf` file: `BUCKET/PATH`.
+        path: String,
+    },
     /// On a claim of the namespace.
     Claim {
         /// Its name.
@@ -42,6 +49,27 @@ pub enum ModelSource {
         /// The image.
         reference: String,
     },
+}
+
+impl ModelSource {
+    /// The address that `ashlar pull` takes; none for what is read in place.
+    #[must_use]
+    pub fn pulled_from(&self) -> Option<String> {
+        match self {
+            Self::Hub { repository } => Some(repository.clone()),
+            Self::Bucket { path } => Some(format!("s3://{path}")),
+            Self::Claim { .. } | Self::Image { .. } => None,
+        }
+    }
+
+    /// What to pull when the spec names no revision.
+    #[must_use]
+    pub fn default_revision(&self) -> &'static str {
+        match self {
+            Self::Bucket { .. } => "latest",
+            Self::Hub { .. } | Self::Claim { .. } | Self::Image { .. } => "main",
+        }
+    }
 }
 
 /// A service whose every field can be built from.
@@ -91,6 +119,7 @@ pub fn validate(service: &InferenceService) -> Result<ValidatedService, InvalidS
             ),
         ));
     }
+    check_cache(spec)?;
     // Until the autoscaler has decided, a scaled service keeps what it had.
     let wanted = crate::autoscaler::initial(service);
     Ok(ValidatedService {
@@ -102,6 +131,43 @@ pub fn validate(service: &InferenceService) -> Result<ValidatedService, InvalidS
         wanted,
         service: service.clone(),
     })
+}
+
+/// A cache that evicts has to see what is in use, and its bound has to be a number of bytes.
+fn check_cache(spec: &InferenceServiceSpec) -> Result<(), InvalidSpec> {
+    let Some(cache) = &spec.cache else {
+        return Ok(());
+    };
+    let bounds = [
+        (
+            "pvc",
+            cache.pvc.as_ref().and_then(|pvc| pvc.max_bytes.as_ref()),
+        ),
+        (
+            "hostPath",
+            cache
+                .host_path
+                .as_ref()
+                .and_then(|host| host.max_bytes.as_ref()),
+        ),
+    ];
+    for (kind, bound) in bounds {
+        let Some(bound) = bound else { continue };
+        let path = format!("spec.cache.{kind}.maxBytes");
+        if quantity::whole(&bound.0).is_none() {
+            return Err(InvalidSpec::new(
+                &path,
+                format!("{} is no number of bytes; write it as 200Gi", bound.0),
+            ));
+        }
+        if kind == "hostPath" && spec.runtime.engine == Engine::Vllm {
+            return Err(InvalidSpec::new(
+                &path,
+                "needs runtime.engine: ashlar, which marks the models that it uses; remove it, or use cache.pvc",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn source(uri: &str) -> Result<ModelSource, InvalidSpec> {
@@ -119,6 +185,15 @@ fn source(uri: &str) -> Result<ModelSource, InvalidSpec> {
         "hf" => Ok(ModelSource::Hub {
             repository: rest.to_owned(),
         }),
+        "s3" => {
+            let rest = rest.trim_end_matches('/');
+            if rest.split('/').any(|part| part.is_empty() || part == "..") {
+                return Err(InvalidSpec::new(path, "must not contain '..' or '//'"));
+            }
+            Ok(ModelSource::Bucket {
+                path: rest.to_owned(),
+            })
+        }
         "oci" => Ok(ModelSource::Image {
             reference: rest.to_owned(),
         }),
@@ -134,7 +209,7 @@ fn source(uri: &str) -> Result<ModelSource, InvalidSpec> {
         }
         _ => Err(InvalidSpec::new(
             path,
-            format!("scheme {scheme}:// is not known; use hf://, pvc:// or oci://"),
+            format!("scheme {scheme}:// is not known; use hf://, s3://, pvc:// or oci://"),
         )),
     }
 }

@@ -171,7 +171,11 @@ fn pick(service: &Service, ask: &Ask<'_>) -> Option<Picked> {
     // What is remembered is replaced whole, so a panic elsewhere leaves nothing half-written.
     let prompts = service.state.prompts.lock();
     let mut prompts = prompts.unwrap_or_else(std::sync::PoisonError::into_inner);
-    let replica = route::pick(&service.replicas, &choice, &prompts, &mut rand::rng())?;
+    let mut rng = rand::rng();
+    let canary = service.spec.canary.as_ref();
+    let side = canary.map(|canary| canary.side(&service.replicas, ask.excluded, &mut rng));
+    let replicas = side.as_deref().unwrap_or(&service.replicas);
+    let replica = route::pick(replicas, &choice, &prompts, &mut rng)?;
     if let Some(prefix) = ask.prefix {
         prompts.sent(prefix, replica.id);
     }

@@ -1,6 +1,6 @@
 //! What the gateway tells Prometheus. Labels are only ever names of services that exist, and no key or client.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use prometheus::{
 };
 
 use super::limits::Permit;
-use super::snapshot::{ServiceId, Snapshot};
+use super::snapshot::{Service, ServiceId, Snapshot};
 
 /// Buckets from a cached answer to a long generation, in seconds.
 const SECONDS: [f64; 16] = [
@@ -32,6 +32,7 @@ pub struct Metrics {
     cut: IntCounterVec,
     ejections: IntCounterVec,
     limited: IntCounterVec,
+    trials: IntCounterVec,
     ready_replicas: IntGaugeVec,
     /// Open connections of clients.
     pub connections: IntGauge,
@@ -42,6 +43,8 @@ pub struct Metrics {
 struct Seen {
     services: HashSet<ServiceId>,
     codes: HashSet<u16>,
+    /// The revision on trial of each service that has one.
+    trials: HashMap<ServiceId, String>,
 }
 
 /// Why an attempt was made again on another replica; also the reason label of cut streams.
@@ -83,6 +86,26 @@ impl CutBy {
         match self {
             Self::Client => "client",
             Self::Upstream => "upstream",
+        }
+    }
+}
+
+/// What became of a request at a revision on trial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was answered.
+    Answered,
+    /// A 5xx, or the connection broke before an answer.
+    Failed,
+}
+
+impl Outcome {
+    const ALL: [Self; 2] = [Self::Answered, Self::Failed];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Answered => "answered",
+            Self::Failed => "failed",
         }
     }
 }
@@ -146,6 +169,11 @@ impl Metrics {
                 "Requests refused because their client had sent too many or had too many open; no other metric counts them for the service.",
                 &["namespace", "name"],
             ),
+            trials: counter(
+                "ashlar_gateway_canary_requests_total",
+                "Requests that a revision on trial took, by outcome: failed are 5xx answers and connections that broke before one.",
+                &["namespace", "name", "revision", "outcome"],
+            ),
             ready_replicas: gauge(
                 "ashlar_gateway_ready_replicas",
                 "Replicas that this gateway would send requests to.",
@@ -189,6 +217,18 @@ impl Metrics {
     pub fn limited(&self, service: &ServiceId) {
         let labels = [service.namespace.as_str(), service.name.as_str()];
         self.limited.with_label_values(&labels).inc();
+    }
+
+    /// Counts what a revision on trial made of a request; of others nothing is counted.
+    pub fn tried(&self, service: &Service, revision: &str, outcome: Outcome) {
+        let on_trial = service.spec.canary.as_ref();
+        if on_trial.is_none_or(|canary| canary.revision != revision) {
+            return;
+        }
+        let ServiceId { namespace, name } = &service.spec.id;
+        self.trials
+            .with_label_values(&[namespace.as_str(), name, revision, outcome.label()])
+            .inc();
     }
 
     /// Counts a request that no service was found for.
@@ -236,6 +276,7 @@ impl Metrics {
                 seen.services.insert(id.clone());
             }
         }
+        self.follow_trials(snapshot, &mut seen.trials);
         let codes: Vec<String> = seen.codes.iter().map(u16::to_string).collect();
         seen.services.retain(|id| {
             let known = snapshot.get(id).is_some();
@@ -244,6 +285,41 @@ impl Metrics {
             }
             known
         });
+    }
+
+    /// A trial that is over leaves no label, and a new one begins with both outcomes at zero.
+    fn follow_trials(&self, snapshot: &Snapshot, known: &mut HashMap<ServiceId, String>) {
+        let now: HashMap<ServiceId, String> = snapshot
+            .services()
+            .filter_map(|service| {
+                let canary = service.spec.canary.as_ref()?;
+                Some((service.spec.id.clone(), canary.revision.clone()))
+            })
+            .collect();
+        for (id, revision) in known.iter().filter(|(id, was)| now.get(id) != Some(was)) {
+            for outcome in Outcome::ALL {
+                let labels = [
+                    &*id.namespace,
+                    &*id.name,
+                    revision.as_str(),
+                    outcome.label(),
+                ];
+                // Removal fails when there was nothing to remove, which is as good.
+                let _ = self.trials.remove_label_values(&labels);
+            }
+        }
+        for (id, revision) in &now {
+            for outcome in Outcome::ALL {
+                let labels = [
+                    &*id.namespace,
+                    &*id.name,
+                    revision.as_str(),
+                    outcome.label(),
+                ];
+                self.trials.with_label_values(&labels);
+            }
+        }
+        *known = now;
     }
 
     fn forget(&self, id: &ServiceId, codes: &[String]) {
@@ -437,6 +513,39 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }
+    }
+
+    #[test]
+    fn only_a_revision_on_trial_is_counted_and_only_while_it_is() {
+        let metrics = Metrics::new();
+        let mut spec = service("chat", "mistral", "m");
+        spec.canary = Some(super::super::canary::Canary {
+            revision: "new".into(),
+            percent: 10,
+        });
+        let on_trial = snapshot([spec], []);
+        metrics.follow(&on_trial);
+        let service = on_trial.services().next().expect("a service");
+        metrics.tried(service, "new", Outcome::Failed);
+        metrics.tried(service, "old", Outcome::Answered);
+        let line = |outcome: &str, count: u32| {
+            format!(
+                "ashlar_gateway_canary_requests_total{{name=\"mistral\",namespace=\"chat\",outcome=\"{outcome}\",revision=\"new\"}} {count}"
+            )
+        };
+        let text = metrics.render();
+        assert!(
+            text.contains(&line("failed", 1)) && text.contains(&line("answered", 0)),
+            "{text}"
+        );
+        assert!(!text.contains("revision=\"old\""), "{text}");
+        metrics.follow(&snapshot(
+            [super::super::snapshot::testing::service(
+                "chat", "mistral", "m",
+            )],
+            [],
+        ));
+        assert!(!metrics.render().contains("revision="));
     }
 
     #[test]

@@ -7,9 +7,9 @@
 //!                      └──────────── response_body ◀────────────────────┘
 //! ```
 //!
-//! - `resolve`, `route`, `affinity`, `health`, `auth`, `headers`, `model_field`, `models`, `snapshot`: pure.
+//! - `resolve`, `route`, `canary`, `affinity`, `health`, `auth`, `headers`, `model_field`, `models`, `snapshot`: pure.
 //! - `limits`: what one client may ask. `keys`: the cache of users' keys. `hold`: waiting for a replica. `request_body`: sending again.
-//! - `watch`: the only place that talks to the API server. `server`: sockets, probes, draining.
+//! - `watch`: the only place that talks to the API server. `server`: sockets, probes, draining. `tls`: certificates.
 //!
 //! Invariants: routing looks at one immutable snapshot and never waits for the API server; nothing is forwarded
 //! before the key is checked; nothing is sent twice after a replica has answered; every buffer, queue and wait has a
@@ -17,6 +17,7 @@
 
 pub mod affinity;
 pub mod auth;
+pub mod canary;
 pub mod error;
 pub mod grant;
 pub mod headers;
@@ -34,9 +35,11 @@ pub mod response_body;
 pub mod route;
 pub mod server;
 pub mod snapshot;
+pub mod tls;
 pub mod watch;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,6 +66,30 @@ pub struct GatewayArgs {
         value_name = "ADDRESS"
     )]
     pub listen: SocketAddr,
+    /// Where clients connect by TLS; needs --tls-cert and --tls-key.
+    #[arg(
+        long,
+        env = "ASHLAR_GATEWAY_TLS_LISTEN",
+        requires = "tls_cert",
+        value_name = "ADDRESS"
+    )]
+    pub tls_listen: Option<SocketAddr>,
+    /// The chain of certificates as PEM, the gateway's own first; a new file is taken without a restart.
+    #[arg(
+        long,
+        env = "ASHLAR_GATEWAY_TLS_CERT",
+        requires = "tls_key",
+        value_name = "FILE"
+    )]
+    pub tls_cert: Option<PathBuf>,
+    /// Its key as PEM.
+    #[arg(
+        long,
+        env = "ASHLAR_GATEWAY_TLS_KEY",
+        requires = "tls_listen",
+        value_name = "FILE"
+    )]
+    pub tls_key: Option<PathBuf>,
     /// Where /healthz, /readyz and /metrics are served.
     #[arg(
         long,
@@ -190,6 +217,9 @@ pub enum GatewayRunError {
         #[source]
         source: std::io::Error,
     },
+    /// Certificate or key.
+    #[error(transparent)]
+    Tls(#[from] tls::TlsError),
     /// Signals cannot be received.
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
@@ -205,6 +235,7 @@ pub async fn run(args: GatewayArgs) -> Result<(), GatewayRunError> {
         .map_err(GatewayRunError::Client)?;
     let traffic = listen(args.listen, "--listen").await?;
     let admin = listen(args.admin_listen, "--admin-listen").await?;
+    let secure = secure(&args).await?;
     let mut terminate = signal(SignalKind::terminate()).map_err(GatewayRunError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(GatewayRunError::Signals)?;
 
@@ -238,6 +269,7 @@ pub async fn run(args: GatewayArgs) -> Result<(), GatewayRunError> {
         phase: phase_seen.clone(),
         max_connections: args.max_connections,
         drain_timeout: args.drain_timeout,
+        tls: None,
     };
     let probes = Admin {
         metrics: Arc::clone(&metrics),
@@ -255,8 +287,17 @@ pub async fn run(args: GatewayArgs) -> Result<(), GatewayRunError> {
         keys.retain(snapshot);
     };
     tokio::spawn(watch::run(client, args.runtime_port, publish, published));
+    let secured = secure.map(|(listener, certificate)| {
+        let tls = Some(certificate.acceptor());
+        tokio::spawn(certificate.follow());
+        let server = Server {
+            tls,
+            ..server.clone()
+        };
+        tokio::spawn(server.serve(listener))
+    });
     let serving = tokio::spawn(server.serve(traffic));
-    tracing::info!(listen = %args.listen, admin = %args.admin_listen, "gateway is up");
+    tracing::info!(listen = %args.listen, tls = ?args.tls_listen, admin = %args.admin_listen, "gateway is up");
 
     tokio::select! {
         _ = terminate.recv() => {}
@@ -266,10 +307,13 @@ pub async fn run(args: GatewayArgs) -> Result<(), GatewayRunError> {
     phase.send_replace(Phase::Leaving);
     tokio::time::sleep(args.drain_delay).await;
     phase.send_replace(Phase::Closed);
-    match serving.await {
-        Ok(0) => tracing::info!("all requests were finished"),
-        Ok(cut) => tracing::warn!(cut, "connections were still open after the drain timeout"),
-        Err(error) => tracing::error!(%error, "the listener ended early"),
+    let all = futures::future::join_all([serving].into_iter().chain(secured)).await;
+    for ended in all {
+        match ended {
+            Ok(0) => tracing::info!("all requests were finished"),
+            Ok(cut) => tracing::warn!(cut, "connections were still open after the drain timeout"),
+            Err(error) => tracing::error!(%error, "the listener ended early"),
+        }
     }
     Ok(())
 }
@@ -286,6 +330,23 @@ impl GatewayArgs {
             request_timeout: self.request_timeout,
         }
     }
+}
+
+/// The listener for TLS, and what it shows.
+async fn secure(
+    args: &GatewayArgs,
+) -> Result<Option<(TcpListener, Arc<tls::Certificate>)>, GatewayRunError> {
+    let (Some(address), Some(certificate), Some(key)) =
+        (args.tls_listen, &args.tls_cert, &args.tls_key)
+    else {
+        return Ok(None);
+    };
+    let files = tls::TlsFiles {
+        certificate: certificate.clone(),
+        key: key.clone(),
+    };
+    let certificate = tls::Certificate::load(files)?;
+    Ok(Some((listen(address, "--tls-listen").await?, certificate)))
 }
 
 async fn listen(address: SocketAddr, flag: &'static str) -> Result<TcpListener, GatewayRunError> {

@@ -27,7 +27,7 @@ use super::headers;
 use super::hold::{Ask, Holds, Picked};
 use super::keys::{KeyStore, OnMiss, Verdict};
 use super::limits::Refusal;
-use super::metrics::{Cause, Meter, Metrics};
+use super::metrics::{Cause, Meter, Metrics, Outcome};
 use super::models;
 use super::request_body::{AttemptBody, BodyLimits, ReplayBody};
 use super::resolve::{self, ModelMatch, Target};
@@ -432,6 +432,12 @@ impl Proxy {
                 }
                 Ok(response) => {
                     self.judge(&service, &replica, !is_fault(response.status()));
+                    let outcome = if response.status().is_server_error() {
+                        Outcome::Failed
+                    } else {
+                        Outcome::Answered
+                    };
+                    self.metrics.tried(&service, &replica.revision, outcome);
                     return Ok(respond(response, meter, in_flight));
                 }
                 Err(error) => {
@@ -439,6 +445,8 @@ impl Proxy {
                         return Err(Failure(failure, Some(meter)));
                     }
                     self.judge(&service, &replica, false);
+                    self.metrics
+                        .tried(&service, &replica.revision, Outcome::Failed);
                     reason = root_cause(&error);
                     if error.is_connect() {
                         Cause::Connect

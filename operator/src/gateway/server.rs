@@ -4,6 +4,7 @@
 //! accepting, because the removal of this address from the endpoints races the signal; [`Phase::Closed`], no new
 //! connections, the open requests are finished.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,14 +17,18 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio_rustls::TlsAcceptor;
 
 use super::metrics::Metrics;
 use super::proxy::Proxy;
 
 /// A client has this long to send a request's head, or the next one on an open connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
+/// A client has this long to agree on TLS.
+const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Names that one `/metrics?name[]=` may list.
 const MAX_METRIC_NAMES: usize = 64;
 /// After a failed accept (out of file descriptors, mostly) the next try waits this long.
@@ -41,6 +46,7 @@ pub enum Phase {
 }
 
 /// The traffic listener's bounds and company.
+#[derive(Clone)]
 pub struct Server {
     /// Answers the requests.
     pub proxy: Arc<Proxy>,
@@ -52,11 +58,13 @@ pub struct Server {
     pub max_connections: u32,
     /// Longest wait for open requests after [`Phase::Closed`].
     pub drain_timeout: Duration,
+    /// Speaks TLS with this listener's clients.
+    pub tls: Option<TlsAcceptor>,
 }
 
 impl Server {
     /// Serves until the phase is closed and the open requests are done or out of time. Returns how many were cut.
-    pub async fn serve(mut self, listener: TcpListener) -> usize {
+    pub async fn serve(self, listener: TcpListener) -> usize {
         let slots = Arc::new(Semaphore::new(self.max_connections as usize));
         let mut phase = self.phase.clone();
         loop {
@@ -81,49 +89,68 @@ impl Server {
         self.max_connections as usize - slots.available_permits()
     }
 
-    fn spawn(&mut self, stream: TcpStream, slot: OwnedSemaphorePermit) {
+    fn spawn(&self, stream: TcpStream, slot: OwnedSemaphorePermit) {
         let Ok(peer) = stream.peer_addr() else {
             return; // already gone
         };
         // Tokens are small writes that must not wait for each other.
         let _ = stream.set_nodelay(true);
-        let (proxy, metrics) = (Arc::clone(&self.proxy), Arc::clone(&self.metrics));
-        let mut phase = self.phase.clone();
+        let (server, tls) = (self.clone(), self.tls.clone());
         tokio::spawn(async move {
             let _slot = slot;
-            metrics.connections.inc();
-            let in_handler = phase.clone();
-            let handler = service_fn(|request: Request<Incoming>| {
-                let (proxy, phase) = (&proxy, &in_handler);
-                // A connection keeps room for its service's future as long as it is open, a stream for its whole length:
-                // room for a pointer, while the future itself goes when the answer begins.
-                let answer = Box::pin(proxy.handle(request, peer));
-                async move {
-                    let mut response = answer.await;
-                    if *phase.borrow() > Phase::Serving {
-                        let close = HeaderValue::from_static("close");
-                        response.headers_mut().insert(CONNECTION, close);
-                    }
-                    Ok::<_, std::convert::Infallible>(response)
-                }
-            });
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_TIMEOUT)
-                .serve_connection(TokioIo::new(stream), handler);
-            let mut connection = std::pin::pin!(connection);
-            let ended = tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = closed(&mut phase) => {
-                    connection.as_mut().graceful_shutdown();
-                    connection.await
-                }
-            };
-            if let Err(error) = ended {
-                tracing::debug!(%peer, %error, "connection ended");
+            server.metrics.connections.inc();
+            match tls {
+                None => server.connection(stream, peer).await,
+                // Apart, so that connections without TLS keep no room for it.
+                Some(tls) => Box::pin(server.secured(&tls, stream, peer)).await,
             }
-            metrics.connections.dec();
+            server.metrics.connections.dec();
         });
+    }
+
+    /// Agrees on TLS with one client, then answers it.
+    async fn secured(&self, tls: &TlsAcceptor, stream: TcpStream, peer: SocketAddr) {
+        match tokio::time::timeout(TLS_TIMEOUT, tls.accept(stream)).await {
+            Ok(Ok(stream)) => self.connection(stream, peer).await,
+            Ok(Err(error)) => tracing::debug!(%peer, %error, "no TLS with this client"),
+            Err(_) => tracing::debug!(%peer, "the client took too long to agree on TLS"),
+        }
+    }
+
+    /// Answers one client until it leaves, or until the phase is closed.
+    async fn connection<S>(&self, stream: S, peer: SocketAddr)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let mut phase = self.phase.clone();
+        let handler = service_fn(|request: Request<Incoming>| {
+            // A connection keeps room for its service's future as long as it is open, a stream for its whole length: room for
+            // a pointer, while the future itself goes when the answer begins.
+            let answer = Box::pin(self.proxy.handle(request, peer));
+            async move {
+                let mut response = answer.await;
+                if *self.phase.borrow() > Phase::Serving {
+                    let close = HeaderValue::from_static("close");
+                    response.headers_mut().insert(CONNECTION, close);
+                }
+                Ok::<_, std::convert::Infallible>(response)
+            }
+        });
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .serve_connection(TokioIo::new(stream), handler);
+        let mut connection = std::pin::pin!(connection);
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = closed(&mut phase) => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%peer, %error, "connection ended");
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::affinity::Index;
+use super::canary::Canary;
 use super::health::Health;
 use super::hold::Line;
 use super::limits::{Limits, Quotas};
@@ -75,6 +76,8 @@ pub struct ServiceSpec {
     pub alias: bool,
     /// `creationTimestamp` in seconds of the Unix epoch: the oldest claim on a host wins.
     pub created: i64,
+    /// The revision on trial, if there is one.
+    pub canary: Option<Canary>,
 }
 
 /// A runtime pod that can take requests: Ready, with an address, and not being deleted.
@@ -82,6 +85,8 @@ pub struct ServiceSpec {
 pub struct ReplicaSpec {
     /// The service whose label the pod carries, in the pod's own namespace.
     pub service: ServiceId,
+    /// Hash of its revision.
+    pub revision: String,
     /// The pod's uid.
     pub uid: String,
     /// When the pod last became Ready: a pod that restarted in place is a new incarnation.
@@ -97,6 +102,8 @@ pub struct Replica {
     pub incarnation: String,
     /// The incarnation as a number that is not 0, the same on every gateway.
     pub id: u32,
+    /// Hash of its revision.
+    pub revision: String,
     /// Where its runtime listens.
     pub address: SocketAddr,
     state: Arc<ReplicaState>,
@@ -243,6 +250,7 @@ impl Snapshot {
                 .push(Arc::new(Replica {
                     id,
                     incarnation: format!("{}@{}", replica.uid, replica.ready_since),
+                    revision: replica.revision,
                     address: replica.address,
                     state,
                     epoch: next.epoch,
@@ -390,12 +398,14 @@ pub(super) mod testing {
             hosts: Vec::new(),
             alias: true,
             created: 100,
+            canary: None,
         }
     }
 
     pub(crate) fn replica(namespace: &str, name: &str, uid: &str, address: &str) -> ReplicaSpec {
         ReplicaSpec {
             service: ServiceId::new(namespace, name),
+            revision: "r".to_owned(),
             uid: uid.to_owned(),
             ready_since: "t0".to_owned(),
             address: address.parse().expect("a socket address"),

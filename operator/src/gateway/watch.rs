@@ -11,7 +11,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ashlar_crds::names::SERVICE_LABEL;
+use ashlar_crds::names::{REVISION_LABEL, SERVICE_LABEL};
 use futures::StreamExt as _;
 use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::{Pod, Secret};
@@ -24,6 +24,7 @@ use serde::Deserialize;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::canary::Canary;
 use super::keys::{ReadError, SecretSource};
 use super::limits::Limits;
 use super::snapshot::{Access, ReplicaSpec, ServiceId, ServiceSpec, Snapshot};
@@ -44,6 +45,26 @@ pub fn inference_services() -> ApiResource {
 struct SpecView {
     model: ModelView,
     endpoint: EndpointView,
+}
+
+/// The part of the status that routing reads.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct StatusView {
+    revision: RevisionView,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RevisionView {
+    current: String,
+    canary: Option<CanaryView>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct CanaryView {
+    weight_percent: u32,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -94,7 +115,13 @@ pub fn service_spec(object: &DynamicObject) -> Option<ServiceSpec> {
         _ => Access::Unusable,
     };
     let created = object.metadata.creation_timestamp.as_ref();
+    let status = object.data.get("status").cloned().unwrap_or_default();
+    let revision = StatusView::deserialize(status).unwrap_or_default().revision;
     Some(ServiceSpec {
+        canary: revision.canary.map(|canary| Canary {
+            revision: revision.current,
+            percent: canary.weight_percent,
+        }),
         model: view.model.name.unwrap_or_else(|| id.name.clone()),
         access,
         limits: Limits {
@@ -125,6 +152,11 @@ pub fn replica_spec(pod: &Pod, port: u16) -> Option<ReplicaSpec> {
     let ready_since = ready.last_transition_time.as_ref();
     Some(ReplicaSpec {
         service: ServiceId::new(pod.metadata.namespace.as_ref()?, service),
+        revision: pod
+            .labels()
+            .get(REVISION_LABEL)
+            .cloned()
+            .unwrap_or_default(),
         uid: pod.metadata.uid.clone()?,
         ready_since: ready_since.map_or_else(String::new, |time| time.0.to_string()),
         address: SocketAddr::new(address, port),

@@ -12,7 +12,12 @@ use crate::support::{api, defaults, example, validated};
 const ACCOUNT: &str = "/api/v1/namespaces/chat/serviceaccounts/smollm2-ashlar";
 
 fn account() -> Child {
-    let built = children::children(&validated(&example("valid-smollm2")), &defaults(), &[]);
+    let built = children::children(
+        &validated(&example("valid-smollm2")),
+        &defaults(),
+        &[],
+        false,
+    );
     built.unwrap().remove(0)
 }
 

@@ -18,6 +18,8 @@ use crate::support::{defaults, example, validated};
 struct Scene {
     service: InferenceService,
     pods: Vec<Arc<Pod>>,
+    /// Pods of the Job that the newest revision waits for.
+    pull_pods: Option<Vec<Arc<Pod>>>,
     newest: RevisionState,
     plan: RolloutPlan,
     refused: Option<&'static str>,
@@ -28,6 +30,7 @@ struct Scene {
     wanted: Option<i32>,
     host_conflict: Option<&'static str>,
     download: Option<Download>,
+    pulled_bytes: Option<i64>,
     largest_node: Option<f64>,
     now: Timestamp,
 }
@@ -55,6 +58,7 @@ impl Scene {
                 ..RevisionState::default()
             },
             pods,
+            pull_pods: None,
             plan: RolloutPlan::default(),
             refused: None,
             gateway_endpoints: 2,
@@ -63,6 +67,7 @@ impl Scene {
             wanted: None,
             host_conflict: None,
             download: None,
+            pulled_bytes: None,
             largest_node: None,
             now: "2026-01-01T00:01:00Z".parse().unwrap(),
         }
@@ -75,6 +80,8 @@ impl Scene {
             service: &service,
             defaults: &defaults(),
             pods: &self.pods,
+            pull_pods: self.pull_pods.as_deref().unwrap_or_default(),
+            filling: self.pull_pods.is_some(),
             newest: &self.newest,
             plan: &self.plan,
             refused: self.refused,
@@ -83,7 +90,9 @@ impl Scene {
             keys: self.keys,
             scaling: self.scaling.as_ref(),
             host_conflict: self.host_conflict,
+            has_http_routes: false,
             download: self.download,
+            pulled_bytes: self.pulled_bytes,
             resolved_revision: None,
             largest_node: self.largest_node,
             now: self.now,
@@ -192,6 +201,13 @@ fn a_download_says_how_far_it_is() {
     );
     later.newest.hash = "89abcdef".into();
     assert_eq!(later.status().model.unwrap().total_bytes, None);
+    // One that was over before anybody asked still said how much it was.
+    later.pulled_bytes = Some(700);
+    let model = later.status().model.unwrap();
+    assert_eq!(
+        (model.downloaded_bytes, model.total_bytes),
+        (Some(700), Some(700))
+    );
 }
 
 #[test]
@@ -227,10 +243,92 @@ fn pods_that_admission_refuses_are_no_mystery() {
         said(&scene.status(), "WorkloadsReady").0,
         "False CacheForbidden"
     );
-    scene.refused = Some("exceeded quota: pods");
+    let quota = "pods \"p\" is forbidden: exceeded quota: team, requested: requests.nvidia.com/gpu=2, used: requests.nvidia.com/gpu=3, limited: requests.nvidia.com/gpu=4";
+    scene.refused = Some(quota);
     let (verdict, message) = said(&scene.status(), "Ready");
-    assert_eq!(verdict, "False PodForbidden");
-    assert!(message.contains("exceeded quota: pods"), "{message}");
+    assert_eq!(verdict, "False QuotaExceeded");
+    assert!(message.contains(quota), "{message}");
+    scene.refused = Some("admission webhook denied the request");
+    assert_eq!(said(&scene.status(), "Ready").0, "False PodForbidden");
+}
+
+/// What keeps a pod from serving, as the cluster shows it, and what the user reads: the reason, and the words that count.
+#[test]
+fn every_blocker_is_named_with_the_words_that_explain_it() {
+    let container = |state: Value, last: Value, restarts: i32| {
+        json!({"phase": "Running", "containerStatuses": [{
+            "name": "runtime", "image": "registry/runtime:1", "imageID": "", "ready": false, "restartCount": restarts,
+            "state": state, "lastState": last,
+        }]})
+    };
+    let ended = |code: i32, reason: &str, words: &str| json!({"terminated": {"exitCode": code, "reason": reason, "message": words}});
+    let waiting =
+        |reason: &str, words: &str| json!({"waiting": {"reason": reason, "message": words}});
+    let taints = "0/3 nodes are available: 3 node(s) had untolerated taint {dedicated: db}.";
+    let cases = [
+        (unscheduled(taints), "Unschedulable", taints),
+        (
+            container(
+                waiting("ImagePullBackOff", "registry/runtime:1: not found"),
+                json!({}),
+                0,
+            ),
+            "ImagePullFailed",
+            "registry/runtime:1: not found",
+        ),
+        (
+            container(
+                waiting(
+                    "CreateContainerConfigError",
+                    "secret \"hub-token\" not found",
+                ),
+                json!({}),
+                0,
+            ),
+            "CrashLoop",
+            "secret \"hub-token\" not found",
+        ),
+        (
+            container(
+                ended(1, "Error", "model.safetensors: truncated"),
+                json!({}),
+                0,
+            ),
+            "ModelLoadFailed",
+            "truncated",
+        ),
+        (
+            container(
+                waiting("CrashLoopBackOff", "back-off 40s"),
+                ended(101, "Error", "no kernel image for sm_70"),
+                4,
+            ),
+            "CrashLoop",
+            "no kernel image for sm_70",
+        ),
+        (
+            container(
+                waiting("CrashLoopBackOff", "back-off 10s"),
+                ended(137, "OOMKilled", ""),
+                2,
+            ),
+            "OutOfMemory",
+            "spec.resources.limits.memory",
+        ),
+        (
+            container(json!({"running": {}}), json!({}), 0),
+            "ModelLoading",
+            "loading the model",
+        ),
+    ];
+    for (pod, reason, words) in cases {
+        let status = Scene::new("valid-smollm2", &[pod]).status();
+        for kind in ["Ready", "ModelReady", "WorkloadsReady"] {
+            let (verdict, message) = said(&status, kind);
+            assert_eq!(verdict, format!("False {reason}"), "{kind}");
+            assert!(message.contains(words), "{kind}: {message}");
+        }
+    }
 }
 
 #[test]
@@ -342,4 +440,88 @@ fn a_spec_that_cannot_be_built_leaves_what_serves_serving() {
     let status = blocked(&service, "InvalidSpec", "spec.template: no", now);
     assert_eq!(said(&status, "Ready").0, "True InvalidSpec");
     assert!(status.url.is_some());
+}
+
+#[test]
+fn a_claim_that_is_being_filled_says_how_far_its_job_is() {
+    let mut scene = Scene::new("valid-s3", &[]);
+    scene.pull_pods = Some(vec![]);
+    let status = scene.status();
+    let (reason, words) = said(&status, "WorkloadsReady");
+    assert_eq!(reason, "False Starting");
+    assert!(words.contains("Job qwen-pull-0123abcd"), "{words}");
+    let pulling = |state: Value, restarts: i32| {
+        let pod = json!({"metadata": {"name": "qwen-pull-x"}, "status": {
+            "phase": "Running", "conditions": [{"type": "Ready", "status": "True"}],
+            "containerStatuses": [{"name": "pull", "image": "i", "imageID": "", "ready": true, "restartCount": restarts, "state": state}],
+        }});
+        Some(vec![Arc::new(serde_json::from_value::<Pod>(pod).unwrap())])
+    };
+    scene.pull_pods = pulling(json!({"running": {}}), 0);
+    scene.download = Some(Download {
+        downloaded_bytes: 250,
+        total_bytes: 1000,
+    });
+    let status = scene.status();
+    let (reason, words) = said(&status, "Ready");
+    assert_eq!(reason, "False ModelDownloading");
+    assert!(words.contains("25 %"), "{words}");
+    let model = status.model.unwrap();
+    assert_eq!(
+        (model.phase.as_str(), model.downloaded_bytes),
+        ("Downloading", Some(250))
+    );
+    scene.download = None;
+    scene.pull_pods = pulling(
+        json!({"terminated": {"exitCode": 1, "message": "the store has no such bucket"}}),
+        2,
+    );
+    let (reason, words) = said(&scene.status(), "Ready");
+    assert_eq!(reason, "False ModelDownloadFailed");
+    assert!(words.contains("no such bucket"), "{words}");
+}
+
+#[test]
+fn a_trial_gives_gateways_its_weight_and_its_end_is_explained() {
+    let mut scene = Scene::new("valid-s3", &[ready()]);
+    scene.plan.weight = Some(10);
+    scene.plan.rollout = Some("Canary: revision 0123abcd gets 10 % of the requests".into());
+    scene.plan.previous = Some(("aaaaaaaa".into(), 1));
+    let status = scene.status();
+    let revision = status.revision.clone().unwrap();
+    assert_eq!(revision.canary.unwrap().weight_percent, 10);
+    assert_eq!(said(&status, "Ready").0, "True Available");
+    let (reason, words) = said(&status, "WorkloadsReady");
+    assert_eq!(reason, "False RollingOut");
+    assert!(words.contains("10 %"), "{words}");
+    scene.newest.rolled_back = Some("9 of 100 requests failed, and 2 % may".into());
+    scene.plan.halted = true;
+    scene.plan.weight = Some(0);
+    let status = scene.status();
+    assert_eq!(
+        status
+            .revision
+            .clone()
+            .unwrap()
+            .canary
+            .unwrap()
+            .weight_percent,
+        0
+    );
+    assert_eq!(said(&status, "Ready").0, "True RevisionFailed");
+    let (reason, words) = said(&status, "WorkloadsReady");
+    assert_eq!(reason, "False RevisionFailed");
+    assert!(words.contains("rolled back: 9 of 100"), "{words}");
+}
+
+#[test]
+fn a_route_without_the_gateway_api_is_said_and_the_address_still_answers() {
+    let mut scene = Scene::new("valid-keys", &[ready()]);
+    scene.service.spec.endpoint.gateway_ref =
+        Some(serde_json::from_value(json!({"name": "public"})).unwrap());
+    let status = scene.status();
+    let (reason, words) = said(&status, "EndpointReady");
+    assert_eq!(reason, "False APINotInstalled");
+    assert!(words.contains("gateway.networking.k8s.io"), "{words}");
+    assert_eq!(said(&status, "Ready").0, "True Available");
 }

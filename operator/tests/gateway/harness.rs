@@ -30,6 +30,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
 
 /// Longest wait for anything in these tests.
 pub(crate) const LONG: Duration = Duration::from_secs(30);
@@ -171,6 +172,7 @@ pub(crate) fn open_service(id: &str, model: &str) -> ServiceSpec {
         hosts: Vec::new(),
         alias: true,
         created: 1,
+        canary: None,
     }
 }
 
@@ -187,6 +189,7 @@ pub(crate) fn keyed_service(id: &str, model: &str) -> ServiceSpec {
 
 /// How a test's gateway differs from the default.
 pub(crate) struct Setting {
+    pub(crate) tls: Option<TlsAcceptor>,
     pub(crate) body: BodyLimits,
     pub(crate) hold: Duration,
     pub(crate) drain: Duration,
@@ -195,6 +198,7 @@ pub(crate) struct Setting {
 impl Default for Setting {
     fn default() -> Self {
         Self {
+            tls: None,
             body: BodyLimits {
                 total: 1 << 20,
                 replay: 64 << 10,
@@ -260,6 +264,7 @@ impl Gateway {
             phase: phase_seen.clone(),
             max_connections: 4096,
             drain_timeout: setting.drain,
+            tls: setting.tls,
         };
         let probes = Admin {
             metrics: Arc::clone(&metrics),
@@ -287,6 +292,7 @@ impl Gateway {
         let replicas = services.iter().flat_map(|(spec, addresses)| {
             addresses.iter().map(|address| ReplicaSpec {
                 service: spec.id.clone(),
+                revision: String::new(),
                 uid: address.to_string(),
                 ready_since: "t0".to_owned(),
                 address: *address,

@@ -11,3 +11,4 @@ mod lifecycle;
 mod limits;
 mod retry;
 mod streaming;
+mod tls;

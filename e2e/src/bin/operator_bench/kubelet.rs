@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::Result;
+use ashlar_crds::names::REVISION_LABEL;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{Request, Response};
@@ -35,6 +36,8 @@ const DRAIN_DELAY_VARIABLE: &str = "ASHLAR_DRAIN_DELAY";
 const PIECE: Duration = Duration::from_millis(50);
 /// An argument that no engine understands: its pod crashes.
 pub(crate) const BAD_ARGUMENT: &str = "--no-such-flag";
+/// An argument with which every answer is a 500.
+pub(crate) const FAILING_ARGUMENT: &str = "--every-answer-fails";
 
 type Body = BoxBody<Bytes, Infallible>;
 
@@ -45,7 +48,12 @@ pub(crate) struct Engine {
     /// Requests that it only says it has.
     pub(crate) pretended: AtomicUsize,
     refusing: AtomicBool,
+    failing: AtomicBool,
     pub(crate) ending: AtomicBool,
+    /// Hash of its pod's revision.
+    pub(crate) revision: String,
+    /// Requests that it has taken.
+    pub(crate) answered: AtomicUsize,
 }
 
 struct Running(Arc<Engine>);
@@ -117,7 +125,11 @@ impl Kubelet {
                     end.send_replace(true);
                 }
                 None if on_node && !ending => {
-                    let engine = Arc::new(Engine::default());
+                    let revision = pod.labels().get(REVISION_LABEL).cloned();
+                    let engine = Arc::new(Engine {
+                        revision: revision.unwrap_or_default(),
+                        ..Engine::default()
+                    });
                     let (end, ended) = watch::channel(false);
                     pods.insert(key.clone(), (Arc::clone(&engine), end));
                     let kubelet = self.clone();
@@ -147,6 +159,8 @@ impl Kubelet {
         let address = Ipv4Addr::new(127, 10, part(number / 250), part(number));
         let container = pod.spec.as_ref().and_then(|spec| spec.containers.first());
         let arguments = container.and_then(|c| c.args.clone()).unwrap_or_default();
+        let failing = arguments.iter().any(|a| a == FAILING_ARGUMENT);
+        engine.failing.store(failing, Ordering::SeqCst);
         let variables = container.and_then(|c| c.env.as_ref()).into_iter().flatten();
         let delay = variables
             .filter(|variable| variable.name == DRAIN_DELAY_VARIABLE)
@@ -256,6 +270,10 @@ async fn answer(
             .body(whole("draining"));
     }
     let running = Running::new(&engine);
+    engine.answered.fetch_add(1, Ordering::SeqCst);
+    if engine.failing.load(Ordering::SeqCst) {
+        return Response::builder().status(500).body(whole("told to fail"));
+    }
     let body = request
         .into_body()
         .collect()

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod canaries;
 mod faults;
 mod kubelet;
 mod measure;

@@ -106,7 +106,9 @@ impl Bench {
         simulate::foreign(&client, args.foreign)
             .await
             .context("objects of others")?;
-        simulate::gateway(&client).await.context("the gateway")?;
+        simulate::gateway(&client, "10.255.0.1")
+            .await
+            .context("the gateway")?;
         simulate::serve_metrics().await.context("metrics of pods")?;
         tokio::spawn(simulate::pods(client.clone()));
         tokio::spawn(simulate::endings(client.clone()));

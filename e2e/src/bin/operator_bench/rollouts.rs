@@ -24,9 +24,9 @@ use serde_json::{Value, json};
 use crate::kubelet::{BAD_ARGUMENT, Kubelet, START};
 use crate::processes::{Operator, until};
 use crate::report::Report;
-use crate::{Args, measure, simulate};
+use crate::{Args, canaries, measure, simulate};
 
-const NAMESPACE: &str = "rollouts";
+pub(crate) const NAMESPACE: &str = "rollouts";
 const GATEWAY: &str = "127.0.0.1:8080";
 /// Requests of each scenario, half of them streams.
 const REQUESTS: usize = 10_000;
@@ -52,7 +52,7 @@ impl Drop for Gateway {
 fn start_gateway(args: &Args) -> Result<Gateway> {
     let log = std::fs::File::create(args.state.join("gateway.log"))?;
     let process = Command::new(&args.operator)
-        .args(["--log", "warn", "gateway", "--admin-listen=127.0.0.1:9090"])
+        .args(["--log", "warn", "gateway", "--admin-listen=127.0.0.1:8081"])
         .arg(format!("--listen={GATEWAY}"))
         .env(
             "KUBECONFIG",
@@ -68,16 +68,17 @@ fn start_gateway(args: &Args) -> Result<Gateway> {
 
 /// What clients saw.
 #[derive(Default)]
-struct Load {
-    stop: AtomicBool,
+pub(crate) struct Load {
+    pub(crate) stop: AtomicBool,
     answered: AtomicUsize,
-    failed: AtomicUsize,
-    cut: AtomicUsize,
+    pub(crate) failed: AtomicUsize,
+    pub(crate) cut: AtomicUsize,
     slowest_ms: AtomicU64,
 }
 
 impl Load {
-    fn start(self: &Arc<Self>, service: &str) -> Vec<tokio::task::JoinHandle<()>> {
+    /// Starts all clients.
+    pub(crate) fn start(self: &Arc<Self>, service: &str) -> Vec<tokio::task::JoinHandle<()>> {
         let http: Http<HttpConnector, Full<Bytes>> =
             Http::builder(TokioExecutor::new()).build_http();
         let url = format!("http://{GATEWAY}/{NAMESPACE}/{service}/v1/chat/completions");
@@ -134,7 +135,7 @@ impl Load {
         counter.fetch_add(1, Ordering::SeqCst);
     }
 
-    fn total(&self) -> usize {
+    pub(crate) fn total(&self) -> usize {
         [&self.answered, &self.failed, &self.cut]
             .map(|n| n.load(Ordering::SeqCst))
             .iter()
@@ -196,7 +197,7 @@ pub(crate) async fn run(args: &Args, client: Client, report: &mut Report) -> Res
         .create(&PostParams::default(), &namespace)
         .await?;
     node(&client).await?;
-    simulate::gateway(&client).await?;
+    simulate::gateway(&client, "127.0.0.1").await?;
     let kubelet = Kubelet::start(client.clone());
     let operator = Operator::start(&args.operator, &args.state, "operator-a", 9081)?;
     let _gateway = start_gateway(args)?;
@@ -211,7 +212,8 @@ pub(crate) async fn run(args: &Args, client: Client, report: &mut Report) -> Res
             .with_context(|| scenario.what)?
             .tell(scenario, report);
     }
-    scale_downs(&services, &kubelet, report).await
+    scale_downs(&services, &kubelet, report).await?;
+    canaries::run(&services, &kubelet, report).await
 }
 
 async fn node(client: &Client) -> Result<()> {
@@ -237,7 +239,7 @@ async fn node(client: &Client) -> Result<()> {
     Ok(())
 }
 
-async fn serve(
+pub(crate) async fn serve(
     services: &Api<InferenceService>,
     name: &str,
     replicas: i32,

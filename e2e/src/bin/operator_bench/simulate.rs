@@ -70,13 +70,13 @@ pub(crate) async fn foreign(client: &Client, count: usize) -> Result<()> {
 }
 
 /// The gateway's endpoints, as its Service would have them.
-pub(crate) async fn gateway(client: &Client) -> Result<()> {
+pub(crate) async fn gateway(client: &Client, address: &str) -> Result<()> {
     use k8s_openapi::api::discovery::v1::EndpointSlice;
     let api: Api<EndpointSlice> = Api::namespaced(client.clone(), "ashlar-system");
     let slice = json!({
         "metadata": {"name": "ashlar-gateway-1", "labels": {"kubernetes.io/service-name": "ashlar-gateway"}},
         "addressType": "IPv4",
-        "endpoints": [{"addresses": ["10.255.0.1"], "conditions": {"ready": true}}],
+        "endpoints": [{"addresses": [address], "conditions": {"ready": true}}],
         "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
     });
     api.create(&PostParams::default(), &serde_json::from_value(slice)?)

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use ashlar_crds::names::{FIELD_MANAGER, REVISION_LABEL, RUNTIME_PORT, RUNTIME_PORT_NAME};
+use ashlar_crds::names::{
+    FIELD_MANAGER, PULL_LABEL, REVISION_LABEL, RUNTIME_PORT, RUNTIME_PORT_NAME,
+};
 use k8s_openapi::{
     api::{
         apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy},
@@ -16,11 +18,11 @@ use k8s_openapi::{
     },
     apimachinery::pkg::{apis::meta::v1::LabelSelector, util::intstr::IntOrString},
 };
-use kube::ResourceExt;
+use kube::{ResourceExt, api::ApiResource, core::GroupVersionKind};
 
 use super::{
-    super::validate::{InvalidSpec, ModelSource, ValidatedService},
-    Child, Defaults, metadata, selector,
+    super::validate::{InvalidSpec, ValidatedService},
+    Child, Defaults, metadata, model, selector,
 };
 
 /// Label by which an EndpointSlice belongs to a Service.
@@ -31,7 +33,7 @@ pub const SLICE_MANAGER_LABEL: &str = "endpointslice.kubernetes.io/managed-by";
 /// Port of the gateway's Service that clients call.
 const GATEWAY_PORT_NAME: &str = "http";
 
-/// Everything except revisions and Deployments.
+/// Everything except revisions and Deployments; an HTTPRoute only where the cluster has the kind.
 ///
 /// # Errors
 /// [`InvalidSpec`] when `endpoint.allowFrom` is not a list of NetworkPolicy peers.
@@ -39,6 +41,7 @@ pub fn children(
     service: &ValidatedService,
     defaults: &Defaults,
     gateway_slices: &[EndpointSlice],
+    has_http_routes: bool,
 ) -> Result<Vec<Child>, InvalidSpec> {
     let mut children = vec![
         Child::new(&service_account(service)),
@@ -49,9 +52,13 @@ pub fn children(
         children.extend(alias_slices(service, gateway_slices).iter().map(Child::new));
     }
     children.push(Child::new(&network_policy(service, defaults)?));
+    if model::is_filled_by_job(service) {
+        children.push(Child::new(&pull_policy(service, defaults)));
+    }
     if service.wanted >= 2 {
         children.push(Child::new(&disruption_budget(service)));
     }
+    children.extend(http_route(service).filter(|_| has_http_routes));
     Ok(children)
 }
 
@@ -146,58 +153,49 @@ fn disruption_budget(service: &ValidatedService) -> PodDisruptionBudget {
     }
 }
 
+/// The kind of the Gateway API by which hosts are reached from outside.
+#[must_use]
+pub fn http_routes() -> ApiResource {
+    let kind = GroupVersionKind::gvk("gateway.networking.k8s.io", "v1", "HTTPRoute");
+    ApiResource::from_gvk_with_plural(&kind, "httproutes")
+}
+
+/// Leads the hosts to the alias, which is in the route's own namespace: no ReferenceGrant is needed.
+fn http_route(service: &ValidatedService) -> Option<Child> {
+    let endpoint = &service.service.spec.endpoint;
+    let gateway = endpoint.gateway_ref.as_ref()?;
+    let mut parent = serde_json::json!({ "name": gateway.name });
+    for (field, value) in [
+        ("namespace", &gateway.namespace),
+        ("sectionName", &gateway.section_name),
+    ] {
+        if let Some(value) = value {
+            parent[field] = value.clone().into();
+        }
+    }
+    let value = serde_json::json!({
+        "metadata": metadata(service, service.name.clone()),
+        "spec": {
+            "parentRefs": [parent],
+            "hostnames": endpoint.hosts,
+            "rules": [{"backendRefs": [{"name": service.name, "port": 80}]}],
+        },
+    });
+    Some(Child::of(http_routes(), service.name.clone(), value))
+}
+
 /// In: gateway, operator and monitoring on the runtime's port, and whom the user allows. Out: DNS, and the web for models that are
 /// downloaded.
 fn network_policy(
     service: &ValidatedService,
     defaults: &Defaults,
 ) -> Result<NetworkPolicy, InvalidSpec> {
-    let tcp = |port: i32| NetworkPolicyPort {
-        port: Some(IntOrString::Int(port)),
-        protocol: Some("TCP".into()),
-        end_port: None,
-    };
-    let peer = |app: &str| NetworkPolicyPeer {
-        namespace_selector: Some(match_labels(
-            "kubernetes.io/metadata.name",
-            &defaults.namespace,
-        )),
-        pod_selector: Some(match_labels("app.kubernetes.io/component", app)),
-        ip_block: None,
-    };
-    let mut from = vec![peer("gateway"), peer("operator")];
+    let mut from = vec![peer(defaults, "gateway"), peer(defaults, "operator")];
     from.extend(defaults.metrics_from.iter().cloned());
     for allowed in &service.service.spec.endpoint.allow_from {
         let peer = serde_json::from_value(allowed.clone())
             .map_err(|error| InvalidSpec::new("spec.endpoint.allowFrom", error.to_string()))?;
         from.push(peer);
-    }
-    let dns = ["UDP", "TCP"].map(|protocol| NetworkPolicyPort {
-        port: Some(IntOrString::Int(53)),
-        protocol: Some(protocol.into()),
-        end_port: None,
-    });
-    let mut egress = vec![NetworkPolicyEgressRule {
-        ports: Some(dns.to_vec()),
-        to: None,
-    }];
-    if matches!(service.source, ModelSource::Hub { .. }) {
-        let mut ports = vec![tcp(443)];
-        ports.extend(
-            service
-                .service
-                .spec
-                .model
-                .endpoint
-                .as_deref()
-                .and_then(url_port)
-                .filter(|p| *p != 443)
-                .map(tcp),
-        );
-        egress.push(NetworkPolicyEgressRule {
-            ports: Some(ports),
-            to: None,
-        });
     }
     Ok(NetworkPolicy {
         metadata: metadata(service, service.service.pods_service_name()),
@@ -211,9 +209,66 @@ fn network_policy(
                 from: Some(from),
                 ports: Some(vec![tcp(RUNTIME_PORT)]),
             }]),
-            egress: Some(egress),
+            egress: Some(egress(service, !model::is_filled_by_job(service))),
         }),
     })
+}
+
+/// For the pods that fill a claim: the operator asks them how far they are, and they reach the source.
+fn pull_policy(service: &ValidatedService, defaults: &Defaults) -> NetworkPolicy {
+    NetworkPolicy {
+        metadata: metadata(service, format!("{}-pull", service.name)),
+        spec: Some(NetworkPolicySpec {
+            pod_selector: Some(match_labels(PULL_LABEL, &service.name)),
+            policy_types: Some(vec!["Ingress".into(), "Egress".into()]),
+            ingress: Some(vec![NetworkPolicyIngressRule {
+                from: Some(vec![peer(defaults, "operator")]),
+                ports: Some(vec![tcp(RUNTIME_PORT)]),
+            }]),
+            egress: Some(egress(service, true)),
+        }),
+    }
+}
+
+/// A part of Ashlar itself.
+fn peer(defaults: &Defaults, component: &str) -> NetworkPolicyPeer {
+    NetworkPolicyPeer {
+        namespace_selector: Some(match_labels(
+            "kubernetes.io/metadata.name",
+            &defaults.namespace,
+        )),
+        pod_selector: Some(match_labels("app.kubernetes.io/component", component)),
+        ip_block: None,
+    }
+}
+
+fn tcp(port: i32) -> NetworkPolicyPort {
+    NetworkPolicyPort {
+        port: Some(IntOrString::Int(port)),
+        protocol: Some("TCP".into()),
+        end_port: None,
+    }
+}
+
+/// DNS, and for pods that download where the model comes from.
+fn egress(service: &ValidatedService, downloads: bool) -> Vec<NetworkPolicyEgressRule> {
+    let dns = ["UDP", "TCP"].map(|protocol| NetworkPolicyPort {
+        protocol: Some(protocol.into()),
+        ..tcp(53)
+    });
+    let mut egress = vec![NetworkPolicyEgressRule {
+        ports: Some(dns.to_vec()),
+        to: None,
+    }];
+    if downloads && service.source.pulled_from().is_some() {
+        let endpoint = service.service.spec.model.endpoint.as_deref();
+        let named = endpoint.and_then(url_port).filter(|port| *port != 443);
+        egress.push(NetworkPolicyEgressRule {
+            ports: Some([443].into_iter().chain(named).map(tcp).collect()),
+            to: None,
+        });
+    }
+    egress
 }
 
 fn match_labels(key: &str, value: &str) -> LabelSelector {

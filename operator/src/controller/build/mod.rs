@@ -1,6 +1,7 @@
 //! Everything a service owns, built from facts alone. Pure: no client, no clock.
 
 pub mod children;
+pub mod model;
 pub mod revision;
 pub mod template;
 
@@ -51,9 +52,14 @@ pub struct Child {
 
 impl Child {
     pub(super) fn new<K: Resource<DynamicType = ()> + Serialize>(object: &K) -> Self {
-        let resource = ApiResource::erase::<K>(&());
-        let mut value =
+        let value =
             serde_json::to_value(object).expect("Kubernetes objects are plain data: this is a bug");
+        let name = object.meta().name.clone().unwrap_or_default();
+        Self::of(ApiResource::erase::<K>(&()), name, value)
+    }
+
+    /// One of a kind that has no type here.
+    fn of(resource: ApiResource, name: String, mut value: Value) -> Self {
         value["apiVersion"] = resource.api_version.clone().into();
         value["kind"] = resource.kind.clone().into();
         value.sort_all_objects();
@@ -61,7 +67,7 @@ impl Child {
         let digest = hex::encode(&Sha256::digest(value.to_string())[..8]);
         value["metadata"]["annotations"][APPLIED_ANNOTATION] = digest.into();
         Self {
-            name: object.meta().name.clone().unwrap_or_default(),
+            name,
             resource,
             value,
         }

@@ -4,39 +4,32 @@ use std::collections::BTreeMap;
 
 use ashlar_crds::{
     Device, Engine,
-    names::{
-        PULL_CONTAINER, RESTART_ANNOTATION, RUNTIME_CONTAINER, RUNTIME_PORT, RUNTIME_PORT_NAME,
-    },
+    names::{RESTART_ANNOTATION, RUNTIME_CONTAINER, RUNTIME_PORT, RUNTIME_PORT_NAME},
 };
 use k8s_openapi::{
     DeepMerge as _,
     api::core::v1::{
-        Affinity, Capabilities, ConfigMapKeySelector, Container, ContainerPort,
-        EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction, ImageVolumeSource, Lifecycle,
-        LifecycleHandler, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec,
-        PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile, SecretKeySelector,
-        SecurityContext, SleepAction, Volume, VolumeMount,
+        Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
+        HTTPGetAction, Lifecycle, LifecycleHandler, PodSecurityContext, PodSpec, PodTemplateSpec,
+        Probe, ResourceRequirements, SeccompProfile, SecurityContext, SleepAction,
+        TopologySpreadConstraint, Volume, VolumeMount,
     },
     apimachinery::pkg::{
-        api::resource::Quantity, apis::meta::v1::ObjectMeta, util::intstr::IntOrString,
+        api::resource::Quantity,
+        apis::meta::v1::{LabelSelector, ObjectMeta},
+        util::intstr::IntOrString,
     },
 };
 
-use sha2::{Digest as _, Sha256};
-
 use super::{
-    super::validate::{InvalidSpec, ModelSource, ValidatedService},
-    Defaults, labels, revision,
+    super::validate::{InvalidSpec, ValidatedService},
+    Defaults, labels, model, selector,
 };
 
 /// User and group of every container.
 const USER: i64 = 65532;
-/// Where the model is mounted.
-const MODELS: &str = "/models";
 /// Seconds past the drain before the kubelet kills.
 const KILL_MARGIN_SECONDS: i64 = 15;
-/// Variable of `pull` that holds what to download.
-const PIN_VARIABLE: &str = "ASHLAR_PINNED_REVISION";
 /// Memory-backed share for tensor parallelism.
 const SHARED_MEMORY: &str = "/dev/shm";
 
@@ -89,10 +82,12 @@ pub fn pod_template(
             node_selector: (!spec.node_selector.is_empty()).then(|| spec.node_selector.clone()),
             tolerations: (!spec.tolerations.is_empty()).then(|| spec.tolerations.clone()),
             affinity,
+            topology_spread_constraints: Some(spread(service)),
             priority_class_name: spec.priority_class_name.clone(),
             image_pull_secrets: (!spec.image_pull_secrets.is_empty())
                 .then(|| spec.image_pull_secrets.clone()),
-            init_containers: pull(service, defaults).map(|container| vec![container]),
+            init_containers: model::init_container(service, defaults)
+                .map(|container| vec![container]),
             containers: vec![runtime(service, image)],
             volumes: Some(volumes(service)),
             ..PodSpec::default()
@@ -102,6 +97,23 @@ pub fn pod_template(
         template.merge_from(patch);
     }
     Ok(template)
+}
+
+/// Replicas apart, on other nodes and in other zones, where there are any to choose from.
+fn spread(service: &ValidatedService) -> Vec<TopologySpreadConstraint> {
+    let apart = |topology: &str| TopologySpreadConstraint {
+        max_skew: 1,
+        topology_key: topology.to_owned(),
+        when_unsatisfiable: "ScheduleAnyway".to_owned(),
+        label_selector: Some(LabelSelector {
+            match_labels: Some(selector(service)),
+            ..LabelSelector::default()
+        }),
+        ..TopologySpreadConstraint::default()
+    };
+    ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+        .map(apart)
+        .into()
 }
 
 fn parse<T: serde::de::DeserializeOwned>(
@@ -141,7 +153,7 @@ pub fn image(service: &ValidatedService, defaults: &Defaults) -> String {
         .unwrap_or_else(|| default.clone())
 }
 
-fn pod_security() -> PodSecurityContext {
+pub(super) fn pod_security() -> PodSecurityContext {
     PodSecurityContext {
         run_as_non_root: Some(true),
         run_as_user: Some(USER),
@@ -155,7 +167,7 @@ fn pod_security() -> PodSecurityContext {
     }
 }
 
-fn container_security() -> SecurityContext {
+pub(super) fn container_security() -> SecurityContext {
     SecurityContext {
         allow_privilege_escalation: Some(false),
         read_only_root_filesystem: Some(true),
@@ -182,12 +194,7 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
         ..Probe::default()
     };
     let mut mounts = vec![
-        VolumeMount {
-            name: "model".into(),
-            mount_path: MODELS.into(),
-            read_only: Some(true),
-            ..VolumeMount::default()
-        },
+        model::mount(false),
         VolumeMount {
             name: "tmp".into(),
             mount_path: "/tmp".into(),
@@ -209,9 +216,7 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
         env: Some(vec![if vllm {
             variable("HOME", "/tmp")
         } else {
-            // The gateways watch pods and try elsewhere what a leaving one refuses: they need no longer. Whoever lets other
-            // clients in (endpoint.allowFrom) can give their address caches more time with --drain-delay.
-            variable("ASHLAR_DRAIN_DELAY", "1")
+            variable("ASHLAR_DRAIN_DELAY", drain_delay(service))
         }]),
         ports: Some(vec![ContainerPort {
             name: Some(RUNTIME_PORT_NAME.into()),
@@ -237,7 +242,14 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
     }
 }
 
-fn variable(name: &str, value: &str) -> EnvVar {
+/// Seconds for which a leaving pod still takes new requests (`operator/design/20261125.drain-delay.md`). Gateways watch pods and
+/// try elsewhere what a leaving one refuses; other clients find out by their address caches.
+fn drain_delay(service: &ValidatedService) -> &'static str {
+    let only_gateways = service.service.spec.endpoint.allow_from.is_empty();
+    if only_gateways { "1" } else { "5" }
+}
+
+pub(super) fn variable(name: &str, value: &str) -> EnvVar {
     EnvVar {
         name: name.to_owned(),
         value: Some(value.to_owned()),
@@ -245,35 +257,10 @@ fn variable(name: &str, value: &str) -> EnvVar {
     }
 }
 
-/// Where the runtime finds the model.
-fn model_path(service: &ValidatedService) -> String {
-    match &service.source {
-        ModelSource::Claim { path, .. } if !path.is_empty() => format!("{MODELS}/{path}"),
-        ModelSource::Hub { repository } => {
-            let cache = service.service.spec.cache.as_ref();
-            let shared = cache.is_some_and(|c| c.pvc.is_some() || c.host_path.is_some());
-            if shared {
-                format!("{MODELS}/{}", cache_folder(service, repository))
-            } else {
-                MODELS.to_owned()
-            }
-        }
-        ModelSource::Claim { .. } | ModelSource::Image { .. } => MODELS.to_owned(),
-    }
-}
-
-/// Folder of a model in a cache that many models share: by repository, revision and source.
-fn cache_folder(service: &ValidatedService, repository: &str) -> String {
-    let model = &service.service.spec.model;
-    let identity = serde_json::json!([repository, model.revision, model.endpoint]);
-    let digest = Sha256::digest(identity.to_string());
-    format!("sha256/{}", hex::encode(&digest[..16]))
-}
-
 fn arguments(service: &ValidatedService) -> Vec<String> {
     let spec = &service.service.spec;
     let mut args = vec![
-        model_path(service),
+        model::path(service),
         "--host=0.0.0.0".to_owned(),
         format!("--port={RUNTIME_PORT}"),
         format!(
@@ -310,11 +297,25 @@ fn arguments(service: &ValidatedService) -> Vec<String> {
     args
 }
 
+/// Whether `template` gives the runtime its GPUs by claims (dynamic resource allocation): the extended resource would be a second
+/// set of them.
+fn claims_devices(template: Option<&serde_json::Value>) -> bool {
+    let containers = template.and_then(|t| t.pointer("/spec/containers")?.as_array());
+    let mut runtime = containers
+        .into_iter()
+        .flatten()
+        .filter(|c| c["name"] == RUNTIME_CONTAINER);
+    runtime.any(|c| {
+        let claims = c.pointer("/resources/claims").and_then(|c| c.as_array());
+        claims.is_some_and(|claims| !claims.is_empty())
+    })
+}
+
 fn resources(service: &ValidatedService) -> ResourceRequirements {
     let spec = &service.service.spec;
     let given = spec.resources.clone().unwrap_or_default();
     let (mut limits, requests) = (given.limits, given.requests);
-    if service.gpus > 0 {
+    if service.gpus > 0 && !claims_devices(spec.template.as_ref()) {
         limits.insert(
             spec.parallelism.resource_name.clone(),
             Quantity(service.gpus.to_string()),
@@ -328,146 +329,24 @@ fn resources(service: &ValidatedService) -> ResourceRequirements {
 }
 
 fn volumes(service: &ValidatedService) -> Vec<Volume> {
-    let spec = &service.service.spec;
-    let mut model = Volume {
-        name: "model".into(),
-        ..Volume::default()
-    };
-    match &service.source {
-        ModelSource::Image { reference } => {
-            model.image = Some(ImageVolumeSource {
-                reference: Some(reference.clone()),
-                pull_policy: Some("IfNotPresent".into()),
-            });
-        }
-        ModelSource::Claim { claim, .. } => {
-            model.persistent_volume_claim = Some(PersistentVolumeClaimVolumeSource {
-                claim_name: claim.clone(),
-                read_only: Some(true),
-            });
-        }
-        ModelSource::Hub { .. } => match &spec.cache {
-            Some(cache) if cache.pvc.is_some() => {
-                let claim = cache
-                    .pvc
-                    .as_ref()
-                    .map(|pvc| pvc.claim_name.clone())
-                    .unwrap_or_default();
-                model.persistent_volume_claim = Some(PersistentVolumeClaimVolumeSource {
-                    claim_name: claim,
-                    read_only: None,
-                });
-            }
-            Some(cache) if cache.host_path.is_some() => {
-                let path = cache
-                    .host_path
-                    .as_ref()
-                    .map(|host| host.path.clone())
-                    .unwrap_or_default();
-                model.host_path = Some(k8s_openapi::api::core::v1::HostPathVolumeSource {
-                    path: format!("{}/{}", path.trim_end_matches('/'), service.namespace),
-                    type_: Some("Directory".into()),
-                });
-            }
-            cache => {
-                let size_limit = cache
-                    .as_ref()
-                    .and_then(|c| c.empty_dir.as_ref())
-                    .and_then(|e| e.size_limit.clone());
-                model.empty_dir = Some(EmptyDirVolumeSource {
-                    size_limit,
-                    medium: None,
-                });
-            }
-        },
-    }
-    let scratch = |name: &str, medium: Option<String>| Volume {
-        name: name.into(),
-        empty_dir: Some(EmptyDirVolumeSource {
-            medium,
-            size_limit: None,
-        }),
-        ..Volume::default()
-    };
-    let mut volumes = vec![model, scratch("tmp", None)];
+    let mut volumes = vec![
+        model::volume(service, !model::is_filled_by_job(service)),
+        scratch("tmp", None),
+    ];
     if service.gpus > 1 {
         volumes.push(scratch("shm", Some("Memory".into())));
     }
     volumes
 }
 
-/// The first step of a pod whose model comes from the hub.
-fn pull(service: &ValidatedService, defaults: &Defaults) -> Option<Container> {
-    let ModelSource::Hub { repository } = &service.source else {
-        return None;
-    };
-    let model = &service.service.spec.model;
-    let mut command = vec![
-        "/usr/local/bin/ashlar".to_owned(),
-        "pull".to_owned(),
-        repository.clone(),
-        format!("--dest={}", model_path(service)),
-        "--result-file=/dev/termination-log".to_owned(),
-        // The runtime is not there yet: its port, which the NetworkPolicy opens to the operator, says how far this is.
-        format!("--status-port={RUNTIME_PORT}"),
-        format!("--revision=$({PIN_VARIABLE})"),
-    ];
-    command.extend(
-        model
-            .endpoint
-            .iter()
-            .map(|endpoint| format!("--endpoint={endpoint}")),
-    );
-    let hash = revision::hash(&service.service);
-    let mut env = vec![
-        variable("HOME", "/tmp"),
-        EnvVar {
-            name: PIN_VARIABLE.into(),
-            value_from: Some(EnvVarSource {
-                config_map_key_ref: Some(ConfigMapKeySelector {
-                    name: service.service.revision_name(&hash),
-                    key: revision::PIN_KEY.into(),
-                    optional: None,
-                }),
-                ..EnvVarSource::default()
-            }),
-            ..EnvVar::default()
-        },
-    ];
-    if let Some(token) = &model.token_secret_ref {
-        env.push(EnvVar {
-            name: "HF_TOKEN".into(),
-            value_from: Some(EnvVarSource {
-                secret_key_ref: Some(SecretKeySelector {
-                    name: token.name.clone(),
-                    key: token.key.clone(),
-                    optional: None,
-                }),
-                ..EnvVarSource::default()
-            }),
-            ..EnvVar::default()
-        });
+/// A folder that ends with the pod.
+pub(super) fn scratch(name: &str, medium: Option<String>) -> Volume {
+    Volume {
+        name: name.into(),
+        empty_dir: Some(EmptyDirVolumeSource {
+            medium,
+            size_limit: None,
+        }),
+        ..Volume::default()
     }
-    Some(Container {
-        name: PULL_CONTAINER.into(),
-        image: Some(defaults.runtime_image.clone()),
-        image_pull_policy: Some("IfNotPresent".into()),
-        command: Some(command),
-        env: Some(env),
-        security_context: Some(container_security()),
-        termination_message_policy: Some("FallbackToLogsOnError".into()),
-        volume_mounts: Some(vec![
-            VolumeMount {
-                name: "model".into(),
-                mount_path: MODELS.into(),
-                ..VolumeMount::default()
-            },
-            VolumeMount {
-                name: "tmp".into(),
-                mount_path: "/tmp".into(),
-                ..VolumeMount::default()
-            },
-        ]),
-        ..Container::default()
-    })
 }

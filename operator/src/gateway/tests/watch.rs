@@ -16,7 +16,7 @@ fn resource(spec: &Value) -> DynamicObject {
 
 fn pod(name: &str, ready: &str, deleting: bool) -> Pod {
     let mut pod = json!({
-        "metadata": {"name": name, "namespace": "chat", "uid": name, "labels": {SERVICE_LABEL: "mistral"}},
+        "metadata": {"name": name, "namespace": "chat", "uid": name, "labels": {SERVICE_LABEL: "mistral", REVISION_LABEL: "0123abcd"}},
         "status": {"podIP": "10.1.2.3", "conditions": [
             {"type": "PodScheduled", "status": "True"},
             {"type": "Ready", "status": ready, "lastTransitionTime": "2026-01-02T03:04:05Z"},
@@ -50,12 +50,25 @@ fn a_resource_gives_what_routing_needs() {
             hosts: vec!["a.example.com".to_owned()],
             alias: false,
             created: 1_767_323_045,
+            canary: None,
         }
     );
     let open = service_spec(&resource(&json!({"endpoint": {"auth": "None"}}))).unwrap();
     assert_eq!(open.access, Access::Open);
     assert_eq!(open.model, "mistral");
     assert!(open.alias);
+}
+
+#[test]
+fn a_revision_on_trial_is_read_from_the_status() {
+    let mut object = resource(&json!({"endpoint": {"auth": "None"}}));
+    object.data["status"] = json!({"revision": {"current": "0123abcd", "outdated": false, "canary": {"weightPercent": 10}}});
+    let canary = service_spec(&object).unwrap().canary.unwrap();
+    assert_eq!((canary.revision.as_str(), canary.percent), ("0123abcd", 10));
+    object.data["status"] = json!({"revision": {"current": "0123abcd"}});
+    assert_eq!(service_spec(&object).unwrap().canary, None);
+    object.data["status"] = json!({"revision": 7});
+    assert_eq!(service_spec(&object).unwrap().canary, None);
 }
 
 #[test]
@@ -79,6 +92,7 @@ fn only_ready_pods_that_stay_are_replicas() {
     let replica = replica_spec(&pod("p", "True", false), 8000).unwrap();
     assert_eq!(replica.service, ServiceId::new("chat", "mistral"));
     assert_eq!(replica.address.to_string(), "10.1.2.3:8000");
+    assert_eq!(replica.revision, "0123abcd");
     assert!(!replica.ready_since.is_empty());
     assert!(replica_spec(&pod("p", "False", false), 8000).is_none());
     assert!(replica_spec(&pod("p", "True", true), 8000).is_none());
