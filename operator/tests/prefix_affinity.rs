@@ -42,8 +42,8 @@ mod engine {
 mod kv_cache;
 
 const REPLICAS: usize = 4;
-/// Blocks of 16 tokens in one replica's cache: 32,000 tokens.
-const BLOCKS: u32 = 2000;
+/// Blocks of 16 tokens in one replica's cache: 16,000 tokens, so that four together just hold the chats that go on.
+const BLOCKS: u32 = 1000;
 const BLOCK_TOKENS: u32 = 16;
 /// Requests that are open at one time, over all replicas.
 const OPEN: usize = 24;
