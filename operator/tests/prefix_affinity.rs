@@ -206,10 +206,12 @@ fn replicas() -> Vec<Arc<Replica>> {
         hosts: Vec::new(),
         alias: true,
         created: 1,
+        canary: None,
     };
     let pods = (0..REPLICAS).map(|number| ReplicaSpec {
         service: ServiceId::new("a", "s"),
         uid: format!("uid-{number}"),
+        revision: String::new(),
         ready_since: "t0".to_owned(),
         address: format!("10.0.0.{number}:8000").parse().unwrap(),
     });

@@ -95,10 +95,12 @@ async fn gateway(listener: TcpListener, upstream: SocketAddr) {
         hosts: Vec::new(),
         alias: true,
         created: 1,
+        canary: None,
     };
     let replica = ReplicaSpec {
         service: id,
         uid: "stub".to_owned(),
+        revision: String::new(),
         ready_since: "t0".to_owned(),
         address: upstream,
     };
@@ -131,6 +133,7 @@ async fn gateway(listener: TcpListener, upstream: SocketAddr) {
         phase,
         max_connections: 16_384,
         drain_timeout: Duration::from_secs(1),
+        tls: None,
     };
     server.serve(listener).await;
 }
