@@ -109,23 +109,33 @@ fn greedy_takes_the_lowest_id_of_the_largest() {
 
 /// Chi-square against the exact distribution, over draws at different positions.
 fn assert_distributed(values: &[f32], base: SampleRow, allowed: impl Fn(&[(usize, f64)]) -> usize) {
-    let count = 20_000;
+    assert_distributed_over((20_000, 0), values, base, allowed);
+}
+
+/// So many draws, of which some may be of so many tokens more than are allowed: the border of a flat nucleus is a matter of
+/// rounding.
+fn assert_distributed_over(
+    (count, slack): (usize, usize),
+    values: &[f32],
+    base: SampleRow,
+    allowed: impl Fn(&[(usize, f64)]) -> usize,
+) {
     let draws = draw(values, &rows(count, base), &[], None);
     let max = values.iter().copied().fold(f32::MIN, f32::max);
     let weight = |v: f32| (f64::from(v - max) / f64::from(base.temperature)).exp();
     let mut order: Vec<(usize, f64)> = values.iter().map(|v| weight(*v)).enumerate().collect();
     order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    let kept = &order[..allowed(&order)];
+    let allowed = allowed(&order);
+    let kept = &order[..allowed];
     let total: f64 = kept.iter().map(|(_, w)| w).sum();
     let mut seen = vec![0u32; values.len()];
     for token in &draws.tokens {
         seen[*token as usize] += 1;
     }
+    let ids = order.iter().take(allowed + slack).map(|(id, _)| *id);
+    let set: std::collections::HashSet<usize> = ids.collect();
     for (id, n) in seen.iter().enumerate() {
-        assert!(
-            *n == 0 || kept.iter().any(|(k, _)| *k == id),
-            "{id} is not in the set"
-        );
+        assert!(*n == 0 || set.contains(&id), "{id} is not in the set");
     }
     let (mut chi, mut cells) = (0.0, 0.0);
     for (id, w) in kept {
@@ -142,6 +152,55 @@ fn assert_distributed(values: &[f32], base: SampleRow, allowed: impl Fn(&[(usize
     );
 }
 
+/// How many of the best tokens make up `top_p` of all weight.
+fn nucleus(top_p: f64) -> impl Fn(&[(usize, f64)]) -> usize {
+    move |order| {
+        let total: f64 = order.iter().map(|(_, w)| w).sum();
+        let mut mass = 0.0;
+        order
+            .iter()
+            .take_while(|(_, w)| {
+                let below = mass < top_p * total;
+                mass += w;
+                below
+            })
+            .count()
+    }
+}
+
+/// Rows of a real vocabulary: what is kept is a short list, or nearly everything; widths that are no multiple of four.
+#[test]
+fn draws_from_large_vocabularies() {
+    for (vocab, spread) in [(50_000, 40.0), (49_153, 40.0), (50_000, 0.5)] {
+        let values = logits(vocab, spread);
+        let slack = usize::from(spread < 1.0);
+        let draws = |row: SampleRow, slack: usize, allowed: &dyn Fn(&[(usize, f64)]) -> usize| {
+            assert_distributed_over((800, slack), &values, row, allowed);
+        };
+        draws(row(), 0, &<[_]>::len);
+        let top_p = SampleRow {
+            top_p: 0.9,
+            ..row()
+        };
+        draws(top_p, slack, &nucleus(0.9));
+        for top_k in [1, 50, 600, 1024, 5000] {
+            draws(SampleRow { top_k, ..row() }, 0, &|_| top_k as usize);
+            draws(SampleRow { top_k, ..top_p }, slack, &|order| {
+                nucleus(0.9)(&order[..top_k as usize])
+            });
+        }
+        let min_p = SampleRow {
+            min_p: 0.5,
+            top_p: 0.8,
+            ..row()
+        };
+        draws(min_p, slack, &|order| {
+            let candidates = order.iter().filter(|(_, w)| *w >= 0.5).count();
+            nucleus(0.8)(&order[..candidates])
+        });
+    }
+}
+
 #[test]
 fn draws_follow_the_distribution() {
     let values = logits(300, 3.0);
@@ -155,20 +214,6 @@ fn draws_follow_the_distribution() {
         <[_]>::len,
     );
     assert_distributed(&values, SampleRow { top_k: 17, ..row() }, |_| 17);
-    let nucleus = |top_p: f64| {
-        move |order: &[(usize, f64)]| {
-            let total: f64 = order.iter().map(|(_, w)| w).sum();
-            let mut mass = 0.0;
-            order
-                .iter()
-                .take_while(|(_, w)| {
-                    let below = mass < top_p * total;
-                    mass += w;
-                    below
-                })
-                .count()
-        }
-    };
     assert_distributed(
         &values,
         SampleRow {
