@@ -20,6 +20,11 @@ __device__ __forceinline__ void let_next_start() {
 template <typename T> struct Num;
 
 template <> struct Num<__nv_bfloat16> {
+    static constexpr bool WIDE_RANGE = true; // that of f32
+    static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+        __nv_bfloat162 r = __hmul2(*reinterpret_cast<__nv_bfloat162 *>(&a), *reinterpret_cast<__nv_bfloat162 *>(&b));
+        return *reinterpret_cast<uint32_t *>(&r);
+    }
     static __device__ __forceinline__ float2 unpack(uint32_t v) {
         return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
     }
@@ -38,6 +43,11 @@ template <> struct Num<__nv_bfloat16> {
 };
 
 template <> struct Num<__half> {
+    static constexpr bool WIDE_RANGE = false;
+    static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+        __half2 r = __hmul2(*reinterpret_cast<__half2 *>(&a), *reinterpret_cast<__half2 *>(&b));
+        return *reinterpret_cast<uint32_t *>(&r);
+    }
     static __device__ __forceinline__ float2 unpack(uint32_t v) { return __half22float2(*reinterpret_cast<__half2 *>(&v)); }
     static __device__ __forceinline__ uint32_t pack(float a, float b) {
         __half2 r = __floats2half2_rn(a, b);
@@ -75,6 +85,13 @@ union Vec8 {
     uint4 v;
     uint32_t w[4];
 };
+
+// 2^v in one instruction; of -∞: 0.
+__device__ __forceinline__ float exp2_fast(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
 
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll

@@ -31,7 +31,7 @@ __device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t at) {
 // Bytes of shared memory: rows of D = 96 are stored 128 wide, so that the swizzle stays inside a row.
 template <int D> constexpr int STRIDE = D == 96 ? 128 : D;
 
-template <typename T, int D> __device__ __forceinline__ void prefill_attention(const PrefillAttention &p) {
+template <typename T, int D, int RUN> __device__ __forceinline__ void prefill_attention(const PrefillAttention &p) {
     using N = Num<T>;
     constexpr int ROW = STRIDE<D> * 2, CHUNKS = D / 8; // bytes and 16-byte chunks of a row
     constexpr int K_BYTES = TILE_TOKENS * ROW, V_BYTES = TILE_TOKENS * D * 2, STAGE = K_BYTES + V_BYTES;
@@ -57,6 +57,16 @@ template <typename T, int D> __device__ __forceinline__ void prefill_attention(c
         const int row = i / CHUNKS, chunk = i % CHUNKS;
         copy16(q_at + row * ROW + (chunk ^ (row & 7)) * 16, q + (long)min(row, num_rows - 1) * p.q_stride + chunk * 8, row < num_rows);
     }
+    // The table's entries of the next tile to be loaded.
+    int entries[PAGES];
+    auto look_up = [&](int tile) {
+#pragma unroll
+        for (int page = 0; page < PAGES; page++) {
+            const int logical = tile * PAGES + page;
+            entries[page] = logical * BLOCK < context ? table[logical] : 0;
+        }
+    };
+    look_up(first_tile);
     auto load_tile = [&](int tile, int stage) {
         if (tile < tiles) {
             const uint32_t k_at = kv_at + stage * STAGE, v_at = k_at + K_BYTES;
@@ -65,7 +75,7 @@ template <typename T, int D> __device__ __forceinline__ void prefill_attention(c
             for (int page = 0; page < PAGES; page++) {
                 const int logical = tile * PAGES + page;
                 const bool valid = logical * BLOCK < context;
-                const T *keys = cache + (valid ? table[logical] : 0) * page_values + (long)kv_head * BLOCK * D;
+                const T *keys = cache + entries[page] * page_values + (long)kv_head * BLOCK * D;
                 const T *values = keys + (long)p.num_kv_heads * BLOCK * D;
                 for (int i = threadIdx.x; i < PER_PAGE; i += WARPS * 32) {
                     const int token = page * BLOCK + i / CHUNKS, chunk = i % CHUNKS;
@@ -74,6 +84,7 @@ template <typename T, int D> __device__ __forceinline__ void prefill_attention(c
                     copy16(v_at + page * BLOCK * D * 2 + dim * 32 + ((i & 1) ^ ((dim >> 2) & 1)) * 16, values + i * 8, valid);
                 }
             }
+            look_up(tile + 1);
         }
         asm volatile("cp.async.commit_group;");
     };
@@ -114,42 +125,42 @@ template <typename T, int D> __device__ __forceinline__ void prefill_attention(c
             __syncthreads();
         }
 #pragma unroll
-        for (int half = 0; half < TILE_TOKENS / 32; half++) {
-            const int token0 = tile * TILE_TOKENS + half * 32;
+        for (int run = 0; run < TILE_TOKENS / RUN; run++) {
+            const int token0 = tile * TILE_TOKENS + run * RUN;
             // Rows of this warp end before these tokens begin: nothing to see.
             if (token0 > position + warp_row + 31) continue;
-            float s[2][4][4];
+            float s[2][RUN / 8][4];
 #pragma unroll
             for (int m = 0; m < 2; m++)
 #pragma unroll
-                for (int n = 0; n < 4; n++)
+                for (int n = 0; n < RUN / 8; n++)
 #pragma unroll
                     for (int j = 0; j < 4; j++) s[m][n][j] = 0.f;
 #pragma unroll
             for (int k = 0; k < D / 16; k++) {
-                uint32_t a[2][4], b[2][4];
+                uint32_t a[2][4], b[RUN / 16][4];
 #pragma unroll
                 for (int m = 0; m < 2; m++) {
                     const int row = warp_row + m * 16 + a_row;
                     load_matrices(a[m], q_at + row * ROW + ((k * 2 + a_half) ^ (row & 7)) * 16);
                 }
 #pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    const int token = half * 32 + n * 16 + b_row;
+                for (int n = 0; n < RUN / 16; n++) {
+                    const int token = run * RUN + n * 16 + b_row;
                     load_matrices(b[n], k_at + token * ROW + ((k * 2 + b_half) ^ (token & 7)) * 16);
                 }
 #pragma unroll
                 for (int m = 0; m < 2; m++)
 #pragma unroll
-                    for (int n = 0; n < 4; n++) N::mma(s[m][n], a[m], b[n / 2][(n % 2) * 2], b[n / 2][(n % 2) * 2 + 1]);
+                    for (int n = 0; n < RUN / 8; n++) N::mma(s[m][n], a[m], b[n / 2][(n % 2) * 2], b[n / 2][(n % 2) * 2 + 1]);
             }
-            const bool edge = token0 + 31 > position + warp_row || token0 + 32 > context ||
+            const bool edge = token0 + RUN - 1 > position + warp_row || token0 + RUN > context ||
                               (p.window > 0 && token0 <= position + warp_row + 31 - p.window);
 #pragma unroll
             for (int m = 0; m < 2; m++) {
                 if (edge) {
 #pragma unroll
-                    for (int n = 0; n < 4; n++)
+                    for (int n = 0; n < RUN / 8; n++)
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
                             const int row = position + warp_row + m * 16 + group + (j / 2) * 8;
@@ -161,28 +172,31 @@ template <typename T, int D> __device__ __forceinline__ void prefill_attention(c
                 for (int r = 0; r < 2; r++) {
                     float now = maximum[m][r];
 #pragma unroll
-                    for (int n = 0; n < 4; n++) now = fmaxf(now, fmaxf(s[m][n][r * 2], s[m][n][r * 2 + 1]));
+                    for (int n = 0; n < RUN / 8; n++) now = fmaxf(now, fmaxf(s[m][n][r * 2], s[m][n][r * 2 + 1]));
                     now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
                     now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
                     const float shift = now == -INFINITY ? 0.f : now * p.scale;
-                    const float factor = maximum[m][r] == -INFINITY ? 0.f : exp2f(maximum[m][r] * p.scale - shift);
-                    maximum[m][r] = now;
-                    sum[m][r] *= factor;
+                    const bool grows = now > maximum[m][r];
+                    if (__any_sync(0xffffffffu, grows)) {
+                        const float factor = exp2_fast(maximum[m][r] * p.scale - shift); // of -∞: 0
+                        maximum[m][r] = now;
+                        sum[m][r] *= factor;
 #pragma unroll
-                    for (int n = 0; n < NTILES; n++) {
-                        out[m][n][r * 2] *= factor;
-                        out[m][n][r * 2 + 1] *= factor;
+                        for (int n = 0; n < NTILES; n++) {
+                            out[m][n][r * 2] *= factor;
+                            out[m][n][r * 2 + 1] *= factor;
+                        }
                     }
 #pragma unroll
-                    for (int n = 0; n < 4; n++) {
-                        s[m][n][r * 2] = exp2f(s[m][n][r * 2] * p.scale - shift);
-                        s[m][n][r * 2 + 1] = exp2f(s[m][n][r * 2 + 1] * p.scale - shift);
+                    for (int n = 0; n < RUN / 8; n++) {
+                        s[m][n][r * 2] = exp2_fast(fmaf(s[m][n][r * 2], p.scale, -shift));
+                        s[m][n][r * 2 + 1] = exp2_fast(fmaf(s[m][n][r * 2 + 1], p.scale, -shift));
                         sum[m][r] += s[m][n][r * 2] + s[m][n][r * 2 + 1];
                     }
                 }
             }
 #pragma unroll
-            for (int page = 0; page < 2; page++) {
+            for (int page = 0; page < RUN / BLOCK; page++) {
                 uint32_t a[2][4];
 #pragma unroll
                 for (int m = 0; m < 2; m++)
@@ -191,7 +205,7 @@ template <typename T, int D> __device__ __forceinline__ void prefill_attention(c
                         a[m][j * 2] = N::pack(s[m][page * 2 + j][0], s[m][page * 2 + j][1]);
                         a[m][j * 2 + 1] = N::pack(s[m][page * 2 + j][2], s[m][page * 2 + j][3]);
                     }
-                const uint32_t page_at = v_at + (half * 2 + page) * BLOCK * D * 2;
+                const uint32_t page_at = v_at + (run * (RUN / BLOCK) + page) * BLOCK * D * 2;
 #pragma unroll
                 for (int n = 0; n < D / 16; n++) {
                     const int dim = n * 16 + b_row;
@@ -228,7 +242,7 @@ template <typename T, int D> __device__ __forceinline__ void prefill_attention(c
 
 #define DEFINE_DIM(SUFFIX, T, D)                                                                                                       \
     extern "C" __global__ void __launch_bounds__(128) prefill_attention_##D##_##SUFFIX(const __grid_constant__ PrefillAttention p) {   \
-        prefill_attention<T, D>(p);                                                                                                    \
+        prefill_attention<T, D, D <= 128 ? 64 : 32>(p);                                                                                                    \
     }
 #define DEFINE(SUFFIX, T) DEFINE_DIM(SUFFIX, T, 64) DEFINE_DIM(SUFFIX, T, 96) DEFINE_DIM(SUFFIX, T, 128) DEFINE_DIM(SUFFIX, T, 256)
 FOR_BOTH(DEFINE)

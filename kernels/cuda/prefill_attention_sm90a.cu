@@ -60,12 +60,6 @@ struct Work {
 // Units go longest first, forth and back over the blocks, so that each block gets about the same work.
 __device__ __forceinline__ int unit(int round) { return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x); }
 
-__device__ __forceinline__ float exp2_fast(float v) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-
 template <int D>
 __device__ __forceinline__ void copy_all(const PrefillAttention &p, const CUtensorMap *q_map, const CUtensorMap *k_map, const CUtensorMap *v_map,
                                          uint32_t memory, int units) {

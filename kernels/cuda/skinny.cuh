@@ -32,7 +32,7 @@ template <Output OUTPUT> __device__ __forceinline__ void tile_rows(const Skinny 
     }
 }
 
-// Where x is normed: each token's scale, from the parts of its sum of squares.
+// Where x is normed: each token's scale, from the parts of its sum of squares. To be read behind a barrier.
 __device__ __forceinline__ void norm_scales(const Skinny &p, float *scales) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int m = warp; m < p.m; m += WARPS) {
@@ -41,7 +41,6 @@ __device__ __forceinline__ void norm_scales(const Skinny &p, float *scales) {
         s = warp_sum(s);
         if (lane == 0) scales[m] = rsqrtf(s / p.k + p.eps);
     }
-    __syncthreads();
 }
 
 // Eight values of a token, normed.

@@ -4,12 +4,15 @@
 // B operand (8 a tile), so one token wastes no memory traffic. The order of k inside a product is free as long as both
 // operands agree, so a lane takes 8 neighbouring values (16 bytes) and feeds two products with them.
 // The first weights are on their way before the kernel waits for the one before it.
+//
+// Where x is normed, bf16 rows are multiplied by the norm's weights on their way in and by their scale at the end; halves, whose
+// range that could leave, by both on their way in.
 #include "skinny.cuh"
 
-template <typename T, int TILES, Output OUTPUT> __device__ __forceinline__ void skinny(const Skinny &p) {
+template <typename T, int TILES, int UNROLL, bool NORM, Output OUTPUT> __device__ __forceinline__ void skinny(const Skinny &p) {
     using N = Num<T>;
     constexpr int M = 8 * TILES;
-    constexpr int UNROLL = TILES == 1 ? 8 : 4; // blocks of 32 k in flight per warp
+    constexpr bool LATE_SCALE = NORM && N::WIDE_RANGE;
     __shared__ float scales[M];
     __shared__ float partial[WARPS][16][M + 1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
@@ -28,27 +31,43 @@ template <typename T, int TILES, Output OUTPUT> __device__ __forceinline__ void 
     }
     let_next_start();
     wait_for_previous();
-    if (p.norm) norm_scales(p, scales);
-    float acc[TILES][4];
+    float acc[TILES][4], scale[TILES];
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
         for (int i = 0; i < 4; i++) acc[t][i] = 0.f;
-    float scale[TILES];
+    if (NORM) norm_scales(p, scales);
+    if (NORM && !LATE_SCALE) {
+        __syncthreads();
 #pragma unroll
-    for (int t = 0; t < TILES; t++) scale[t] = p.norm && t * 8 + group < p.m ? scales[t * 8 + group] : 1.f;
+        for (int t = 0; t < TILES; t++) scale[t] = t * 8 + group < p.m ? scales[t * 8 + group] : 1.f;
+    }
 
     for (int base = begin; base < end; base += UNROLL) {
         // All tokens' loads of a round first: products that each waited for their own would leave the weights waiting.
-        Vec8 x[UNROLL][TILES];
+        Vec8 x[UNROLL][TILES], norm[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
             const long at = min(base + u, blocks - 1) * 32 + quad * 8;
+            if (NORM) norm[u].v = *reinterpret_cast<const uint4 *>(static_cast<const T *>(p.norm) + at);
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
                 x[u][t].v = make_uint4(0, 0, 0, 0);
                 if (t * 8 + group < p.m) x[u][t].v = *reinterpret_cast<const uint4 *>(static_cast<const T *>(p.x) + (long)(t * 8 + group) * p.k + at);
             }
+        }
+        if (NORM) {
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++)
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+                    if (LATE_SCALE) {
+#pragma unroll
+                        for (int j = 0; j < 4; j++) x[u][t].w[j] = N::multiply(x[u][t].w[j], norm[u].w[j]);
+                    } else {
+                        apply_norm<T>(&x[u][t], norm[u], scale[t]);
+                    }
+                }
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
@@ -56,12 +75,6 @@ template <typename T, int TILES, Output OUTPUT> __device__ __forceinline__ void 
             if (b < end) {
                 const uint32_t first[4] = {a0[u].w[0], a1[u].w[0], a0[u].w[1], a1[u].w[1]};
                 const uint32_t second[4] = {a0[u].w[2], a1[u].w[2], a0[u].w[3], a1[u].w[3]};
-                if (p.norm) {
-                    Vec8 norm;
-                    norm.v = *reinterpret_cast<const uint4 *>(static_cast<const T *>(p.norm) + b * 32 + quad * 8);
-#pragma unroll
-                    for (int t = 0; t < TILES; t++) apply_norm<T>(&x[u][t], norm, scale[t]);
-                }
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
                     N::mma(acc[t], first, x[u][t].w[0], x[u][t].w[1]);
@@ -75,29 +88,34 @@ template <typename T, int TILES, Output OUTPUT> __device__ __forceinline__ void 
             }
         }
     }
+    if (LATE_SCALE) __syncthreads(); // for `scales`, long since there
 #pragma unroll
-    for (int t = 0; t < TILES; t++) {
-        partial[warp][group][t * 8 + quad * 2] = acc[t][0];
-        partial[warp][group][t * 8 + quad * 2 + 1] = acc[t][1];
-        partial[warp][group + 8][t * 8 + quad * 2] = acc[t][2];
-        partial[warp][group + 8][t * 8 + quad * 2 + 1] = acc[t][3];
-    }
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int m = t * 8 + quad * 2 + i % 2;
+            partial[warp][group + i / 2 * 8][m] = LATE_SCALE && m < p.m ? acc[t][i] * scales[m] : acc[t][i];
+        }
     __syncthreads();
     finish_tile<T, M, OUTPUT>(p, partial, blockIdx.x);
 }
 
-#define DEFINE_TILES(SUFFIX, T, TILES)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) skinny_store_##TILES##_##SUFFIX(const __grid_constant__ Skinny p) {       \
-        skinny<T, TILES, STORE>(p);                                                                                             \
+template <int TILES, int UNROLL> constexpr int BLOCKS = TILES > 2 ? 1 : TILES == 1 && UNROLL == 4 ? 3 : 2; // on a multiprocessor
+
+// Names end in the tiles of tokens and how many steps are in flight: 8 with two blocks on a multiprocessor, 4 with three.
+#define DEFINE_ONE(SUFFIX, T, TILES, UNROLL, NAME, OUTPUT)                                                                      \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS<TILES, UNROLL>) NAME##_##TILES##x##UNROLL##_##SUFFIX(               \
+        const __grid_constant__ Skinny p) {                                                                                     \
+        skinny<T, TILES, UNROLL, false, OUTPUT>(p);                                                                             \
     }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256) skinny_f32_##TILES##_##SUFFIX(const __grid_constant__ Skinny p) {         \
-        skinny<T, TILES, STORE_F32>(p);                                                                                         \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256) skinny_add_##TILES##_##SUFFIX(const __grid_constant__ Skinny p) {         \
-        skinny<T, TILES, ADD_RESIDUAL>(p);                                                                                      \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256) skinny_silu_##TILES##_##SUFFIX(const __grid_constant__ Skinny p) {        \
-        skinny<T, TILES, SILU_MUL>(p);                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS<TILES, UNROLL>)                                                    \
+        NAME##_norm_##TILES##x##UNROLL##_##SUFFIX(const __grid_constant__ Skinny p) {                                           \
+        skinny<T, TILES, UNROLL, true, OUTPUT>(p);                                                                              \
     }
-#define DEFINE(SUFFIX, T) DEFINE_TILES(SUFFIX, T, 1) DEFINE_TILES(SUFFIX, T, 2) DEFINE_TILES(SUFFIX, T, 4)
+#define DEFINE_TILES(SUFFIX, T, TILES, UNROLL)                                                                                  \
+    DEFINE_ONE(SUFFIX, T, TILES, UNROLL, skinny_store, STORE)                                                                   \
+    DEFINE_ONE(SUFFIX, T, TILES, UNROLL, skinny_f32, STORE_F32)                                                                 \
+    DEFINE_ONE(SUFFIX, T, TILES, UNROLL, skinny_add, ADD_RESIDUAL)                                                              \
+    DEFINE_ONE(SUFFIX, T, TILES, UNROLL, skinny_silu, SILU_MUL)
+#define DEFINE(SUFFIX, T) DEFINE_TILES(SUFFIX, T, 1, 8) DEFINE_TILES(SUFFIX, T, 1, 4) DEFINE_TILES(SUFFIX, T, 2, 4) DEFINE_TILES(SUFFIX, T, 4, 4)
 FOR_BOTH(DEFINE)

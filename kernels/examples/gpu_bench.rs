@@ -5,9 +5,8 @@
 
 use ashlar_kernels::cuda::{
     Device, DeviceBuffer, Float,
-    attention::{
-        DecodeAttention, DecodePlan, HeadShape, PrefillAttention, Sequences, prefill_items,
-    },
+    attention::{DecodeAttention, HeadShape, PlanView, PrefillAttention, Sequences, prefill_items},
+    decode_plan::{DecodePlan, ITEM_WORDS, PARTS_PER_ITEM},
     eight_bit::{EightBit, Fp8View, QuantizeRows},
     elementwise::{AddNorm, SiluMul, fill_random},
     gemm::{Fp8Gemm, Gemm, bucket},
@@ -443,14 +442,6 @@ impl Bench {
             let caches: Vec<DeviceBuffer> = (0..sets)
                 .map(|_| self.random(pool * shape.page_bytes() / 2))
                 .collect();
-            let max_items = batch + (3 * self.device.multiprocessors() as usize).div_ceil(8);
-            let mut plan = DecodePlan::default();
-            plan.make(&shape, &vec![length as u32; batch], max_items);
-            let items: Vec<i32> = plan.items.iter().flatten().copied().collect();
-            let (header, items) = (
-                self.i32s(&[plan.items.len() as i32, plan.item_pages as i32]),
-                self.i32s(&[items, vec![0; 2 * max_items]].concat()),
-            );
             let ints = |f: &dyn Fn(usize) -> usize, n: usize| {
                 self.i32s(&(0..n).map(|i| f(i) as i32).collect::<Vec<_>>())
             };
@@ -461,18 +452,36 @@ impl Bench {
             );
             let blocks = ints(&|i| (i * 7919) % pool, pool);
             let (qkv, out) = (self.random(batch * 6144), self.random(batch * 4096));
-            let (parts, arrived) = (
-                self.device.alloc(max_items * shape.part_bytes()).unwrap(),
-                self.device.alloc(batch * 32).unwrap(),
+            let arrived = self.device.alloc(batch * 32).unwrap();
+            let most = (3 * self.device.multiprocessors() as usize).div_ceil(8);
+            let max_items = batch.max(most);
+            let mut plan = DecodePlan::default();
+            plan.make(&shape, &vec![length as u32; batch], &[], (most, max_items));
+            let mut items: Vec<i32> = plan.items.iter().flatten().copied().collect();
+            items.resize(max_items * ITEM_WORDS, 0);
+            let row_parts: Vec<i32> = plan.row_parts.iter().flatten().copied().collect();
+            let (num_items, items, members, row_parts, slots) = (
+                self.i32s(&[plan.items.len() as i32]),
+                self.i32s(&items),
+                self.i32s(&plan.members),
+                self.i32s(&row_parts),
+                self.i32s(&plan.slots),
             );
+            let bytes = max_items * PARTS_PER_ITEM * shape.part_bytes();
+            let parts = self.device.alloc(bytes).unwrap();
             let us = self.time(20, |i| {
                 DecodeAttention {
                     shape,
                     qkv: qkv.view(),
                     cache: caches[i % sets].view(),
                     out: out.view(),
-                    plan: header.view(),
-                    items: items.view(),
+                    plan: PlanView {
+                        num_items: num_items.view(),
+                        items: items.view(),
+                        members: members.view(),
+                        row_parts: row_parts.view(),
+                        slots: slots.view(),
+                    },
                     sequences: Sequences {
                         rows: rows.view(),
                         context_lens: lens.view(),
@@ -482,19 +491,18 @@ impl Bench {
                     },
                     parts: parts.view(),
                     arrived: arrived.view(),
+                    rope: None,
+                    shares: false,
                     max_items,
                 }
                 .launch(&self.device)
                 .unwrap();
             });
-            self.bandwidth(
-                &format!(
-                    "decode attention {batch} × {length} ({} items)",
-                    plan.items.len()
-                ),
-                us,
-                (batch * length * 4096) as f64,
+            let what = format!(
+                "decode attention {batch} × {length} ({} items)",
+                plan.items.len()
             );
+            self.bandwidth(&what, us, (batch * length * 4096) as f64);
         }
         for (batch, rows, length) in [
             (1usize, 4096usize, 4096usize),

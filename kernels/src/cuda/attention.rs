@@ -2,6 +2,7 @@
 
 use super::{
     CudaError, Device, Float, View,
+    decode_plan::{ITEM_WORDS, PARTS_PER_ITEM},
     modules::{Shape, arguments},
     need,
     rope::BLOCK_SIZE,
@@ -16,8 +17,6 @@ pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 const HOPPER_DIMS: [usize; 2] = [64, 128];
 /// Query rows of a prefill item.
 pub const TILE_ROWS: usize = 128;
-/// Fewest pages in a decode item: 4 warps read one each.
-const MIN_ITEM_PAGES: usize = 4;
 
 /// Sizes of attention in a model.
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +46,7 @@ impl HeadShape {
                 self.head_dim
             )
         })?;
-        let most = if self.head_dim == 256 { 8 } else { MAX_GROUP };
+        let most = self.columns();
         need(
             self.num_kv_heads > 0
                 && self.num_heads.is_multiple_of(self.num_kv_heads)
@@ -60,6 +59,17 @@ impl HeadShape {
                 )
             },
         )
+    }
+
+    /// Rows that a decode item can work for.
+    #[must_use]
+    pub fn rows_per_item(&self) -> usize {
+        (self.columns() / self.group()).max(1)
+    }
+
+    /// Columns of a decode item's products: rows times query heads.
+    fn columns(&self) -> usize {
+        if self.head_dim == 256 { 8 } else { MAX_GROUP }
     }
 
     fn group(&self) -> usize {
@@ -75,7 +85,7 @@ impl HeadShape {
     /// Bytes of one item's part of a result that is cut.
     #[must_use]
     pub fn part_bytes(&self) -> usize {
-        self.num_heads * (self.head_dim + 2) * 4
+        self.num_heads * (self.head_dim + 4) * 4
     }
 
     fn q_stride(&self) -> usize {
@@ -84,60 +94,6 @@ impl HeadShape {
 
     fn scale(&self) -> f32 {
         std::f32::consts::LOG2_E / (self.head_dim as f32).sqrt()
-    }
-}
-
-/// How decode attention is cut into items.
-#[derive(Debug, Default)]
-pub struct DecodePlan {
-    /// (sequence, part) of each item; parts of a sequence are neighbours.
-    pub items: Vec<[i32; 2]>,
-    /// Pages in an item.
-    pub item_pages: usize,
-}
-
-impl DecodePlan {
-    /// Cuts sequences so that all items fit `max_items`, as finely as that allows, but no item below 4 pages.
-    ///
-    /// # Panics
-    /// When there are more sequences than items.
-    pub fn make(&mut self, shape: &HeadShape, context_lens: &[u32], max_items: usize) {
-        assert!(
-            context_lens.len() <= max_items,
-            "every sequence has an item: this is a bug"
-        );
-        let pages = |length: u32| {
-            let length = length as usize;
-            let first = match shape.window {
-                0 => 0,
-                window => length.saturating_sub(window) / BLOCK_SIZE,
-            };
-            length.div_ceil(BLOCK_SIZE) - first
-        };
-        let longest = context_lens.iter().map(|length| pages(*length)).max();
-        let items = |size: usize| -> usize {
-            context_lens
-                .iter()
-                .map(|length| pages(*length).div_ceil(size).max(1))
-                .sum()
-        };
-        // The smallest size whose items fit: fewer pages, more items.
-        let (mut low, mut high) = (MIN_ITEM_PAGES, longest.unwrap_or(0).max(MIN_ITEM_PAGES));
-        while low < high {
-            let middle = usize::midpoint(low, high);
-            if items(middle) <= max_items {
-                high = middle;
-            } else {
-                low = middle + 1;
-            }
-        }
-        self.item_pages = high;
-        self.items.clear();
-        for (seq, length) in context_lens.iter().enumerate() {
-            for part in 0..pages(*length).div_ceil(high).max(1) {
-                self.items.push([seq as i32, part as i32]);
-            }
-        }
     }
 }
 
@@ -156,6 +112,32 @@ pub struct Sequences<'a> {
     pub count: usize,
 }
 
+/// A [`DecodePlan`](super::decode_plan::DecodePlan) on the GPU, i32 each.
+#[derive(Clone, Copy)]
+pub struct PlanView<'a> {
+    /// Items.
+    pub num_items: View<'a>,
+    /// `[max_items, `[`ITEM_WORDS`]`]`
+    pub items: View<'a>,
+    /// `[≤ 2 · sequences]`
+    pub members: View<'a>,
+    /// `[sequences, 2]`
+    pub row_parts: View<'a>,
+    /// `[≤ `[`PARTS_PER_ITEM`]` · max_items]`
+    pub slots: View<'a>,
+}
+
+/// What rotates q and k on their way into decode attention; heads of 64, 128 or 256 values.
+#[derive(Clone, Copy)]
+pub struct DecodeRope<'a> {
+    /// `[positions, head_dim / 2]` pairs of f32 by [`rope_table`](super::rope::rope_table).
+    pub table: View<'a>,
+    /// Norms of q and k heads, `[head_dim]` each.
+    pub norms: Option<(View<'a>, View<'a>)>,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
 /// Attention of one row per sequence.
 #[derive(Clone, Copy)]
 pub struct DecodeAttention<'a> {
@@ -167,16 +149,18 @@ pub struct DecodeAttention<'a> {
     pub cache: View<'a>,
     /// `[rows, heads · head_dim]`
     pub out: View<'a>,
-    /// i32: number of items, pages in an item.
-    pub plan: View<'a>,
-    /// `[max_items]` pairs of i32 by [`DecodePlan`].
-    pub items: View<'a>,
+    /// The work.
+    pub plan: PlanView<'a>,
     /// Who attends.
     pub sequences: Sequences<'a>,
-    /// `[max_items]` parts of [`HeadShape::part_bytes`].
+    /// `[`[`PARTS_PER_ITEM`]` · max_items]` parts of [`HeadShape::part_bytes`].
     pub parts: View<'a>,
     /// `[sequences, kv_heads]` i32, zero before and after.
     pub arrived: View<'a>,
+    /// With it q, k and v are taken as the product made them: rotated on the way, and the cache is written.
+    pub rope: Option<DecodeRope<'a>>,
+    /// Whether items may work for several rows.
+    pub shares: bool,
     /// Items that are launched; those behind the plan's number return at once.
     pub max_items: usize,
 }
@@ -186,19 +170,33 @@ struct DecodeParameters {
     q: u64,
     cache: u64,
     out: u64,
-    plan: u64,
+    num_items: u64,
     items: u64,
+    members: u64,
+    row_parts: u64,
+    slots: u64,
     rows: u64,
     context_lens: u64,
     table_starts: u64,
     blocks: u64,
     parts: u64,
     arrived: u64,
+    rope: u64,
+    query_norm: u64,
+    key_norm: u64,
     num_heads: i32,
     num_kv_heads: i32,
     q_stride: i32,
     window: i32,
     scale: f32,
+    eps: f32,
+}
+
+/// Whether so many blocks run faster four on a multiprocessor, with fewer registers each, than three: not when three of them
+/// take all in one round, and not when rows are so few that they are cut.
+fn fits_four(blocks: usize, multiprocessors: usize) -> bool {
+    let rows_per_processor = blocks as f64 / multiprocessors as f64;
+    rows_per_processor > 3.0 || (1.5..=2.0).contains(&rows_per_processor)
 }
 
 impl DecodeAttention<'_> {
@@ -206,9 +204,11 @@ impl DecodeAttention<'_> {
         self.shape.validate()?;
         let seqs = &self.sequences;
         need(
-            self.plan.bytes >= 8
-                && self.items.bytes >= self.max_items * 8
-                && self.parts.bytes >= self.max_items * self.shape.part_bytes()
+            self.plan.num_items.bytes >= 4
+                && self.plan.items.bytes >= self.max_items * ITEM_WORDS * 4
+                && self.plan.members.bytes >= seqs.count * 4
+                && self.plan.row_parts.bytes >= seqs.count * 8
+                && self.parts.bytes >= self.max_items * PARTS_PER_ITEM * self.shape.part_bytes()
                 && self.arrived.bytes >= seqs.count * self.shape.num_kv_heads * 4
                 && [seqs.rows, seqs.context_lens, seqs.table_starts]
                     .iter()
@@ -220,7 +220,24 @@ impl DecodeAttention<'_> {
                     seqs.count, self.max_items
                 )
             },
+        )?;
+        let dim = self.shape.head_dim;
+        let norms = |rope: &DecodeRope<'_>| {
+            rope.norms
+                .is_none_or(|(query, key)| query.bytes >= dim * 2 && key.bytes >= dim * 2)
+        };
+        need(
+            self.rope
+                .is_none_or(|rope| Self::rotates(dim) && norms(&rope)),
+            "decode_attention",
+            || format!("heads of {dim} values cannot be rotated on the way"),
         )
+    }
+
+    /// Whether heads of so many values can be rotated on their way in.
+    #[must_use]
+    pub fn rotates(head_dim: usize) -> bool {
+        head_dim.is_multiple_of(64)
     }
 
     /// Queues it.
@@ -230,32 +247,52 @@ impl DecodeAttention<'_> {
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         self.validate()?;
         let (shape, seqs) = (&self.shape, &self.sequences);
+        let norms = self.rope.and_then(|rope| rope.norms);
         let parameters = DecodeParameters {
             q: self.qkv.address(),
             cache: self.cache.address(),
             out: self.out.address(),
-            plan: self.plan.address(),
-            items: self.items.address(),
+            num_items: self.plan.num_items.address(),
+            items: self.plan.items.address(),
+            members: self.plan.members.address(),
+            row_parts: self.plan.row_parts.address(),
+            slots: self.plan.slots.address(),
             rows: seqs.rows.address(),
             context_lens: seqs.context_lens.address(),
             table_starts: seqs.table_starts.address(),
             blocks: seqs.blocks.address(),
             parts: self.parts.address(),
             arrived: self.arrived.address(),
+            rope: self.rope.map_or(0, |rope| rope.table.address()),
+            query_norm: norms.map_or(0, |(query, _)| query.address()),
+            key_norm: norms.map_or(0, |(_, key)| key.address()),
             num_heads: shape.num_heads as i32,
             num_kv_heads: shape.num_kv_heads as i32,
             q_stride: shape.q_stride() as i32,
             window: shape.window as i32,
             scale: shape.scale(),
+            eps: self.rope.map_or(0.0, |rope| rope.eps),
         };
-        let tiles = shape.group().div_ceil(8);
+        let columns = if self.shares {
+            shape.rows_per_item() * shape.group()
+        } else {
+            shape.group()
+        };
+        let tiles = columns.div_ceil(8);
+        let blocks = seqs.count * shape.num_kv_heads;
+        let processors = device.multiprocessors() as usize;
+        let four = if tiles == 1 && shape.head_dim == 128 && fits_four(blocks, processors) {
+            "four_"
+        } else {
+            ""
+        };
         let name = format!(
-            "decode_attention_{}_{tiles}_{}",
+            "decode_attention_{four}{}_{tiles}_{}",
             shape.head_dim,
             shape.float.suffix()
         );
         let launch = Shape {
-            grid: (self.max_items, shape.num_kv_heads),
+            grid: (shape.num_kv_heads, self.max_items),
             threads: 128,
             shared: 0,
         };

@@ -11,6 +11,7 @@
 //! int4_gemm   products of many rows with them, on Hopper
 //! eight_bit   eight-bit weights, floats and integers, likewise
 //! attention   paged attention: single rows (decode) and many rows (prefill)
+//! decode_plan what decode attention works on, and who reads together
 //! tensor_map  boxes of tensors for Hopper's copy engine
 //! peers       what tensor-parallel ranks reduce and gather over each other's memory
 //! sampling    penalties, masks, top-k, top-p, min-p, draws, log-probabilities
@@ -24,6 +25,7 @@
 //! - libraries are loaded at run time: without a driver, [`Device::open`] is an error, not a crash.
 
 pub mod attention;
+pub mod decode_plan;
 pub mod device;
 pub mod eight_bit;
 pub mod elementwise;

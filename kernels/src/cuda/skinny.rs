@@ -104,6 +104,17 @@ struct Parameters {
     group_shift: i32,
 }
 
+/// Steps of 32 columns that a warp asks for ahead: 8 with two blocks on each of the multiprocessors, or 4 with three. The
+/// latter where that saves a second round of blocks, or where rows are too short for 8.
+fn steps_ahead(token_tiles: usize, blocks: usize, k: usize, multiprocessors: usize) -> usize {
+    let second_round = 2 * multiprocessors < blocks && blocks <= 3 * multiprocessors;
+    if token_tiles > 1 || second_round || k < 2048 {
+        4
+    } else {
+        8
+    }
+}
+
 impl SkinnyGemm<'_> {
     /// Whether a product of this shape can run here.
     #[must_use]
@@ -243,9 +254,18 @@ impl SkinnyGemm<'_> {
         let (name, blocks, shared) = match self.weight {
             Weight::Float(weight) => {
                 parameters.weight = weight.address();
+                let norm = if matches!(self.input, Input::Normed { .. }) {
+                    "_norm"
+                } else {
+                    ""
+                };
+                let blocks = tile_count(1);
+                let processors = device.multiprocessors() as usize;
+                let ahead = steps_ahead(tiles, blocks, self.k, processors);
+                let suffix = self.float.suffix();
                 (
-                    format!("skinny_{kind}_{tiles}_{}", self.float.suffix()),
-                    tile_count(1),
+                    format!("skinny_{kind}{norm}_{tiles}x{ahead}_{suffix}"),
+                    blocks,
                     0,
                 )
             }

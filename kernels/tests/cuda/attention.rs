@@ -3,9 +3,11 @@
 use ashlar_kernels::cuda::{
     DeviceBuffer, Float,
     attention::{
-        DecodeAttention, DecodePlan, HeadShape, PrefillAttention, Sequences, prefill_items,
+        DecodeAttention, DecodeRope, HeadShape, PlanView, PrefillAttention, Sequences,
+        prefill_items,
     },
-    rope::BLOCK_SIZE,
+    decode_plan::{DecodePlan, ITEM_WORDS, PARTS_PER_ITEM, SharedPrefix},
+    rope::{BLOCK_SIZE, RopeWriteKv, rope_table},
 };
 
 use crate::support::*;
@@ -137,19 +139,34 @@ impl Case {
     }
 
     fn decode(&self, data: &Data, max_items: usize) -> Vec<f32> {
+        self.decode_by(data, &[], max_items, None)
+    }
+
+    fn decode_by(
+        &self,
+        data: &Data,
+        shared: &[SharedPrefix],
+        max_items: usize,
+        rope: Option<DecodeRope<'_>>,
+    ) -> Vec<f32> {
         let shape = self.shape;
         let lengths: Vec<u32> = self.seqs.iter().map(|(_, len)| *len as u32).collect();
         let mut plan = DecodePlan::default();
-        plan.make(&shape, &lengths, max_items);
+        plan.make(&shape, &lengths, shared, (max_items, max_items));
         assert!(plan.items.len() <= max_items);
         let mut items: Vec<i32> = plan.items.iter().flatten().copied().collect();
-        items.resize(max_items * 2, 1 << 30);
+        items.resize(max_items * ITEM_WORDS, 1 << 30);
         let count = self.seqs.len();
         let out = poisoned(data.rows * shape.num_heads * shape.head_dim * 2);
-        let parts = poisoned(max_items * shape.part_bytes());
+        let parts = poisoned(max_items * PARTS_PER_ITEM * shape.part_bytes());
         let arrived = device().alloc(count * shape.num_kv_heads * 4).unwrap();
-        let header = upload_i32(&[plan.items.len() as i32, plan.item_pages as i32]);
-        let items = upload_i32(&items);
+        let row_parts: Vec<i32> = plan.row_parts.iter().flatten().copied().collect();
+        let (num_items, items, members) = (
+            upload_i32(&[plan.items.len() as i32]),
+            upload_i32(&items),
+            upload_i32(&plan.members),
+        );
+        let (row_parts, slots) = (upload_i32(&row_parts), upload_i32(&plan.slots));
         let (rows, starts, blocks) = (
             upload_i32(&data.first_rows),
             upload_i32(&data.table_starts),
@@ -162,8 +179,13 @@ impl Case {
             qkv: data.qkv_gpu.view(),
             cache: data.cache.view(),
             out: out.view(),
-            plan: header.view(),
-            items: items.view(),
+            plan: PlanView {
+                num_items: num_items.view(),
+                items: items.view(),
+                members: members.view(),
+                row_parts: row_parts.view(),
+                slots: slots.view(),
+            },
             sequences: Sequences {
                 rows: rows.view(),
                 context_lens: lens.view(),
@@ -173,6 +195,8 @@ impl Case {
             },
             parts: parts.view(),
             arrived: arrived.view(),
+            rope,
+            shares: plan.items.iter().any(|item| item[1] > 1),
             max_items,
         };
         attention.launch(device()).unwrap();
@@ -284,6 +308,179 @@ fn decode_whole_and_cut() {
                         "{float:?} {heads}/{kv_heads}×{dim} window {window} items {max_items}"
                     );
                     assert_close(&what, float, &case.decode(&data, max_items), &expected);
+                }
+            }
+        }
+    }
+}
+
+/// So many rows that four blocks run on a multiprocessor, or three, or two.
+#[test]
+fn decode_of_many_rows() {
+    for count in [30, 45, 80] {
+        let case = Case {
+            shape: shape(Float::Bf16, 32, 8, 128, 0),
+            seqs: (0..count).map(|row| (1, 10 + row * 7 % 200)).collect(),
+        };
+        let data = case.data(count as u64);
+        let found = case.decode(&data, count + 20);
+        assert_close(
+            &format!("{count} rows"),
+            Float::Bf16,
+            &found,
+            &case.expected(&data),
+        );
+    }
+}
+
+/// Rows 1.. begin with the pages of row 1; their own come behind.
+#[test]
+fn decode_of_rows_that_share_pages() {
+    for float in FLOATS {
+        for (heads, kv_heads, dim) in HEADS {
+            let lengths = [40, 700, 701, 545, 544, 1000, 560, 643, 700, 2000, 577];
+            let case = Case {
+                shape: shape(float, heads, kv_heads, dim, 0),
+                seqs: lengths.iter().map(|len| (1, *len)).collect(),
+            };
+            let mut data = case.data(dim as u64);
+            let pages = 33;
+            for row in 2..lengths.len() {
+                let (from, to) = (
+                    data.table_starts[1] as usize,
+                    data.table_starts[row] as usize,
+                );
+                data.blocks.copy_within(from..from + pages, to);
+                for head in 0..kv_heads {
+                    let values = pages * BLOCK_SIZE * dim;
+                    let (from, to) = (head * lengths[1] * dim, head * lengths[row] * dim);
+                    for all in [&mut data.keys, &mut data.values] {
+                        let common = all[1][from..from + values].to_vec();
+                        all[row][to..to + values].copy_from_slice(&common);
+                    }
+                }
+            }
+            let expected = case.expected(&data);
+            let members: Vec<u32> = (1..lengths.len() as u32).collect();
+            let shared = [SharedPrefix { members, pages }];
+            for max_items in [lengths.len(), 22, 60, 400] {
+                let what = format!("{float:?} {heads}/{kv_heads}×{dim} items {max_items}");
+                let found = case.decode_by(&data, &shared, max_items, None);
+                assert_close(&what, float, &found, &expected);
+            }
+        }
+    }
+}
+
+/// With q and k as the product made them: what attention rotates and writes itself is what the two kernels do one by one.
+#[test]
+fn decode_rotates_and_writes_the_cache() {
+    for float in FLOATS {
+        for (heads, kv_heads, dim) in HEADS {
+            if !DecodeAttention::rotates(dim) {
+                continue;
+            }
+            for (window, has_norms) in [(0, false), (50, true), (0, true)] {
+                let lengths = [1, 15, 16, 17, 33, 63, 64, 65, 100, 333, 1000];
+                let case = Case {
+                    shape: shape(float, heads, kv_heads, dim, window),
+                    seqs: lengths.iter().map(|len| (1, *len)).collect(),
+                };
+                let data = case.data(heads as u64 + 7);
+                let mut random = Random(3);
+                let norm = |random: &mut Random| {
+                    let values = random.values(float, dim);
+                    upload(
+                        float,
+                        &values
+                            .iter()
+                            .map(|v| round(float, v + 1.0))
+                            .collect::<Vec<_>>(),
+                    )
+                };
+                let (query_norm, key_norm) = (norm(&mut random), norm(&mut random));
+                let norms = has_norms.then(|| (query_norm.view(), key_norm.view()));
+                let frequencies: Vec<u8> = (0..dim / 2)
+                    .flat_map(|pair| {
+                        10_000f64
+                            .powf(-2.0 * pair as f64 / dim as f64)
+                            .to_le_bytes()
+                    })
+                    .collect();
+                let table = device().alloc(1000 * dim / 2 * 8).unwrap();
+                let frequencies = upload_bytes(&frequencies);
+                rope_table(device(), frequencies.view(), table.view(), dim / 2, 1000).unwrap();
+                let whole_cache = device().read(data.cache.view()).unwrap();
+                let rope = DecodeRope {
+                    table: table.view(),
+                    norms,
+                    eps: 1e-6,
+                };
+                let what = format!("{float:?} {heads}/{kv_heads}×{dim} window {window}");
+                let mut fused = Vec::new();
+                for max_items in [lengths.len(), 37, 400] {
+                    device().write(&whole_cache, data.cache.view()).unwrap();
+                    fused.push(case.decode_by(&data, &[], max_items, Some(rope)));
+                }
+                let fused_cache = device().read(data.cache.view()).unwrap();
+                device().write(&whole_cache, data.cache.view()).unwrap();
+                let slots: Vec<u8> = lengths
+                    .iter()
+                    .zip(&data.table_starts)
+                    .flat_map(|(len, start)| {
+                        let block = data.blocks[*start as usize + (len - 1) / BLOCK_SIZE];
+                        (i64::from(block) * BLOCK_SIZE as i64
+                            + (len - 1) as i64 % BLOCK_SIZE as i64)
+                            .to_le_bytes()
+                    })
+                    .collect();
+                let positions: Vec<u32> = lengths.iter().map(|len| *len as u32 - 1).collect();
+                RopeWriteKv {
+                    float,
+                    qkv: data.qkv_gpu.view(),
+                    norms,
+                    table: table.view(),
+                    positions: upload_u32(&positions).view(),
+                    slot_mapping: upload_bytes(&slots).view(),
+                    cache: data.cache.view(),
+                    rows: lengths.len(),
+                    num_heads: heads,
+                    num_kv_heads: kv_heads,
+                    head_dim: dim,
+                    eps: 1e-6,
+                }
+                .launch(device())
+                .unwrap();
+                let apart: Vec<f64> = case
+                    .decode(&data, 37)
+                    .iter()
+                    .map(|v| f64::from(*v))
+                    .collect();
+                for found in &fused {
+                    assert_close(&what, float, found, &apart);
+                }
+                let decoded = |bytes: &[u8]| -> Vec<f32> {
+                    let whole = upload_bytes(bytes);
+                    download(float, &whole, bytes.len() / 2)
+                };
+                let (found, expected) = (
+                    decoded(&fused_cache),
+                    decoded(&device().read(data.cache.view()).unwrap()),
+                );
+                let ulp = if float == Float::Bf16 {
+                    1.0 / 128.0
+                } else {
+                    1.0 / 1024.0
+                };
+                for (found, expected) in found.iter().zip(&expected) {
+                    let same = found.is_nan() == expected.is_nan();
+                    // The sum of a norm goes in another order: a bit in the last place.
+                    let near =
+                        expected.is_nan() || (found - expected).abs() <= expected.abs() * ulp;
+                    assert!(
+                        same && near,
+                        "{what}: the cache has {found}, not {expected}"
+                    );
                 }
             }
         }

@@ -28,13 +28,17 @@ fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|v| f64::from(*v)).collect()
 }
 
-const SHAPES: [(usize, usize); 6] = [
+// The last ones have more tiles than there are blocks, which draw them then: short rows, long ones.
+const SHAPES: [(usize, usize); 9] = [
     (16, 32),
     (17, 64),
     (576, 576),
     (1000, 1536),
     (200, 4128),
     (49, 96),
+    (5003, 64),
+    (2500, 2080),
+    (4410, 4096),
 ];
 
 #[test]
@@ -89,8 +93,13 @@ fn skinny_stores_with_bias() {
 #[test]
 fn skinny_chain_of_a_layer() {
     for float in FLOATS {
-        for (hidden, k, features) in [(64, 32, 24), (576, 576, 1536), (96, 160, 100)] {
-            for m in [1, 3, 8, 16] {
+        for (hidden, k, features) in [
+            (64, 32, 24),
+            (576, 576, 1536),
+            (96, 160, 100),
+            (4096, 96, 1500),
+        ] {
+            for m in [1, 2, 3, 7, 8, 16] {
                 let mut random = Random((m * hidden) as u64);
                 let (x, weight) = (
                     random.values(float, m * k),
@@ -185,6 +194,36 @@ fn skinny_chain_of_a_layer() {
                 );
             }
         }
+    }
+}
+
+/// Launches one behind the other share one counter, and each may start before the one in front has ended.
+#[test]
+fn skinny_launches_in_a_row_are_right_each_time() {
+    let (float, m, n, k) = (Float::Bf16, 2, 9000, 2048);
+    let mut random = Random(1);
+    let (x, weight) = (random.values(float, m * k), random.values(float, n * k));
+    let (x_gpu, w_gpu) = (upload(float, &x), upload(float, &weight));
+    let outs: Vec<_> = (0..12).map(|_| poisoned(m * n * 4)).collect();
+    for out in &outs {
+        SkinnyGemm {
+            float,
+            input: Input::Plain(x_gpu.view()),
+            weight: Weight::Float(w_gpu.view()),
+            bias: None,
+            output: Output::StoreF32(out.view()),
+            m,
+            n,
+            k,
+        }
+        .launch(device())
+        .unwrap();
+    }
+    let expected = product(&wide(&x), &weight, (m, n, k), None);
+    let first = download_f32(&outs[0], m * n);
+    assert_close_to("first", 1e-5, &first, &expected);
+    for out in &outs[1..] {
+        assert_eq!(download_f32(out, m * n), first);
     }
 }
 

@@ -168,13 +168,16 @@ fn nucleus(top_p: f64) -> impl Fn(&[(usize, f64)]) -> usize {
     }
 }
 
+/// How many of the best tokens, with their weights, may be drawn.
+type Allowed<'a> = &'a dyn Fn(&[(usize, f64)]) -> usize;
+
 /// Rows of a real vocabulary: what is kept is a short list, or nearly everything; widths that are no multiple of four.
 #[test]
 fn draws_from_large_vocabularies() {
     for (vocab, spread) in [(50_000, 40.0), (49_153, 40.0), (50_000, 0.5)] {
         let values = logits(vocab, spread);
         let slack = usize::from(spread < 1.0);
-        let draws = |row: SampleRow, slack: usize, allowed: &dyn Fn(&[(usize, f64)]) -> usize| {
+        let draws = |row: SampleRow, slack: usize, allowed: Allowed<'_>| {
             assert_distributed_over((800, slack), &values, row, allowed);
         };
         draws(row(), 0, &<[_]>::len);

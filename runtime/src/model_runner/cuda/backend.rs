@@ -13,7 +13,10 @@ use ashlar_kernels::{
     cpu::BlockFormat,
     cuda::{
         CudaError, Device, DeviceBuffer, Float, View,
-        attention::{DecodeAttention, HeadShape, PrefillAttention, Sequences},
+        attention::{
+            DecodeAttention, DecodeRope, HeadShape, PlanView, PrefillAttention, Sequences,
+        },
+        decode_plan::PARTS_PER_ITEM,
         eight_bit::{self, QuantizeRows},
         elementwise::{AddNorm, EmbedNorm, GatherRows, SiluMul, fill_random},
         gemm::{Fp8Gemm, Gemm},
@@ -34,7 +37,7 @@ use super::{
 use crate::{
     engine::request::TokenId,
     models::{
-        backend::{AdapterRows, AttentionSeq, Backend, Linear, RopeArgs},
+        backend::{AdapterRows, AttentionSeq, Backend, HeadNorms, Linear, RopeArgs},
         config::ModelConfig,
     },
     weights::{Fp8Scales, GgmlType, Int4Matrix, RawTensor, Scheme, Weight},
@@ -48,9 +51,9 @@ pub(super) const FUSED_ROWS: usize = 16;
 /// into 16 bits first.
 const INT4_GEMM_ROWS: usize = 2048;
 
-/// From this width on a norm is a kernel of its own: inside a product every block would repeat it (on an H200 at 4,096 columns
-/// 32 µs in each layer, against 6 for two small kernels).
-const SEPARATE_NORM_WIDTH: usize = 2048;
+/// From this width on rows are wide: products run as skinny ones with half as many, and a norm that cannot be had for one
+/// multiplication a value is a kernel of its own, because every block of a product would repeat it.
+const WIDE: usize = 2048;
 
 pub(super) type GpuVector = Arc<DeviceBuffer>;
 pub(super) type GpuMatrix = Arc<Matrix>;
@@ -190,6 +193,8 @@ pub(super) struct CudaBackend {
     layout: Layout,
     /// Whether rows were dropped: the attention that follows is the last layer's.
     kept: bool,
+    /// Set when q and k are to be rotated by the attention that follows; with the heads' norms.
+    rotation: Option<Option<(GpuVector, GpuVector)>>,
     /// `[slots]`
     pub(super) last_tokens: DeviceBuffer,
     sums: DeviceBuffer,
@@ -253,9 +258,10 @@ impl CudaBackend {
             step: device.alloc(config.step_bytes)?,
             layout: Layout::default(),
             kept: false,
+            rotation: None,
             last_tokens: device.alloc(config.max_num_seqs * 4)?,
             sums: device.alloc(widest * sum_rows * 4)?,
-            parts: device.alloc(config.max_items * shape.part_bytes())?,
+            parts: device.alloc(config.max_items * PARTS_PER_ITEM * shape.part_bytes())?,
             arrived: device.alloc(groups * model.num_kv_heads * 4)?,
             scratch: None,
             fp8_rows: None,
@@ -327,6 +333,7 @@ impl CudaBackend {
     pub(super) fn begin_step(&mut self, layout: Layout) {
         self.layout = layout;
         self.kept = false;
+        self.rotation = None;
         self.error = None;
     }
 
@@ -382,12 +389,23 @@ impl CudaBackend {
     }
 
     fn is_skinny(rows: usize, width: usize) -> bool {
-        let most = if width < SEPARATE_NORM_WIDTH {
+        let most = if width < WIDE {
             FUSED_ROWS
         } else {
             FUSED_ROWS / 2
         };
         rows <= most && SkinnyGemm::takes(rows, width)
+    }
+
+    /// Whether the norm behind a noted product is left to the products that read it.
+    fn norms_on_the_way(&self, product: &Product, rows: usize, width: usize) -> bool {
+        if width < WIDE {
+            rows <= skinny::MAX_ROWS
+        } else {
+            let matrix = &product.matrix;
+            let is_float = !matrix.is_int4() && !matrix.is_eight_bit();
+            rows <= FUSED_ROWS / 2 && self.float == Float::Bf16 && is_float && !self.integers
+        }
     }
 
     /// Launches a noted product into `output`.
@@ -582,19 +600,31 @@ impl CudaBackend {
         layer: usize,
         qkv: &CudaBuf,
         section: &DecodeSection,
-        (count, max_items): (usize, usize),
+        (count, max_items, shares): (usize, usize, bool),
         out: &CudaBuf,
     ) -> Result<(), CudaError> {
         if count == 0 {
             return Ok(());
         }
+        let rope = self.rotation.as_ref().map(|norms| DecodeRope {
+            table: self.rope_table.view(),
+            norms: norms
+                .as_ref()
+                .map(|(query, key)| (query.view(), key.view())),
+            eps: self.eps,
+        });
         DecodeAttention {
             shape: self.shape,
             qkv: qkv.view(),
             cache: self.layer_cache(layer)?,
             out: out.view(),
-            plan: self.at(section.plan),
-            items: self.at(section.items),
+            plan: PlanView {
+                num_items: self.at(section.num_items),
+                items: self.at(section.items),
+                members: self.at(section.members),
+                row_parts: self.at(section.row_parts),
+                slots: self.at(section.slots),
+            },
             sequences: Sequences {
                 rows: self.at(section.rows),
                 context_lens: self.at(section.context_lens),
@@ -604,6 +634,8 @@ impl CudaBackend {
             },
             parts: self.parts.view(),
             arrived: self.arrived.view(),
+            rope,
+            shares,
             max_items,
         }
         .launch(&self.device)
@@ -612,10 +644,10 @@ impl CudaBackend {
     fn attend(&self, layer: usize, qkv: &CudaBuf, out: &CudaBuf) -> Result<(), CudaError> {
         let (layout, counts) = (&self.layout, &self.layout.counts);
         if self.kept {
-            let sizes = (counts.kept, counts.kept_items);
+            let sizes = (counts.kept, counts.kept_items, false);
             return self.rows_attention(layer, qkv, &layout.kept, sizes, out);
         }
-        let sizes = (counts.decodes, counts.decode_items);
+        let sizes = (counts.decodes, counts.decode_items, counts.shares);
         self.rows_attention(layer, qkv, &layout.decode, sizes, out)?;
         if counts.prefills == 0 {
             return Ok(());
@@ -878,6 +910,14 @@ impl Backend for CudaBackend {
     }
 
     fn rope_write_kv(&mut self, qkv: &mut CudaBuf, args: &RopeArgs<'_, GpuVector>) {
+        if self.layout.counts.rotates && DecodeAttention::rotates(self.shape.head_dim) {
+            let result = self.settle(qkv);
+            self.note(result);
+            let both =
+                |norms: &HeadNorms<GpuVector>| (Arc::clone(&norms.query), Arc::clone(&norms.key));
+            self.rotation = Some(args.norms.map(both));
+            return;
+        }
         let result = self.settle(qkv).and_then(|()| {
             RopeWriteKv {
                 float: self.float,
@@ -908,6 +948,7 @@ impl Backend for CudaBackend {
         out: &mut CudaBuf,
     ) {
         let result = self.attend(layer, qkv, out);
+        self.rotation = None;
         self.note(result);
         out.set(qkv.rows, State::Ready);
     }
@@ -948,7 +989,7 @@ impl Backend for CudaBackend {
             return;
         }
         if let State::Product(product) = &delta.state
-            && (width >= SEPARATE_NORM_WIDTH || rows > skinny::MAX_ROWS)
+            && !self.norms_on_the_way(product, rows, width)
         {
             let result = self.run_product(product, rows, width, Output::Store(delta.view()));
             self.note(result);

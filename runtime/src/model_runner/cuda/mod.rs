@@ -14,8 +14,10 @@ mod integers;
 mod matrix;
 mod place;
 mod sampling;
+mod shared_prefix;
 mod staging;
 mod step;
+mod timeline;
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +26,7 @@ use std::{
 };
 
 pub use ashlar_kernels::cuda::{CudaError, Float};
-use ashlar_kernels::cuda::{Device, Graph, gemm, peers::Peers};
+use ashlar_kernels::cuda::{Device, Graph, attention::DecodeAttention, gemm, peers::Peers};
 
 use self::{
     backend::{CudaBackend, CudaBackendConfig, CudaBuf, GpuMatrix, block_format},
@@ -32,6 +34,7 @@ use self::{
     sampling::GpuSampler,
     staging::Staging,
     step::{Counts, Layout, StepBuilder, max_items},
+    timeline::Timeline,
 };
 use super::{
     ModelCosts, ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SeqInput, Slot,
@@ -161,12 +164,17 @@ pub struct CudaRunner {
     staging: Staging,
     /// By rows.
     graphs: BTreeMap<usize, Graph>,
+    /// By rows, for steps whose rows share what they read; made when the first such step comes.
+    sharing_graphs: BTreeMap<usize, Graph>,
     max_logit_rows: usize,
     /// The submitted step that has not been sampled, and its rows of logits.
     submitted: Option<(StepId, usize)>,
     next_step: u64,
     /// Its place among the ranks, which learn from it if this thread panics.
     member: Option<Member>,
+    timeline: Option<Timeline>,
+    /// What queueing the submitted step took.
+    host_time: Duration,
 }
 
 impl CudaRunner {
@@ -268,11 +276,15 @@ impl CudaRunner {
             backend,
             decoder,
             activations,
-            builder: StepBuilder::default(),
+            // A graph made while ranks run would have to be made by all at once.
+            builder: StepBuilder::new(ranks == 1),
             graphs: BTreeMap::new(),
+            sharing_graphs: BTreeMap::new(),
             max_logit_rows,
             submitted: None,
             next_step: 0,
+            timeline: Timeline::if_wanted(),
+            host_time: Duration::ZERO,
             device,
             member,
         };
@@ -316,7 +328,7 @@ impl CudaRunner {
             let processors = self.device.multiprocessors();
             let layout = self.builder.plan(&input, Some(rows), &shape, processors);
             // Kernels load at their first launch, which a capture must not contain.
-            if self.graphs.is_empty() || (is_large && first_large) {
+            if !is_large || first_large {
                 first_large &= !is_large;
                 self.stage(&input, layout)?;
                 self.run_layers(&input, layout)?;
@@ -360,10 +372,28 @@ impl CudaRunner {
         let processors = self.device.multiprocessors();
         let layout = self.builder.plan(input, graph, &shape, processors);
         self.stage(input, layout)?;
-        match graph.and_then(|rows| self.graphs.get(&rows)) {
-            Some(graph) => graph.launch(),
-            None => self.run_layers(input, layout),
+        let Some(rows) = graph.filter(|_| layout.counts.rotates || !self.rotates()) else {
+            return self.run_layers(input, layout);
+        };
+        if layout.counts.shares && !self.sharing_graphs.contains_key(&rows) {
+            // Kernels load at their first launch, which a capture must not contain.
+            self.run_layers(input, layout)?;
+            let device = self.device.clone();
+            let graph = device.capture(|| self.run_layers(input, layout))?;
+            self.sharing_graphs.insert(rows, graph);
+            return Ok(());
         }
+        let graphs = if layout.counts.shares {
+            &self.sharing_graphs
+        } else {
+            &self.graphs
+        };
+        graphs.get(&rows).map_or(Ok(()), Graph::launch)
+    }
+
+    /// Whether decode attention rotates q and k on the way, where it may.
+    fn rotates(&self) -> bool {
+        DecodeAttention::rotates(self.config.head_dim)
     }
 }
 
@@ -463,6 +493,7 @@ fn backend_config(
         kept: max_logit_rows,
         kept_items: items,
         blocks: max_num_seqs * max_model_len.div_ceil(BLOCK_SIZE) as usize,
+        ..Counts::default()
     });
     CudaBackendConfig {
         float,
@@ -618,9 +649,15 @@ impl ModelRunner for CudaRunner {
             )));
         }
         self.device.bind().map_err(|error| failed(&error))?;
-        self.queue(input).map_err(|error| failed(&error))?;
         let id = StepId(self.next_step);
         self.next_step += 1;
+        if let Some(timeline) = &mut self.timeline {
+            let begun = timeline.begin(&self.device, id, input.token_ids.len());
+            begun.map_err(|error| failed(&error))?;
+        }
+        let started = Instant::now();
+        self.queue(input).map_err(|error| failed(&error))?;
+        self.host_time = started.elapsed();
         self.submitted = Some((id, input.logit_rows.len()));
         Ok(id)
     }
@@ -642,16 +679,24 @@ impl ModelRunner for CudaRunner {
         }
         let logits = self.activations.logits.view();
         let last_tokens = self.backend.last_tokens.view();
+        let started = Instant::now();
         self.sampler
             .sample(step, input, logits, logit_rows, last_tokens)
-            .map_err(|error| failed(&error))
+            .map_err(|error| failed(&error))?;
+        if let Some(timeline) = &mut self.timeline {
+            let host = self.host_time + started.elapsed();
+            let queued = timeline.queued(&self.device, host);
+            queued.map_err(|error| failed(&error))?;
+        }
+        Ok(())
     }
 
     fn poll(&mut self, step: StepId, wait: Duration) -> Result<Option<StepOutput>, RunnerError> {
-        let output = self
-            .sampler
-            .poll(step, wait)
-            .map_err(|error| failed(&error))?;
+        let output = self.sampler.poll(step, wait);
+        let output = output.map_err(|error| failed(&error))?;
+        if let Some(timeline) = self.timeline.as_mut().filter(|_| output.is_some()) {
+            timeline.finished(step).map_err(|error| failed(&error))?;
+        }
         let peers = self.backend.place.as_ref().map(|place| &place.peers);
         match peers.and_then(Peers::lost) {
             Some(rank) => Err(failed(&CudaError::Lost { rank })),

@@ -3,9 +3,16 @@
 //! Where an array lies depends on the counts alone, so a graph that was captured for some counts finds everything of a
 //! later step with the same counts at the same addresses.
 
-use ashlar_kernels::cuda::attention::{DecodePlan, HeadShape, prefill_items};
+use ashlar_kernels::cuda::{
+    attention::{HeadShape, prefill_items},
+    decode_plan::{DecodePlan, ITEM_WORDS, PARTS_PER_ITEM},
+};
 
-use crate::model_runner::{ModelInput, PADDING};
+use super::{BLOCK_SIZE, shared_prefix::shared_prefixes};
+use crate::{
+    kv_cache::BlockId,
+    model_runner::{ModelInput, PADDING},
+};
 
 /// Numbers of things in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -16,6 +23,11 @@ pub(super) struct Counts {
     pub(super) decodes: usize,
     /// Items of their attention, at most.
     pub(super) decode_items: usize,
+    /// Whether items work for several rows.
+    pub(super) shares: bool,
+    /// Whether attention may rotate q and k on the way: every row is a sequence's last, wants logits, and reads no block that
+    /// another row ends in this step.
+    pub(super) rotates: bool,
     /// Sequences with more rows.
     pub(super) prefills: usize,
     /// Items of their attention.
@@ -34,8 +46,11 @@ pub(super) struct DecodeSection {
     pub(super) rows: usize,
     pub(super) context_lens: usize,
     pub(super) table_starts: usize,
-    pub(super) plan: usize,
+    pub(super) num_items: usize,
     pub(super) items: usize,
+    pub(super) members: usize,
+    pub(super) row_parts: usize,
+    pub(super) slots: usize,
 }
 
 /// Offsets in bytes of every array.
@@ -75,8 +90,11 @@ impl Layout {
             rows: take(sequences, 4),
             context_lens: take(sequences, 4),
             table_starts: take(sequences, 4),
-            plan: take(2, 4),
-            items: take(items, 8),
+            num_items: take(1, 4),
+            items: take(items, ITEM_WORDS * 4),
+            members: take(DecodePlan::max_members(sequences), 4),
+            row_parts: take(sequences, 8),
+            slots: take(items * PARTS_PER_ITEM, 4),
         };
         let decode = section(counts.decodes, counts.decode_items);
         let kept = section(counts.kept, counts.kept_items);
@@ -104,14 +122,22 @@ impl Layout {
     }
 }
 
-/// Finer cuts than one item per sequence: so many more items, that a small batch fills the GPU.
+/// Finer cuts than one item per sequence: so many more items, that a small batch fills the GPU, and that a large one has room
+/// for what its rows share.
 pub(super) fn max_items(sequences: usize, multiprocessors: u32, shape: &HeadShape) -> usize {
-    sequences + (3 * multiprocessors as usize).div_ceil(shape.num_kv_heads)
+    sequences + fill(multiprocessors, shape).max(sequences / 2)
+}
+
+/// Items that fill the GPU once: three blocks on each multiprocessor.
+fn fill(multiprocessors: u32, shape: &HeadShape) -> usize {
+    (3 * multiprocessors as usize).div_ceil(shape.num_kv_heads)
 }
 
 /// Builds steps; keeps its buffers.
 #[derive(Default)]
 pub(super) struct StepBuilder {
+    /// Whether rows may read together what their tables begin with.
+    may_share: bool,
     lengths: Vec<u32>,
     plan: DecodePlan,
     kept_lengths: Vec<u32>,
@@ -129,6 +155,13 @@ struct Member {
 }
 
 impl StepBuilder {
+    pub(super) fn new(may_share: bool) -> Self {
+        Self {
+            may_share,
+            ..Self::default()
+        }
+    }
+
     /// The layout of a step, padded to `padded_rows` decode rows if it is given (all sequences have one row then).
     pub(super) fn plan(
         &mut self,
@@ -159,10 +192,23 @@ impl StepBuilder {
             blocks,
             ..Counts::default()
         };
-        self.plan.items.clear();
         if !self.lengths.is_empty() {
-            self.plan.make(shape, &self.lengths, counts.decode_items);
+            let decodes = input.seqs.iter().filter(|seq| seq.query_len == 1);
+            let rows: Vec<(u32, &[BlockId])> = decodes
+                .map(|seq| (seq.context_len, seq.block_table.as_slice()))
+                .collect();
+            let shared = if self.may_share {
+                shared_prefixes(&rows)
+            } else {
+                Vec::new()
+            };
+            let sizes = (fill(multiprocessors, shape), counts.decode_items);
+            self.plan.make(shape, &self.lengths, &shared, sizes);
+            counts.shares = self.plan.items.iter().any(|item| item[1] > 1);
         }
+        counts.rotates = input.seqs.len() == self.lengths.len()
+            && input.logit_rows.len() == input.token_ids.len()
+            && !reads_what_is_written(input);
         let prefills = input.seqs.iter().filter(|seq| seq.query_len > 1);
         let sizes = prefills.map(|seq| (seq.query_len, seq.context_len));
         prefill_items(sizes, &mut self.prefill);
@@ -171,8 +217,8 @@ impl StepBuilder {
             self.keep(input);
             counts.kept = self.kept_lengths.len();
             counts.kept_items = items(counts.kept);
-            self.kept_plan
-                .make(shape, &self.kept_lengths, counts.kept_items);
+            let sizes = (fill(multiprocessors, shape), counts.kept_items);
+            self.kept_plan.make(shape, &self.kept_lengths, &[], sizes);
         }
         Layout::new(counts)
     }
@@ -259,6 +305,18 @@ impl StepBuilder {
     }
 }
 
+/// Whether a row ends a block that another one has in its table: a hit on a block of the same step.
+fn reads_what_is_written(input: &ModelInput) -> bool {
+    input.seqs.iter().enumerate().any(|(index, seq)| {
+        let ended = (seq.context_len / BLOCK_SIZE) as usize;
+        seq.context_len.is_multiple_of(BLOCK_SIZE)
+            && input.seqs.iter().enumerate().any(|(other, theirs)| {
+                other != index
+                    && theirs.block_table.get(ended - 1) == seq.block_table.get(ended - 1)
+            })
+    })
+}
+
 fn put_section<I: Iterator<Item = Member>>(
     bytes: &mut [u8],
     section: &DecodeSection,
@@ -270,9 +328,13 @@ fn put_section<I: Iterator<Item = Member>>(
     put_i32(bytes, section.context_lens, contexts);
     let starts = members().map(|member| member.start);
     put_i32(bytes, section.table_starts, starts);
-    let header = [plan.items.len() as i32, plan.item_pages as i32];
-    put_i32(bytes, section.plan, header.into_iter());
+    let num_items = plan.items.len() as i32;
+    put_i32(bytes, section.num_items, std::iter::once(num_items));
     put_i32(bytes, section.items, plan.items.iter().flatten().copied());
+    put_i32(bytes, section.members, plan.members.iter().copied());
+    let parts = plan.row_parts.iter().flatten().copied();
+    put_i32(bytes, section.row_parts, parts);
+    put_i32(bytes, section.slots, plan.slots.iter().copied());
 }
 
 fn put_i32(bytes: &mut [u8], offset: usize, values: impl Iterator<Item = i32>) {
@@ -347,7 +409,7 @@ mod tests {
     }
 
     fn build(input: &ModelInput, padded: Option<usize>) -> (Layout, Vec<u8>) {
-        let mut builder = StepBuilder::default();
+        let mut builder = StepBuilder::new(true);
         let layout = builder.plan(input, padded, &SHAPE, 4);
         let mut bytes = vec![0; layout.bytes];
         builder.write(input, &layout, &mut bytes);
@@ -386,7 +448,7 @@ mod tests {
         let slots = bytes[layout.slot_mapping..].as_chunks::<8>().0;
         let slots: Vec<i64> = slots[..4].iter().map(|s| i64::from_le_bytes(*s)).collect();
         assert_eq!(slots, [200, -1, -1, -1]);
-        assert_eq!(read(&bytes, layout.decode.plan, 1), [1]);
+        assert_eq!(read(&bytes, layout.decode.num_items, 1), [1]);
         let (other, _) = build(&input, Some(4));
         assert_eq!(layout.blocks, other.blocks);
     }
@@ -405,15 +467,52 @@ mod tests {
         input.slot_mapping = vec![1, 2];
         input.logit_rows = vec![0, 1];
         let (layout, bytes) = build(&input, None);
-        let [items, pages] = read(&bytes, layout.decode.plan, 2)[..] else {
-            unreachable!()
-        };
+        let items = read(&bytes, layout.decode.num_items, 1)[0];
         assert!(items as usize <= layout.counts.decode_items);
-        assert_eq!(items, 2 * ((63 + pages - 1) / pages));
-        let list = read(&bytes, layout.decode.items, 2 * items as usize);
-        let expected: Vec<i32> = (0..2)
-            .flat_map(|seq| (0..items / 2).flat_map(move |part| [seq, part]))
+        let list = read(&bytes, layout.decode.items, 8 * items as usize);
+        let pages: Vec<[i32; 3]> = list
+            .chunks(8)
+            .map(|item| [item[0], item[2], item[3]])
             .collect();
-        assert_eq!(list, expected);
+        assert!(pages.is_sorted() && pages.len() > 10);
+        let read_pages: i32 = pages.iter().map(|[_, begin, end]| end - begin).sum();
+        assert_eq!(read_pages, 2 * 63);
+    }
+
+    /// Rows of one prompt's cached beginning read it together, and take the way on which nothing is written before attention.
+    #[test]
+    fn a_common_beginning_is_shared() {
+        let mut input = mixed();
+        let rows = 6u32;
+        let shared = 500;
+        input.seqs = (0..rows)
+            .map(|row| {
+                let own = (0..2).map(|i| BlockId(10_000 * (row + 1) + i));
+                SeqInput {
+                    slot: Slot(row),
+                    query_start: row,
+                    query_len: 1,
+                    context_len: 16 * (shared + 2) - row,
+                    block_table: (0..shared).map(BlockId).chain(own).collect(),
+                }
+            })
+            .collect();
+        input.token_ids = vec![7; rows as usize];
+        input.positions = vec![0; rows as usize];
+        input.slot_mapping = vec![0; rows as usize];
+        input.logit_rows = (0..rows).collect();
+        let (layout, bytes) = build(&input, Some(8));
+        assert!(layout.counts.shares && layout.counts.rotates);
+        let list = read(&bytes, layout.decode.items, 8);
+        // Four rows of four heads fill the columns: 6 rows are two groups of three.
+        assert_eq!(list[1], 3);
+        assert_eq!(
+            read(&bytes, layout.decode.members, 12)[6..],
+            [0, 1, 2, 3, 4, 5]
+        );
+        // Row 0 ends a block; row 1 has just hit on it.
+        input.seqs[1].block_table = input.seqs[0].block_table.clone();
+        let (layout, _) = build(&input, Some(8));
+        assert!(!layout.counts.rotates);
     }
 }
