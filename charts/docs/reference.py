@@ -6,6 +6,7 @@ reference.py flags PROGRAM [COMMAND…]   a program's own help, with its command
 reference.py metrics NAME=PAGE…         pages of /metrics, by what serves them
 """
 
+import os
 import pathlib
 import re
 import subprocess
@@ -28,7 +29,9 @@ def values(path):
 
 
 def help_of(program, *command):
-    return subprocess.run([program, *command, "--help"], check=True, capture_output=True, text=True).stdout
+    # Help shows what variables hold: nothing of what is set where this is generated may show.
+    bare = {"PATH": os.environ["PATH"]}
+    return subprocess.run([program, *command, "--help"], check=True, capture_output=True, text=True, env=bare).stdout
 
 
 def flags(program, *commands):
@@ -36,8 +39,7 @@ def flags(program, *commands):
     page = generated(f"`{name} --help`") + f"\n# {name}\n"
     for command in ((), *(c.split() for c in commands)):
         said = "\n".join(line.rstrip() for line in help_of(program, *command).splitlines())
-        # What is set where this is generated says nothing.
-        said = re.sub(r"(\[env: \w+)=[^\]]*\]", r"\1]", said)
+        said = re.sub(r"(\[env:\s+\w+)=\]", r"\1]", said)
         title = " ".join((name, *command))
         page += (f"\n## {title}\n" if command else "") + f"\n```text\n{said.strip()}\n```\n"
     return page
