@@ -22,8 +22,9 @@ pub const MAX_RANKS: usize = 8;
 pub const TIME_LIMIT: Duration = Duration::from_secs(5);
 /// Most rows that are sent as mail.
 const MAIL_ROWS: usize = 64;
-/// Most bytes of rows that are sent as mail: beyond, reading them where they lie is as fast.
-const MAIL_BYTES: usize = 512 << 10;
+/// Most bytes of rows that are sent as mail: beyond, reading them where they lie is faster (between two H200, 16 rows of
+/// 4,096 values take 5.0 µs against 5.6, 32 take 6.5 against 6.3).
+const MAIL_BYTES: usize = 128 << 10;
 /// Most blocks that meet in a barrier.
 const MAX_BLOCKS: usize = 528;
 /// Widest row of which each thread holds one vector.

@@ -13,6 +13,9 @@ pub(super) struct Staging {
     device: Device,
     buffers: [Option<(PinnedBuffer, Event)>; TURNS],
     next: usize,
+    /// Buffers that have become too small, each half as large as its successor at most. Freeing one waits for all that runs
+    /// on the GPU, and kernels of tensor-parallel ranks that share it wait for each other.
+    outgrown: Vec<PinnedBuffer>,
 }
 
 impl Staging {
@@ -21,6 +24,7 @@ impl Staging {
             device: device.clone(),
             buffers: [const { None }; TURNS],
             next: 0,
+            outgrown: Vec::new(),
         }
     }
 
@@ -33,19 +37,21 @@ impl Staging {
     ) -> Result<(), CudaError> {
         let turn = self.next;
         self.next = (turn + 1) % TURNS;
-        let mut buffer = match self.buffers[turn].take() {
-            Some((buffer, copied)) => {
-                if !copied.wait(PATIENCE)? {
-                    return Err(CudaError::Driver {
-                        call: "cuEventQuery",
-                        message: "the GPU has not finished a step in 60 seconds".to_owned(),
-                    });
-                }
-                Some(buffer).filter(|buffer| buffer.bytes().len() >= bytes)
+        let mut fitting = None;
+        if let Some((buffer, copied)) = self.buffers[turn].take() {
+            if !copied.wait(PATIENCE)? {
+                return Err(CudaError::Driver {
+                    call: "cuEventQuery",
+                    message: "the GPU has not finished a step in 60 seconds".to_owned(),
+                });
             }
-            None => None,
-        };
-        let mut buffer = match buffer.take() {
+            if buffer.bytes().len() >= bytes {
+                fitting = Some(buffer);
+            } else {
+                self.outgrown.push(buffer);
+            }
+        }
+        let mut buffer = match fitting {
             Some(buffer) => buffer,
             None => self
                 .device
