@@ -320,25 +320,35 @@ impl CudaRunner {
     }
 
     fn capture_graphs(&mut self) -> Result<(), CudaError> {
-        let mut first_large = true;
-        for rows in buckets(self.limits.max_num_seqs as usize) {
-            let is_large = rows > self.backend.fused_rows();
-            let input = decode_input(rows);
-            let shape = self.backend.shape;
-            let processors = self.device.multiprocessors();
-            let layout = self.builder.plan(&input, Some(rows), &shape, processors);
-            // Kernels load at their first launch, which a capture must not contain.
-            if !is_large || first_large {
-                first_large &= !is_large;
+        let buckets = buckets(self.limits.max_num_seqs as usize);
+        let small = self.backend.fused_rows();
+        let first_large = buckets.iter().copied().find(|rows| *rows > small);
+        // Kernels load at their first launch, which a capture must not contain. All run before the first capture: making a
+        // graph may wait for kernels that run, and those of tensor-parallel ranks wait for each other.
+        for rows in &buckets {
+            if *rows <= small || Some(*rows) == first_large {
+                let (input, layout) = self.decode_step(*rows);
                 self.stage(&input, layout)?;
                 self.run_layers(&input, layout)?;
-                self.device.synchronize()?;
             }
+        }
+        self.device.synchronize()?;
+        for rows in buckets {
+            let (input, layout) = self.decode_step(rows);
             let device = self.device.clone();
             let graph = device.capture(|| self.run_layers(&input, layout))?;
             self.graphs.insert(rows, graph);
         }
         Ok(())
+    }
+
+    /// A step of so many sequences that nobody waits for, and where its arrays lie.
+    fn decode_step(&mut self, rows: usize) -> (ModelInput, Layout) {
+        let input = decode_input(rows);
+        let shape = self.backend.shape;
+        let processors = self.device.multiprocessors();
+        let layout = self.builder.plan(&input, Some(rows), &shape, processors);
+        (input, layout)
     }
 
     fn run_layers(&mut self, input: &ModelInput, layout: Layout) -> Result<(), CudaError> {
