@@ -71,14 +71,15 @@ async fn client() -> Result<Client> {
 /// # Errors
 /// When helm fails; the error holds its output.
 pub async fn install() -> Result<()> {
-    install_chart(concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/ashlar")).await
+    install_with(&[]).await
 }
 
-/// Installs or upgrades to the chart in this folder or archive, with the images under test.
+/// The same with more values of the chart, each `path=value`.
 ///
 /// # Errors
 /// When helm fails; the error holds its output.
-pub async fn install_chart(chart: &str) -> Result<()> {
+pub async fn install_with(more: &[&str]) -> Result<()> {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/ashlar");
     let image = |variable: &str| {
         std::env::var(variable).with_context(|| format!("{variable} is not set: run `make e2e`"))
     };
@@ -99,7 +100,11 @@ pub async fn install_chart(chart: &str) -> Result<()> {
         SYSTEM_NAMESPACE,
         "--create-namespace",
     ];
-    for value in &values {
+    for value in values
+        .iter()
+        .map(String::as_str)
+        .chain(more.iter().copied())
+    {
         arguments.extend(["--set", value]);
     }
     arguments.extend(["--wait", "--timeout", "120s"]);
