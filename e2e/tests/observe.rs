@@ -142,7 +142,14 @@ async fn every_panel_and_every_rule_has_data_under_load() -> Result<()> {
             })
         })
         .await?;
-        every_rule_is_sound(&prometheus).await?;
+        wait::until("data in every rule", FILLED, async || {
+            load(&ns, &url).await?;
+            Ok(match every_rule_is_sound(&prometheus).await {
+                Ok(()) => Seen::Done(()),
+                Err(error) => Seen::NotYet(format!("{error:#}")),
+            })
+        })
+        .await?;
         if let Some(folder) = std::env::var_os("ASHLAR_E2E_SERIES") {
             // Long enough for lines to have a shape.
             let began = Instant::now();
