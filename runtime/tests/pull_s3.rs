@@ -213,6 +213,8 @@ fn the_command_reads_keys_from_the_environment_and_tells_the_pod() {
         .arg(format!("--result-file={}", result.display()))
         .env("AWS_ACCESS_KEY_ID", KEY)
         .env("AWS_SECRET_ACCESS_KEY", SECRET)
+        // A default, which `--dest` beats.
+        .env("ASHLAR_CACHE", dir.path().join("cache"))
         .output()
         .unwrap();
     let words = String::from_utf8_lossy(&output.stderr);

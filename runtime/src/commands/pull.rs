@@ -33,8 +33,10 @@ pub(crate) struct PullArgs {
     )]
     dest: Option<PathBuf>,
 
-    /// Put the model into this cache of many models [default: $XDG_CACHE_HOME/ashlar or ~/.cache/ashlar].
-    #[arg(long, env = "ASHLAR_CACHE", value_name = "DIR")]
+    /// Put the model into this cache of many models [default: $ASHLAR_CACHE, else $XDG_CACHE_HOME/ashlar or
+    /// ~/.cache/ashlar].
+    // Not clap's `env`: the variable is a default, which `--dest` beats, and no second answer that contradicts it.
+    #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
 
     /// Access token for private and gated repositories; better given by the variable than on the command line.
