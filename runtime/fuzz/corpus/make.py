@@ -76,6 +76,16 @@ def packed(symmetric):
     return matrix
 
 
+def fp8(scale, shape):
+    """Bytes in e4m3 (never its NaN), and float32 scales of `shape(rows, columns)` in `weight_SCALE`."""
+    def matrix(name, n, k):
+        size = shape(n, k)
+        count = size[0] * size[-1]
+        return {f"{name}.weight": ("F8_E4M3", [n, k], bytes(byte & 0xF7 for byte in noise(n * k))),
+                f"{name}.weight_{scale}": ("F32", size, struct.pack(f"<{count}f", *[0.0625] * count))}
+    return matrix
+
+
 def compressed(symmetric):
     weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 32}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized",
@@ -155,6 +165,15 @@ def main():
                                          "sym": True}).encode() + b"\0" + hf(gptq),
         "quantization/packed": json.dumps(compressed(True)).encode() + b"\0" + hf(packed(True)),
         "quantization/packed_zeros": json.dumps(compressed(False)).encode() + b"\0" + hf(packed(False)),
+        "quantization/fp8_tensor": json.dumps({"quant_method": "fp8", "fmt": "e4m3"}).encode() + b"\0"
+        + hf(fp8("scale", lambda n, k: [1])),
+        "quantization/fp8_blocks": json.dumps({"quant_method": "fp8", "weight_block_size": [16, 32]}).encode() + b"\0"
+        + hf(fp8("scale_inv", lambda n, k: [n // 16, k // 32])),
+        "quantization/fp8_rows": json.dumps({
+            "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+                "num_bits": 8, "type": "float", "strategy": "channel"}}}}).encode() + b"\0"
+        + hf(fp8("scale", lambda n, k: [n, 1])),
     }
     for name, raw in folders.items():
         path = HERE / name

@@ -82,7 +82,7 @@ pub(crate) fn safetensors(data: &[u8]) {
     read(folder());
 }
 
-/// `QUANTIZATION_CONFIG \0 SAFETENSORS`: the folder of a small model in four bits.
+/// `QUANTIZATION_CONFIG \0 SAFETENSORS`: the folder of a small model in four bits or in eight-bit floats.
 pub(crate) fn quantization(data: &[u8]) {
     let (quantization, tensors) = crate::halves(data);
     let Ok(quantization) = serde_json::from_slice::<Value>(quantization) else {

@@ -125,8 +125,9 @@ fn window_nll(
     sequence: &[TokenId],
     first: usize,
 ) -> Result<Result<f64, usize>, PerplexityError> {
-    let vocab = runner.limits().vocab_size as usize;
-    let piece = MAX_PIECE.min(runner.limits().max_num_batched_tokens as usize);
+    let limits = runner.limits();
+    let most = limits.max_num_batched_tokens.min(limits.max_logit_rows);
+    let (vocab, piece) = (limits.vocab_size as usize, MAX_PIECE.min(most as usize));
     let mut total = 0f64;
     // Nothing is predicted from the last token.
     let inputs = &sequence[..sequence.len() - 1];
@@ -231,6 +232,7 @@ mod tests {
                 num_blocks: 5,
                 max_num_seqs: 1,
                 max_num_batched_tokens,
+                max_logit_rows: max_num_batched_tokens,
                 max_model_len: 50,
                 vocab_size: 8,
                 kv_bytes_per_token: 1,

@@ -389,6 +389,7 @@ fn fake_limits(
         num_blocks: u32::try_from(blocks + 1).context("--kv-cache-memory-bytes is too large")?,
         max_num_seqs,
         max_num_batched_tokens: 8192,
+        max_logit_rows: max_num_seqs,
         max_model_len,
         vocab_size: 1024,
         kv_bytes_per_token: FAKE_KV_BYTES_PER_TOKEN,

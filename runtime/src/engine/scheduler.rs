@@ -71,6 +71,8 @@ pub struct SchedulerOutput {
     pub items: Vec<ScheduledItem>,
     /// Rows of all items.
     pub num_tokens: u32,
+    /// Of these, rows whose logits are wanted.
+    pub num_logit_rows: u32,
     /// Sequences whose slot has to be bound first.
     pub admitted: Vec<Admitted>,
     /// Sequences that lost their place while this step was scheduled.
@@ -110,6 +112,7 @@ struct Retired {
 pub struct Scheduler {
     max_tokens: u32,
     max_tokens_with_decode: u32,
+    max_logit_rows: u32,
     long_prefill_token_threshold: u32,
     /// Blocks taken at admission whatever the sequence needs; 0 with pages.
     reserved_blocks: u32,
@@ -154,6 +157,7 @@ impl Scheduler {
         Self {
             max_tokens: config.max_num_batched_tokens,
             max_tokens_with_decode: config.max_num_batched_tokens.min(MAX_TOKENS_WITH_DECODE),
+            max_logit_rows: limits.max_logit_rows,
             long_prefill_token_threshold: config.long_prefill_token_threshold,
             reserved_blocks: if paged { 0 } else { reserved_blocks },
             eos_token_ids: config.eos_token_ids.clone(),
@@ -303,21 +307,26 @@ impl Scheduler {
             let id = self.running[index];
             let seq = &self.sequences[&id];
             if seq.remaining() > 1 && *budget > 0 {
-                let num_tokens = self.chunk(seq, *budget);
+                let num_tokens = self.chunk(seq, *budget, plan);
                 self.take(id, num_tokens, plan, budget);
             }
         }
     }
 
     /// Rows of a prefill in this step; 0 when its only row has to wait for a mask.
-    fn chunk(&self, seq: &Sequence, budget: u32) -> u32 {
+    fn chunk(&self, seq: &Sequence, budget: u32, plan: &SchedulerOutput) -> u32 {
         let wanted = seq.remaining();
         let mut rows = wanted.min(budget);
         if self.long_prefill_token_threshold > 0 {
             rows = rows.min(self.long_prefill_token_threshold);
         }
         if wants_prompt_logits(seq) {
-            rows = rows.min(PROMPT_LOGPROBS_ROWS);
+            // Every other sequence with a place may want a row yet.
+            let others = self.running.len().saturating_sub(plan.items.len() + 1);
+            let others = u32::try_from(others).unwrap_or(u32::MAX);
+            let left = self.max_logit_rows.saturating_sub(plan.num_logit_rows);
+            let left = left.saturating_sub(others).max(1);
+            rows = rows.min(PROMPT_LOGPROBS_ROWS).min(left);
         }
         if rows == wanted && !seq.may_sample() {
             rows -= 1;
@@ -355,7 +364,10 @@ impl Scheduler {
     }
 
     fn admit_waiting(&mut self, plan: &mut SchedulerOutput, budget: &mut u32) {
-        while *budget > 0 && !self.free_slots.is_empty() {
+        while *budget > 0
+            && !self.free_slots.is_empty()
+            && plan.num_logit_rows < self.max_logit_rows
+        {
             let Some(id) = self.waiting.first() else {
                 return;
             };
@@ -408,7 +420,7 @@ impl Scheduler {
             self.waiting.charge(tenant, num_tokens - computed, 0);
             self.running.push(id);
             plan.admitted.push(Admitted { seq: id, first });
-            let num_tokens = self.chunk(&self.sequences[&id], *budget);
+            let num_tokens = self.chunk(&self.sequences[&id], *budget, plan);
             self.take(id, num_tokens, plan, budget);
         }
     }
@@ -426,6 +438,7 @@ impl Scheduler {
             Some(Pooling::Last) => is_last,
             Some(Pooling::Mean) => true,
         };
+        let prompt_logits = wants_prompt_logits(seq);
         plan.items.push(ScheduledItem {
             seq: id,
             slot: seq
@@ -437,10 +450,15 @@ impl Scheduler {
             num_draft: 0,
             samples,
             num_generated: seq.num_generated() + seq.num_placeholders,
-            prompt_logits: wants_prompt_logits(seq),
+            prompt_logits,
             pools,
         });
         plan.num_tokens += num_tokens;
+        plan.num_logit_rows += if prompt_logits {
+            num_tokens
+        } else {
+            samples.into()
+        };
         *budget -= num_tokens;
         seq.num_computed += num_tokens;
         seq.num_placeholders += u32::from(samples);

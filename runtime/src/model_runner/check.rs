@@ -50,6 +50,10 @@ pub(crate) fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), Run
         "a cache slot is outside the pool",
     )?;
     need(
+        input.logit_rows.len() <= limits.max_logit_rows as usize,
+        "number of logit rows",
+    )?;
+    need(
         input.logit_rows.is_sorted_by(|a, b| a < b),
         "logit rows do not ascend",
     )?;

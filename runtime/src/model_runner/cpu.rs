@@ -13,7 +13,7 @@ use super::{
     SampledRow, StepId, StepOutput, TOKEN_FROM_SLOT,
     check::{check, refused},
     cpu_backend::{CpuBackend, CpuBackendConfig, CpuBuf},
-    memory,
+    max_logit_rows, memory,
     ranks::{Member, RankError, RankedRunner},
 };
 use crate::{
@@ -433,6 +433,7 @@ fn limits(
         num_blocks,
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,
+        max_logit_rows: max_logit_rows(config.max_num_seqs),
         max_model_len: if fits {
             wanted
         } else {

@@ -72,6 +72,7 @@ impl Default for FakeConfig {
                 num_blocks: 1024,
                 max_num_seqs: 64,
                 max_num_batched_tokens: 8192,
+                max_logit_rows: 64,
                 max_model_len: 4096,
                 vocab_size: 128,
                 kv_bytes_per_token: 1024,

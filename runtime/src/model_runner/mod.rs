@@ -51,12 +51,19 @@ pub struct RunnerLimits {
     pub max_num_seqs: u32,
     /// Most rows in one step.
     pub max_num_batched_tokens: u32,
+    /// Most of them whose logits are wanted; `max_num_seqs` at least, so that each sequence can draw.
+    pub max_logit_rows: u32,
     /// Longest sequence, prompt and output.
     pub max_model_len: u32,
     /// Width of the logits: every token id in a request is below this.
     pub vocab_size: u32,
     /// Bytes of KV cache that one token takes, all layers.
     pub kv_bytes_per_token: u64,
+}
+
+/// Rows of logits that a runner holds: one for each sequence, and enough for prompts whose log-probabilities are wanted.
+fn max_logit_rows(max_num_seqs: u32) -> u32 {
+    max_num_seqs.max(256)
 }
 
 /// (Re)binds a slot to a sequence. Sent with the first step in which the sequence runs, and again after a preemption.

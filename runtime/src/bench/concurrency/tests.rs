@@ -18,6 +18,7 @@ fn limits() -> RunnerLimits {
         num_blocks: 3 * LENGTH / 16 + 1,
         max_num_seqs: 64,
         max_num_batched_tokens: 512,
+        max_logit_rows: 64,
         max_model_len: LENGTH,
         vocab_size: 128,
         kv_bytes_per_token: 1000,

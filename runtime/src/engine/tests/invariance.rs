@@ -100,6 +100,7 @@ fn fake(setup: &Setup) -> FakeConfig {
             num_blocks: setup.num_blocks,
             max_num_seqs: setup.max_num_seqs,
             max_num_batched_tokens: setup.max_num_batched_tokens,
+            max_logit_rows: setup.max_num_seqs + 3,
             max_model_len: MAX_LEN,
             vocab_size: 50,
             kv_bytes_per_token: 1,

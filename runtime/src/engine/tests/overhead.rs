@@ -14,6 +14,7 @@ fn a_step_of_256_decodes_costs_under_100_microseconds() {
         num_blocks: 20_000,
         max_num_seqs: 256,
         max_num_batched_tokens: 65_536,
+        max_logit_rows: 256,
         max_model_len: 2048,
         vocab_size: 50_000,
         kv_bytes_per_token: 1,

@@ -20,6 +20,8 @@ struct Load {
     num_blocks: u32,
     max_num_seqs: u32,
     max_num_batched_tokens: u32,
+    /// Rows of logits in a step beyond one for each sequence.
+    more_logit_rows: u32,
     threshold: u32,
     depth: usize,
     prefix_caching: bool,
@@ -39,6 +41,7 @@ fn load() -> impl Strategy<Value = Load> {
         2u32..40,
         1u32..8,
         8u32..40,
+        0u32..6,
         prop_oneof![Just(0u32), 1u32..9],
         1usize..3,
         any::<bool>(),
@@ -50,6 +53,7 @@ fn load() -> impl Strategy<Value = Load> {
                 num_blocks,
                 max_num_seqs,
                 max_num_batched_tokens,
+                more_logit_rows,
                 threshold,
                 depth,
                 prefix_caching,
@@ -59,6 +63,7 @@ fn load() -> impl Strategy<Value = Load> {
                 num_blocks,
                 max_num_seqs,
                 max_num_batched_tokens,
+                more_logit_rows,
                 threshold,
                 depth,
                 prefix_caching,
@@ -74,6 +79,7 @@ fn limits(load: &Load) -> RunnerLimits {
         num_blocks: load.num_blocks,
         max_num_seqs: load.max_num_seqs,
         max_num_batched_tokens: load.max_num_batched_tokens,
+        max_logit_rows: load.max_num_seqs + load.more_logit_rows,
         max_model_len: 64,
         vocab_size: 16,
         kv_bytes_per_token: 1,
@@ -91,13 +97,16 @@ fn config(load: &Load) -> EngineConfig {
 }
 
 fn to_request((prompt, max_tokens, _): &(Vec<u32>, u32, Option<u64>)) -> Request {
-    Request::new(
+    let mut request = Request::new(
         prompt.as_slice(),
         SamplingParams {
             max_tokens: *max_tokens,
             ..SamplingParams::default()
         },
-    )
+    );
+    // Some ask for the log-probabilities of their prompt.
+    request.prompt_logprobs = max_tokens.is_multiple_of(3).then_some(1);
+    request
 }
 
 /// Drives a scheduler to the end of a load, checking every step.
@@ -116,6 +125,12 @@ impl Drive<'_> {
         let total: u32 = plan.items.iter().map(|item| item.num_tokens).sum();
         assert_eq!(total, plan.num_tokens);
         assert!(total <= self.load.max_num_batched_tokens, "over budget");
+        let logits = plan.items.iter().map(|item| match item.prompt_logits {
+            true => item.num_tokens,
+            false => item.samples.into(),
+        });
+        let most = limits(self.load).max_logit_rows;
+        assert!(logits.sum::<u32>() <= most, "too many rows of logits");
         assert!(plan.items.len() <= self.load.max_num_seqs as usize);
         let distinct: HashSet<_> = plan.items.iter().map(|item| item.slot).collect();
         assert_eq!(distinct.len(), plan.items.len(), "a slot twice in a step");
@@ -237,6 +252,7 @@ fn plain(num_blocks: u32) -> Load {
         num_blocks,
         max_num_seqs: 8,
         max_num_batched_tokens: 16,
+        more_logit_rows: 0,
         threshold: 0,
         depth: 1,
         prefix_caching: true,

@@ -40,6 +40,7 @@ use super::{
     ModelCosts, ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, SeqInput, Slot,
     StepId, StepOutput,
     check::{check, refused},
+    max_logit_rows,
     ranks::{Member, RankError, RankedRunner},
 };
 use crate::{
@@ -54,8 +55,6 @@ use crate::{
 
 /// Tokens in a block.
 pub const BLOCK_SIZE: u32 = ashlar_kernels::cuda::rope::BLOCK_SIZE as u32;
-/// Rows that may ask for logits in one step, at least.
-const MIN_LOGIT_ROWS: usize = 256;
 /// Memory left to the driver: graphs, modules loaded late.
 const RESERVE_BYTES: usize = 512 << 20;
 /// Rows whose plans are timed at start.
@@ -166,7 +165,6 @@ pub struct CudaRunner {
     graphs: BTreeMap<usize, Graph>,
     /// By rows, for steps whose rows share what they read; made when the first such step comes.
     sharing_graphs: BTreeMap<usize, Graph>,
-    max_logit_rows: usize,
     /// The submitted step that has not been sampled, and its rows of logits.
     submitted: Option<(StepId, usize)>,
     next_step: u64,
@@ -229,7 +227,7 @@ impl CudaRunner {
             .unwrap_or_else(|| float_of(&checkpoint, &model));
         let max_model_len = model_len(config, &model)?;
         let max_num_seqs = config.max_num_seqs as usize;
-        let max_logit_rows = max_num_seqs.max(MIN_LOGIT_ROWS);
+        let max_logit_rows = max_logit_rows(config.max_num_seqs) as usize;
         let max_rows = gemm::bucket(config.max_num_batched_tokens as usize);
         let mut backend_config = backend_config(&device, config, &model, float, max_model_len);
         backend_config.integers = float == Float::F16 && has_integers(&checkpoint, &model);
@@ -280,7 +278,6 @@ impl CudaRunner {
             builder: StepBuilder::new(ranks == 1),
             graphs: BTreeMap::new(),
             sharing_graphs: BTreeMap::new(),
-            max_logit_rows,
             submitted: None,
             next_step: 0,
             timeline: Timeline::if_wanted(),
@@ -484,7 +481,7 @@ fn backend_config(
     max_model_len: u32,
 ) -> CudaBackendConfig {
     let max_num_seqs = config.max_num_seqs as usize;
-    let max_logit_rows = max_num_seqs.max(MIN_LOGIT_ROWS);
+    let max_logit_rows = max_logit_rows(config.max_num_seqs) as usize;
     let rows = config.max_num_batched_tokens as usize;
     let shape = ashlar_kernels::cuda::attention::HeadShape {
         float,
@@ -596,6 +593,7 @@ fn limits(
         num_blocks,
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,
+        max_logit_rows: max_logit_rows(config.max_num_seqs),
         max_model_len: max_model_len.min(u32::try_from(tokens).unwrap_or(max_model_len)),
         vocab_size: u32::try_from(model.vocab_size)
             .expect("the configuration bounds sizes: this is a bug"),
@@ -651,13 +649,6 @@ impl ModelRunner for CudaRunner {
 
     fn submit(&mut self, input: &ModelInput) -> Result<StepId, RunnerError> {
         check(input, &self.limits)?;
-        if input.logit_rows.len() > self.max_logit_rows {
-            return Err(refused(format!(
-                "{} rows ask for logits, and {} are the most in a step",
-                input.logit_rows.len(),
-                self.max_logit_rows
-            )));
-        }
         self.device.bind().map_err(|error| failed(&error))?;
         let id = StepId(self.next_step);
         self.next_step += 1;
