@@ -14,7 +14,7 @@ CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
 REFERENCE := charts/docs/src/reference
 
-.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench gpu-peer-bench unit clients schemathesis soak fuzz e2e docs-test test deny generate pictures chart-test bench-peer bench-front-end gateway-bench scrape-bench operator-bench clean
+.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench gpu-peer-bench gpu-image unit clients schemathesis soak fuzz e2e docs-test test deny generate pictures chart-test bench-peer bench-front-end gateway-bench scrape-bench operator-bench clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ gpu-bench: ## the GPU kernels' speed, as shares of the GPU's limits; needs a GPU
 
 gpu-peer-bench: ## what sums over tensor-parallel ranks cost; needs two or more GPUs
 	. e2e/cuda.sh && cargo run --release -p ashlar-kernels --features cuda --example peer_bench
+
+gpu-image: ## the runtime's image for NVIDIA GPUs: prints its name and archive (docker load --input ARCHIVE); no GPU needed
+	. e2e/cuda.sh && e2e/cluster/images.sh runtime-cuda
 
 unit: ## unit, property and snapshot tests: no cluster, no root
 	ASHLAR_TEST_MODEL=$$(e2e/cluster/model.sh) ASHLAR_TEST_AWQ_MODEL=$$(e2e/cluster/awq.sh) cargo test --release --workspace

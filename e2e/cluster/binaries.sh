@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Builds one of Ashlar's binaries (ashlar-operator, ashlar) in release mode and prints its path.
+# binaries.sh NAME [CARGO FLAG...]: builds one of Ashlar's binaries (ashlar-operator, ashlar) in release mode and prints its path.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 binary=${1:?ashlar-operator or ashlar}
+shift
 cd "$REPO"
 say "Building $binary"
-cargo build --release --locked --bin "$binary" >&2
+cargo build --release --locked --bin "$binary" "$@" >&2
 echo "${CARGO_TARGET_DIR:-$REPO/target}/release/$binary"

@@ -3,6 +3,7 @@
 #   pause coredns client model   what the cluster needs beside Ashlar: pod sandbox, DNS, curl in a pod, the default model
 #   awq-model                    the default model as an AWQ checkpoint
 #   operator runtime             Ashlar's own, from operator/Dockerfile and runtime/Dockerfile
+#   runtime-cuda                 the runtime for GPUs, from runtime/Dockerfile.cuda
 # The references of Ashlar's own images end in the hash of their content: a changed binary is a changed image.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -88,13 +89,15 @@ make_folder_model() {
     save "$1" "$3" "$2"
 }
 
-# make_own TMP CONTEXT REFERENCE PART BINARY BASE SBOM: one of Ashlar's images, on our own base.
+# make_own TMP CONTEXT REFERENCE DOCKERFILE BINARY BASE SBOM: one of Ashlar's images, on our own base.
 make_own() {
-    say "Making the $4 image"
+    say "Making the image of ${4#"$REPO"/}"
     mkdir "$2"
-    cp "$5" "$REPO/$4/Dockerfile" "$2/"
+    cp "$4" "$2/Dockerfile"
+    cp "$5" "$2/"
     cp "$7" "$2/sbom.cdx.json"
     command -v strip > /dev/null && strip "$2/$(basename "$5")"
+    case $4 in *.cuda) "$REPO/e2e/release/cublas.sh" "$2" ;; esac
     buildah "$1/store" from --name base scratch
     buildah "$1/store" add base "$6/root.tar" /
     buildah "$1/store" commit --rm base localhost/base:1
@@ -111,13 +114,14 @@ image() {
     echo "$reference $entry/image.tar"
 }
 
+# own NAME DOCKERFILE BINARY REFERENCE
 own() {
-    local part=$1 binary=$2 reference=$3 base sbom
-    sbom=$CACHE/sbom-$part.cdx.json
+    local name=$1 dockerfile=$REPO/$2 binary=$3 reference=$4 base sbom
+    sbom=$CACHE/sbom-$name.cdx.json
     (cd "$REPO" && "$CLUSTER_DIR/sbom.py" "$(basename "$binary")") > "$sbom"
     base=$(cached image-base "$(hash_of "$suite" "$BASE_PACKAGES" "$(declare -f make_rootfs)")" make_base)
-    MAKER_ARGS=("$part" "$binary" "$base" "$sbom")
-    image "$part" make_own "$reference" "$binary" "$REPO/$part/Dockerfile" "$base" "$sbom"
+    MAKER_ARGS=("$dockerfile" "$binary" "$base" "$sbom")
+    image "$name" make_own "$reference" "$binary" "$dockerfile" "$base" "$sbom"
 }
 
 for name in "$@"; do
@@ -146,11 +150,17 @@ for name in "$@"; do
             ;;
         operator)
             file=$("$CLUSTER_DIR/binaries.sh" ashlar-operator)
-            own operator "$file" ashlar.local/ashlar-operator:
+            own operator operator/Dockerfile "$file" ashlar.local/ashlar-operator:
             ;;
         runtime)
             file=$("$CLUSTER_DIR/binaries.sh" ashlar)
-            own runtime "$file" ashlar.local/ashlar:
+            own runtime runtime/Dockerfile "$file" ashlar.local/ashlar:
+            ;;
+        runtime-cuda)
+            # shellcheck source=/dev/null
+            . "$REPO/e2e/cuda.sh"
+            file=$("$CLUSTER_DIR/binaries.sh" ashlar --features ashlar/cuda)
+            own runtime-cuda runtime/Dockerfile.cuda "$file" ashlar.local/ashlar-cuda:
             ;;
         *) die "no image is called $name" ;;
     esac
