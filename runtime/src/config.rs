@@ -167,10 +167,10 @@ pub struct EngineArgs {
     /// Longest prompt and output together, in tokens: 4096, 32k (32,000) or 32K (32,768) [default: the model's own]
     #[arg(long, env = "ASHLAR_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = parse_u32)]
     pub max_model_len: Option<u32>,
-    /// Most sequences that run at once [default: 256]
+    /// Most sequences that run at once [default: 256 on the CPU, 1024 on a GPU]
     #[arg(long, env = "ASHLAR_MAX_NUM_SEQS", value_name = "N", value_parser = parse_u32)]
     pub max_num_seqs: Option<u32>,
-    /// Most tokens in one step, prompts and outputs together [default: 512 on the CPU]
+    /// Most tokens in one step, prompts and outputs together [default: 512 on the CPU, 8192 on a GPU]
     #[arg(long, env = "ASHLAR_MAX_NUM_BATCHED_TOKENS", value_name = "TOKENS", value_parser = parse_u32)]
     pub max_num_batched_tokens: Option<u32>,
     /// Most prompt tokens of one sequence in one step; 0 = no limit

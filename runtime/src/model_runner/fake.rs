@@ -112,8 +112,10 @@ impl FakeRunner {
     /// # Panics
     /// When a script is empty: the settings come from a test.
     #[must_use]
-    pub fn new(config: FakeConfig) -> Self {
-        let limits = &config.limits;
+    pub fn new(mut config: FakeConfig) -> Self {
+        let limits = &mut config.limits;
+        // As of any runner: a row for each sequence at least.
+        limits.max_logit_rows = limits.max_logit_rows.max(limits.max_num_seqs);
         if let FakeModel::Script(script) = &config.model {
             assert!(!script.is_empty(), "a script has at least one token");
         }

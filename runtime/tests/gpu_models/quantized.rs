@@ -266,9 +266,8 @@ fn gguf(path: &Path, (most, others): (Kind, Kind)) {
     file.write(path);
 }
 
-/// As for AWQ: values are rounded to halves once, and those of K-quants' scales too. A choice of attention that is nearly even
-/// may fall otherwise at single positions.
-const MAX_GGUF_DISTANCE: (f64, f64) = (3e-4, 5e-2);
+/// As for AWQ: values are rounded to halves once, and those of K-quants' scales too.
+const MAX_GGUF_DISTANCE: (f64, f64) = (1e-5, 3e-5);
 
 #[test]
 fn ggufs_blocks_compute_what_the_cpu_computes() {

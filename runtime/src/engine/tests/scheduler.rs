@@ -105,7 +105,7 @@ fn to_request((prompt, max_tokens, _): &(Vec<u32>, u32, Option<u64>)) -> Request
         },
     );
     // Some ask for the log-probabilities of their prompt.
-    request.prompt_logprobs = max_tokens.is_multiple_of(3).then_some(1);
+    request.prompt_logprobs = (prompt[0] == 0).then_some(1);
     request
 }
 
