@@ -201,3 +201,82 @@ fn a_rust_program_completes_prompts_in_their_order() {
         assert_eq!(alone[0].token_ids, completion.token_ids, "{prompt}");
     }
 }
+
+/// Stops one thread of the server, as a device that hangs would, until this is dropped.
+struct Stalled(Child);
+
+impl Stalled {
+    fn new(argument: &str, thread: &str) -> Self {
+        let mut child = Command::new("python3")
+            .arg(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/../e2e/cluster/stall.py"
+            ))
+            .args([argument, thread])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut said)
+            .unwrap();
+        let stalled = Self(child);
+        assert_eq!(said.trim(), "stopped");
+        stalled
+    }
+}
+
+impl Drop for Stalled {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        // The thread that it held may be gone with its process.
+        let _ = self.0.wait();
+    }
+}
+
+/// A request is running on two ranks when `thread` stops: the process ends within 10 s and says why.
+fn a_rank_that_hangs_ends_the_process(thread: &str, said: &str) {
+    let name = format!("--served-model-name=hanging-{thread}");
+    let (mut process, address, mut log) =
+        serve(&["--tensor-parallel-size=2", "--device=cpu", &name]);
+    let body = json!({
+        "model": name.split_once('=').unwrap().1, "prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": true,
+        "stream": true,
+    });
+    let mut stream = BufReader::new(request(
+        address,
+        "POST",
+        "/v1/completions",
+        &body.to_string(),
+    ));
+    let mut line = String::new();
+    while !line.starts_with("data: ") {
+        line.clear();
+        assert!(stream.read_line(&mut line).unwrap() > 0, "no first token");
+    }
+    let stalled = Stalled::new(&name, thread);
+    let since = Instant::now();
+    let mut rest = String::new();
+    log.read_to_string(&mut rest).unwrap(); // to the end of the process
+    let took = since.elapsed();
+    // A stopped thread keeps its process from being gone.
+    drop(stalled);
+    let status = process.0.wait().unwrap();
+    assert!(!status.success(), "{status}");
+    assert!(rest.contains(said), "{rest}");
+    assert!(took < Duration::from_secs(10), "{took:?}: {rest}");
+}
+
+#[test]
+fn a_leading_rank_that_hangs_ends_the_process_within_ten_seconds() {
+    a_rank_that_hangs_ends_the_process(
+        "ashlar-engine",
+        "rank 0 has not answered for 7 s: it hangs",
+    );
+}
+
+#[test]
+fn a_following_rank_that_hangs_ends_the_process_within_ten_seconds() {
+    a_rank_that_hangs_ends_the_process("rank-1", "rank 1 has not answered for 7 s: it hangs");
+}
