@@ -62,10 +62,10 @@ template <> struct Num<__half> {
     }
 };
 
-// 16 bytes, read once: no reason to keep them in L1.
+// 16 bytes, read once: no reason to keep them in L1. Their neighbours are wanted soon, and memory gives 256 bytes at once faster.
 __device__ __forceinline__ uint4 load_stream(const void *p) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 // The same for memory that an earlier kernel of the same stream has written.

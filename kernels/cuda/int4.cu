@@ -35,10 +35,14 @@ template <int TILES, int ROW_TILES> constexpr int IN_FLIGHT = ROW_TILES == 1 ? 6
 
 // y[m][n] = Σk x[m][k] · w[n][k] as in skinny_gemm.cu, with 16·ROW_TILES rows of w in a tile: the more tokens, the more rows
 // share the reading of x. A lane takes 32 neighbouring values (16 bytes) of a row, a quad 128, and feeds eight products.
+// Of groups of 128, which a quad takes at once, integers are multiplied, and a group's sums with its scale (GROUPS_OF_128).
 // Blocks stay and walk over tiles, so that a tile's first weights are on their way while the one before it is finished. A lane
 // copies its weights to places of its own in shared memory, several steps ahead: no barrier, and no wait for a later load.
-template <bool AFFINE, int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ void skinny_int4(const Skinny &p) {
+enum Scheme { ZEROS, OFFSETS, GROUPS_OF_128 };
+
+template <Scheme SCHEME, int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ void skinny_int4(const Skinny &p) {
     using N = Num<__half>;
+    constexpr bool AFFINE = SCHEME == OFFSETS, SCALES_SUMS = SCHEME == GROUPS_OF_128;
     constexpr int M = 8 * TILES, STEPS = IN_FLIGHT<TILES, ROW_TILES>, VECTORS = 2 * ROW_TILES, THREADS_HERE = WARPS * 32;
     constexpr int AHEAD = TILES <= 2 ? 4 : 1; // vectors of a token that are loaded before the first is multiplied
     constexpr int TILE_ROWS = (OUTPUT == SILU_MUL ? 8 : 16) * ROW_TILES;
@@ -53,12 +57,28 @@ template <bool AFFINE, int TILES, int ROW_TILES, Output OUTPUT> __device__ __for
     uint4 *my_words = in_flight + threadIdx.x;
     uint32_t *my_cells = reinterpret_cast<uint32_t *>(in_flight + STEPS * VECTORS * THREADS_HERE) + threadIdx.x;
     int rows[VECTORS], load_tile = begin < end ? (int)blockIdx.x : tiles, load_block = begin, load_step = 0;
+    const uint4 *words_at[VECTORS]; // of the step that is loaded next, with SCALES_SUMS
+    const uint32_t *cells_at[VECTORS];
     const auto find_rows = [&]() {
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) tile_rows<OUTPUT>(p, load_tile * ROW_TILES + r, group, &rows[2 * r], &rows[2 * r + 1]);
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            words_at[i] = static_cast<const uint4 *>(p.weight) + (long)rows[i] * chunks + begin * 4 + quad;
+            cells_at[i] = p.cells + (long)begin * weight_rows + rows[i];
+        }
     };
     const auto load = [&]() {
-        if (load_tile < tiles) {
+        if (SCALES_SUMS && load_tile < tiles) {
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++) {
+                const int place = (load_step * VECTORS + i) * THREADS_HERE;
+                copy_ahead<16>(my_words + place, words_at[i]);
+                copy_ahead<4>(my_cells + place, cells_at[i]);
+                words_at[i] += 4;
+                cells_at[i] += weight_rows;
+            }
+        } else if (load_tile < tiles) {
             // Behind the end of a row x is zero, so that any finite weight will do.
             const int chunk = min(load_block * 4 + quad, chunks - 1);
             const uint32_t *cells = p.cells + (long)(chunk >> p.group_shift) * weight_rows;
@@ -68,6 +88,8 @@ template <bool AFFINE, int TILES, int ROW_TILES, Output OUTPUT> __device__ __for
                 copy_ahead<16>(my_words + place, static_cast<const uint4 *>(p.weight) + (long)rows[i] * chunks + chunk);
                 copy_ahead<4>(my_cells + place, cells + rows[i]);
             }
+        }
+        if (load_tile < tiles) {
             if (++load_block == end) {
                 load_block = begin;
                 load_tile += gridDim.x;
@@ -122,6 +144,21 @@ template <bool AFFINE, int TILES, int ROW_TILES, Output OUTPUT> __device__ __for
                 a[i].v = my_words[place];
                 cells[i] = my_cells[place];
             }
+            float sums[SCALES_SUMS ? ROW_TILES : 1][TILES][4];
+            __half2 zeros[VECTORS], high_zeros[VECTORS];
+            if (SCALES_SUMS) {
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+                    for (int t = 0; t < TILES; t++)
+#pragma unroll
+                        for (int j = 0; j < 4; j++) sums[r][t][j] = 0.f;
+#pragma unroll
+                for (int i = 0; i < VECTORS; i++) {
+                    zeros[i] = __high2half2(as_half2(cells[i]));
+                    high_zeros[i] = __hsub2(zeros[i], as_half2(0x63806380u)); // 1024 + z - 960
+                }
+            }
 #pragma unroll
             for (int first = 0; first < 4; first += AHEAD) {
                 if (first > 0) load_x(first);
@@ -136,17 +173,33 @@ template <bool AFFINE, int TILES, int ROW_TILES, Output OUTPUT> __device__ __for
 #pragma unroll
                     for (int r = 0; r < ROW_TILES; r++) {
                         uint32_t low[4], high[4];
-                        dequantize<AFFINE>(a[2 * r].w[first + i], cells[2 * r], low);
-                        dequantize<AFFINE>(a[2 * r + 1].w[first + i], cells[2 * r + 1], high);
+                        if (SCALES_SUMS) {
+                            integers(a[2 * r].w[first + i], zeros[2 * r], high_zeros[2 * r], low);
+                            integers(a[2 * r + 1].w[first + i], zeros[2 * r + 1], high_zeros[2 * r + 1], high);
+                        } else {
+                            dequantize<AFFINE>(a[2 * r].w[first + i], cells[2 * r], low);
+                            dequantize<AFFINE>(a[2 * r + 1].w[first + i], cells[2 * r + 1], high);
+                        }
                         const uint32_t even[4] = {low[0], high[0], low[1], high[1]};
                         const uint32_t odd[4] = {low[2], high[2], low[3], high[3]};
 #pragma unroll
                         for (int t = 0; t < TILES; t++) {
-                            N::mma(acc[r][t], even, x[i][t].w[0], x[i][t].w[1]);
-                            N::mma(acc[r][t], odd, x[i][t].w[2], x[i][t].w[3]);
+                            float *into = SCALES_SUMS ? sums[SCALES_SUMS ? r : 0][t] : acc[r][t];
+                            N::mma(into, even, x[i][t].w[0], x[i][t].w[1]);
+                            N::mma(into, odd, x[i][t].w[2], x[i][t].w[3]);
                         }
                     }
                 }
+            }
+            if (SCALES_SUMS) {
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const float by = __low2float(as_half2(cells[2 * r + j / 2]));
+#pragma unroll
+                        for (int t = 0; t < TILES; t++) acc[r][t][j] += by * sums[SCALES_SUMS ? r : 0][t][j];
+                    }
             }
             load(); // into the place that was just read
             if (++step == STEPS) step = 0;
@@ -166,25 +219,28 @@ template <bool AFFINE, int TILES, int ROW_TILES, Output OUTPUT> __device__ __for
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
-#define DEFINE(NAME, AFFINE, TILES, ROW_TILES)                                                                                 \
+#define DEFINE(NAME, SCHEME, TILES, ROW_TILES)                                                                                 \
     extern "C" __global__ void __launch_bounds__(256, BLOCKS<TILES, ROW_TILES>) NAME##_store_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {   \
-        skinny_int4<AFFINE, TILES, ROW_TILES, STORE>(p);                                                                       \
+        skinny_int4<SCHEME, TILES, ROW_TILES, STORE>(p);                                                                       \
     }                                                                                                                          \
     extern "C" __global__ void __launch_bounds__(256, BLOCKS<TILES, ROW_TILES>) NAME##_add_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {     \
-        skinny_int4<AFFINE, TILES, ROW_TILES, ADD_RESIDUAL>(p);                                                                \
+        skinny_int4<SCHEME, TILES, ROW_TILES, ADD_RESIDUAL>(p);                                                                \
     }                                                                                                                          \
     extern "C" __global__ void __launch_bounds__(256, BLOCKS<TILES, ROW_TILES>) NAME##_silu_##TILES##x##ROW_TILES(const __grid_constant__ Skinny p) {    \
-        skinny_int4<AFFINE, TILES, ROW_TILES, SILU_MUL>(p);                                                                    \
+        skinny_int4<SCHEME, TILES, ROW_TILES, SILU_MUL>(p);                                                                    \
     }
-#define DEFINE_ALL(NAME, AFFINE)                                                                                               \
-    DEFINE(NAME, AFFINE, 1, 1)                                                                                                 \
-    DEFINE(NAME, AFFINE, 1, 2)                                                                                                 \
-    DEFINE(NAME, AFFINE, 2, 2)                                                                                                 \
-    DEFINE(NAME, AFFINE, 4, 2)                                                                                                 \
-    DEFINE(NAME, AFFINE, 8, 2)                                                                                                 \
+#define DEFINE_ALL(NAME, SCHEME)                                                                                               \
+    DEFINE(NAME, SCHEME, 1, 1)                                                                                                 \
+    DEFINE(NAME, SCHEME, 1, 2)                                                                                                 \
+    DEFINE(NAME, SCHEME, 2, 2)                                                                                                 \
+    DEFINE(NAME, SCHEME, 4, 2)                                                                                                 \
+    DEFINE(NAME, SCHEME, 8, 2)                                                                                                 \
     extern "C" __global__ void NAME##_dequantize(const uint32_t *weight, const uint32_t *cells, uint4 *out, int n, int words,  \
                                                  int words_per_group) {                                                        \
-        dequantize_all<AFFINE>(weight, cells, out, n, words, words_per_group);                                                 \
+        dequantize_all<SCHEME == OFFSETS>(weight, cells, out, n, words, words_per_group);                                                 \
     }
-DEFINE_ALL(int4, false)
-DEFINE_ALL(int4_affine, true)
+DEFINE_ALL(int4, ZEROS)
+DEFINE_ALL(int4_affine, OFFSETS)
+DEFINE(int4_128, GROUPS_OF_128, 1, 1)
+DEFINE(int4_128, GROUPS_OF_128, 1, 2)
+DEFINE(int4_128, GROUPS_OF_128, 2, 2)

@@ -37,9 +37,19 @@ template <bool AFFINE> __device__ __forceinline__ void dequantize(uint32_t word,
     }
 }
 
+// The same pairs as integers q - zero, exact: their sums are to be multiplied with the scale. 0x5400 | 16q is 64 + q in fp16.
+__device__ __forceinline__ void integers(uint32_t word, __half2 zero, __half2 high_zero, uint32_t *pairs) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const uint32_t four = word >> (8 * j);
+        pairs[2 * j] = as_word(__hsub2(as_half2(masked(four, 0x000f000fu, 0x64006400u)), zero));
+        pairs[2 * j + 1] = as_word(__hsub2(as_half2(masked(four, 0x00f000f0u, 0x54005400u)), high_zero));
+    }
+}
+
 // Copies BYTES (4 or 16) to shared memory in the background; weights, read once.
 template <int BYTES> __device__ __forceinline__ void copy_ahead(void *to, const void *from) {
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
-    if (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
     else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
 }

@@ -16,6 +16,7 @@ struct Skinny {
     float *sums_out;          // [n/16][m], for ADD_RESIDUAL
     const uint32_t *cells;    // of integer weights, [groups][rows of weight]: see int4.cu and eight_bit.cu
     const float *row_scales;  // [rows of weight] or null: what the sums are multiplied with
+    int *tickets;             // zero between launches: tiles that were given out; or null where blocks take tiles in turn
     int m, n, k, num_sums;
     float eps;
     int group_shift;          // of integer weights: a group is 2^this of what a lane takes at once

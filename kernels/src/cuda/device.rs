@@ -9,7 +9,7 @@ use std::{
 };
 
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError, result,
+    CudaContext, CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, result,
     sys::{self, CUdevice_attribute as Attribute},
 };
 
@@ -35,6 +35,8 @@ pub(super) struct Inner {
     pub(super) capability: u32,
     /// Multiprocessors.
     pub(super) multiprocessors: u32,
+    /// A counter that is zero between kernels.
+    tickets: CudaSlice<u32>,
 }
 
 impl Device {
@@ -109,6 +111,7 @@ impl Device {
         let capability = (major * 10 + minor).unsigned_abs();
         let modules = Modules::load(capability)?;
         let cublas = CublasLt::new()?;
+        let tickets = stream.alloc_zeros(1).map_err(driver_error("cuMemAlloc"))?;
         Ok(Self {
             inner: Arc::new(Inner {
                 context,
@@ -117,8 +120,15 @@ impl Device {
                 cublas: Mutex::new(cublas),
                 capability,
                 multiprocessors: multiprocessors.unsigned_abs(),
+                tickets,
             }),
         })
+    }
+
+    /// Address of a counter, 4 bytes, which every kernel that counts with it leaves at zero: kernels run one after another.
+    pub(super) fn tickets(&self) -> u64 {
+        let (address, _guard) = self.inner.tickets.device_ptr(&self.inner.stream);
+        address
     }
 
     /// The GPU's name.

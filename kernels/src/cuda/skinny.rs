@@ -96,6 +96,7 @@ struct Parameters {
     sums_out: u64,
     cells: u64,
     row_scales: u64,
+    tickets: u64,
     m: i32,
     n: i32,
     k: i32,
@@ -112,6 +113,15 @@ fn steps_ahead(token_tiles: usize, blocks: usize, k: usize, multiprocessors: usi
         4
     } else {
         8
+    }
+}
+
+/// Blocks on a multiprocessor, as `skinny_gemm.cu` has it.
+fn blocks_at_once(token_tiles: usize, ahead: usize) -> usize {
+    match (token_tiles, ahead) {
+        (3.., _) => 1,
+        (1, 4) => 3,
+        _ => 2,
     }
 }
 
@@ -207,6 +217,7 @@ impl SkinnyGemm<'_> {
             sums_out: 0,
             cells: 0,
             row_scales: 0,
+            tickets: 0,
             m: self.m as i32,
             n: self.n as i32,
             k: self.k as i32,
@@ -263,9 +274,13 @@ impl SkinnyGemm<'_> {
                 let processors = device.multiprocessors() as usize;
                 let ahead = steps_ahead(tiles, blocks, self.k, processors);
                 let suffix = self.float.suffix();
+                let at_once = blocks_at_once(tiles, ahead) * processors;
+                if blocks > 2 * at_once {
+                    parameters.tickets = device.tickets();
+                }
                 (
                     format!("skinny_{kind}{norm}_{tiles}x{ahead}_{suffix}"),
-                    blocks,
+                    blocks.min(at_once),
                     0,
                 )
             }
@@ -283,8 +298,13 @@ impl SkinnyGemm<'_> {
                     _ => (1, 2),
                 };
                 let at_once = at_once * device.multiprocessors() as usize;
+                let name = if weight.group == 128 && !weight.affine && tiles <= 2 {
+                    "int4_128"
+                } else {
+                    weight.kernel()
+                };
                 (
-                    format!("{}_{kind}_{tiles}x{row_tiles}", weight.kernel()),
+                    format!("{name}_{kind}_{tiles}x{row_tiles}"),
                     tile_count(row_tiles).min(at_once),
                     in_flight * 2 * row_tiles * THREADS * 20,
                 )

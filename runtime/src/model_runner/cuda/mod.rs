@@ -226,7 +226,6 @@ impl CudaRunner {
             .dtype
             .unwrap_or_else(|| float_of(&checkpoint, &model));
         let max_model_len = model_len(config, &model)?;
-        let max_num_seqs = config.max_num_seqs as usize;
         let max_logit_rows = max_logit_rows(config.max_num_seqs) as usize;
         let max_rows = gemm::bucket(config.max_num_batched_tokens as usize);
         let mut backend_config = backend_config(&device, config, &model, float, max_model_len);
