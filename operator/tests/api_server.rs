@@ -352,13 +352,16 @@ async fn children_are_made_kept_and_removed() {
         "m-ashlar"
     );
     assert_eq!(list::<NetworkPolicy>(&client, &ns).await.len(), 1);
-    let mut names: Vec<_> = list::<Service>(&client, &ns)
-        .await
-        .iter()
-        .map(|s| s.name_any())
-        .collect();
-    names.sort();
-    assert_eq!(names, ["m", "m-pods"]);
+    until("both Services", PATIENCE, || async {
+        let mut names: Vec<_> = list::<Service>(&client, &ns)
+            .await
+            .iter()
+            .map(|s| s.name_any())
+            .collect();
+        names.sort();
+        (names == ["m", "m-pods"]).then_some(())
+    })
+    .await;
     let status = until("a status", PATIENCE, || async {
         services
             .get("m")
