@@ -9,6 +9,9 @@ In a page, the info string of a fenced block says what happens to it:
     yaml values     values of the chart: it must render with them
     yaml fragment   a part of an InferenceService: the API server must take a service with it
 
+Besides, every link inside the repository must lead somewhere, and the pages of reasons and of alerts must have exactly those that
+the operator and the chart know.
+
 Two things differ from a reader's machine: the chart is told the images under test, and the model of the hub is replaced by the
 same one in an image, as the test cluster has no way out.
 
@@ -65,6 +68,44 @@ def blocks(page):
             inside[3].append(line)
     assert inside is None, f"{page}: the block of line {inside[0]} does not end"
     return found
+
+
+def anchors(page):
+    """What `page.md#...` may name: its headings, as mdBook and GitHub write them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def check_links(page):
+    text = "\n".join(part for part in re.split(r"^ *```.*?^ *```$", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists():
+            yield f"{target}: there is no such file"
+        elif anchor and anchor not in anchors(file):
+            yield f"{target}: {file.name} has no such heading"
+
+
+def check_same(what, known, told):
+    yield from (f"{what} {name} has no part in the book" for name in sorted(set(known) - set(told)))
+    yield from (f"the book tells of {what} {name}, which does not exist" for name in sorted(set(told) - set(known)))
+
+
+def check_reasons():
+    conditions = (REPO / "crds/src/conditions.rs").read_text().partition("pub mod reason")[2]
+    decisions = (REPO / "operator/src/autoscaler/decide.rs").read_text().partition("pub fn as_str")[2].partition("\n    }\n")[0]
+    page = (BOOK / "troubleshooting.md").read_text()
+    known = re.findall(r'&str = "(\w+)"', conditions) + re.findall(r'=> "(\w+)"', decisions)
+    yield from check_same("reason", known, re.findall(r"^### (\w+)$", page, re.MULTILINE))
+
+
+def check_alerts():
+    rules = "".join(file.read_text() for file in sorted((REPO / "charts/ashlar/alerts").glob("*.yaml")))
+    told = [page.stem for page in (BOOK / "runbooks").glob("Ashlar*.md")]
+    yield from check_same("alert", re.findall(r"alert: (\w+)", rules), told)
 
 
 def run(command, cwd, text=None, env=None):
@@ -166,6 +207,10 @@ def main():
         for problem in problems:
             print("    " + problem.strip().replace("\n", "\n    "), flush=True)
 
+    for page in chosen:
+        report(f"{page.relative_to(REPO)} (links)", time.monotonic(), list(check_links(page)))
+    report("reasons", time.monotonic(), list(check_reasons()))
+    report("alerts", time.monotonic(), list(check_alerts()))
     with tempfile.TemporaryDirectory(prefix="ashlar-docs-") as temporary:
         folder = pathlib.Path(temporary)
         env = environment(folder)
