@@ -12,10 +12,11 @@
 
 template <typename T, int TILES, int UNROLL, bool NORM, Output OUTPUT> __device__ __forceinline__ void skinny(const Skinny &p) {
     using N = Num<T>;
-    constexpr int M = 8 * TILES, TILE_ROWS = OUTPUT == SILU_MUL ? 8 : 16, HALF = NORM && TILES == 1 && UNROLL == 4 ? 2 : 4;
+    constexpr int M = 8 * TILES, TILE_ROWS = OUTPUT == SILU_MUL ? 8 : 16, HALF = 4;
+    constexpr bool STAYS = TILES > 1 || UNROLL > 4; // else a block has one tile: less code, which matters where that is short
     constexpr bool LATE_SCALE = NORM && N::WIDE_RANGE;
     __shared__ float scales[M];
-    __shared__ float partial[2][WARPS][16][M + 1];
+    __shared__ float partial[STAYS ? 2 : 1][WARPS][16][M + 1];
     __shared__ int tile_after_next[2];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
     const int blocks = p.k / 32, share = (blocks + WARPS - 1) / WARPS;
@@ -46,11 +47,11 @@ template <typename T, int TILES, int UNROLL, bool NORM, Output OUTPUT> __device_
         for (int t = 0; t < TILES; t++) scale[t] = t * 8 + group < p.m ? scales[t * 8 + group] : 1.f;
     }
 
-    int buffer = 0, next_tile = blockIdx.x + gridDim.x;
-    for (int tile = blockIdx.x; tile < tiles; buffer ^= 1) {
+    int buffer = 0, next_tile = STAYS ? blockIdx.x + gridDim.x : tiles;
+    for (int tile = blockIdx.x; tile < tiles; buffer ^= STAYS) {
         // Tiles behind the second one go to whoever asks first, early enough to be known when their weights are asked for.
         int ticket = 0;
-        const bool asks = p.tickets && next_tile < tiles && threadIdx.x == 0;
+        const bool asks = STAYS && p.tickets && next_tile < tiles && threadIdx.x == 0;
         if (asks) ticket = atomicAdd(p.tickets, 1);
         float acc[TILES][4];
 #pragma unroll
@@ -59,9 +60,9 @@ template <typename T, int TILES, int UNROLL, bool NORM, Output OUTPUT> __device_
             for (int i = 0; i < 4; i++) acc[t][i] = 0.f;
         for (int base = begin; base < end; base += UNROLL) {
             // What is loaded in place of what is multiplied: the tile's further steps, behind them the next tile's first ones.
-            const bool last = base + UNROLL >= end, more = !last || next_tile < tiles;
-            const int next = last ? begin : base + UNROLL;
-            if (last && more) find_rows(next_tile);
+            const bool last = base + UNROLL >= end, more = !last || (STAYS && next_tile < tiles);
+            const int next = STAYS && last ? begin : base + UNROLL;
+            if (STAYS && last && more) find_rows(next_tile);
 #pragma unroll
             for (int half = 0; half < UNROLL; half += HALF) {
                 // Some steps' loads of all tokens first: products that each waited for their own would leave the weights waiting.
@@ -125,6 +126,7 @@ template <typename T, int TILES, int UNROLL, bool NORM, Output OUTPUT> __device_
         // One barrier a tile: the other buffer is written again only behind the next one.
         __syncthreads();
         finish_tile<T, M, OUTPUT>(p, partial[buffer], tile);
+        if (!STAYS) break;
         tile = next_tile;
         if (next_tile < tiles) next_tile = p.tickets ? tile_after_next[buffer] : next_tile + (int)gridDim.x;
     }

@@ -13,6 +13,8 @@ pub const MAX_ROWS: usize = 32;
 /// Most rows with four-bit weights: they are worth more work, since the alternative writes and reads them as 16-bit ones.
 pub const MAX_INT4_ROWS: usize = 64;
 const THREADS: usize = 256;
+/// Columns of a row that keeps the warps of a block busy for a while.
+const LONG_ROW: usize = 2048;
 
 /// What is multiplied.
 #[derive(Clone, Copy)]
@@ -109,7 +111,7 @@ struct Parameters {
 /// latter where that saves a second round of blocks, or where rows are too short for 8.
 fn steps_ahead(token_tiles: usize, blocks: usize, k: usize, multiprocessors: usize) -> usize {
     let second_round = 2 * multiprocessors < blocks && blocks <= 3 * multiprocessors;
-    if token_tiles > 1 || second_round || k < 2048 {
+    if token_tiles > 1 || second_round || k < LONG_ROW {
         4
     } else {
         8
@@ -274,13 +276,15 @@ impl SkinnyGemm<'_> {
                 let processors = device.multiprocessors() as usize;
                 let ahead = steps_ahead(tiles, blocks, self.k, processors);
                 let suffix = self.float.suffix();
+                // Blocks stay where rows are long; tiles of short ones are over before it helps. As in `skinny_gemm.cu`.
                 let at_once = blocks_at_once(tiles, ahead) * processors;
-                if blocks > 2 * at_once {
+                let stay = self.k >= LONG_ROW && (tiles, ahead) != (1, 4);
+                if stay && blocks > 2 * at_once {
                     parameters.tickets = device.tickets();
                 }
                 (
                     format!("skinny_{kind}{norm}_{tiles}x{ahead}_{suffix}"),
-                    blocks.min(at_once),
+                    if stay { blocks.min(at_once) } else { blocks },
                     0,
                 )
             }

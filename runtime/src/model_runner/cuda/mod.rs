@@ -266,7 +266,7 @@ impl CudaRunner {
         let tuned = started.elapsed();
         let mut runner = Self {
             sampler: GpuSampler::new(&device, &limits, model.eos_token_ids.clone())?,
-            staging: Staging::new(&device),
+            staging: Staging::new(&device, backend_config.step_bytes)?,
             limits,
             costs: whole.costs(checkpoint.num_bytes()),
             config: model,

@@ -92,20 +92,24 @@ impl GpuSampler {
     ) -> Result<Self, CudaError> {
         let slots = limits.max_num_seqs as usize;
         let layout = ResultLayout::new(slots);
+        let rows = device.alloc(slots * GpuRow::BYTES)?;
+        let extra = device.alloc(64 << 10)?;
+        let results = || device.alloc_pinned(layout.bytes);
         Ok(Self {
             device: device.clone(),
             vocab: limits.vocab_size as usize,
             eos_token_ids,
             slots: (0..slots).map(|_| None).collect(),
             counts: None,
-            rows: device.alloc(slots * GpuRow::BYTES)?,
-            rows_staging: Staging::new(device),
-            extra: device.alloc(64 << 10)?,
-            extra_staging: Staging::new(device),
+            rows_staging: Staging::new(device, rows.len())?,
+            rows,
+            extra_staging: Staging::new(device, extra.len())?,
+            extra,
             words: Vec::new(),
             results: device.alloc(layout.bytes)?,
+            // For as many draws as are in flight; taking more later would wait for the GPU.
+            spare_results: vec![results()?, results()?],
             layout,
-            spare_results: Vec::new(),
             pending: VecDeque::new(),
         })
     }

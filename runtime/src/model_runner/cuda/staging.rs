@@ -8,24 +8,30 @@ use ashlar_kernels::cuda::{CudaError, Device, Event, PinnedBuffer, View};
 const TURNS: usize = 3;
 /// Longest wait for a copy; the GPU is lost behind it.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes that a buffer has from the start, unless less will do: enough for nearly all steps. Taking page-locked memory waits
+/// for all that runs on the GPU, and kernels of tensor-parallel ranks that share it wait for each other.
+const RESERVED: usize = 1 << 20;
 
 pub(super) struct Staging {
     device: Device,
+    /// With what the last copy out of each is followed by.
     buffers: [Option<(PinnedBuffer, Event)>; TURNS],
     next: usize,
-    /// Buffers that have become too small, each half as large as its successor at most. Freeing one waits for all that runs
-    /// on the GPU, and kernels of tensor-parallel ranks that share it wait for each other.
+    /// Buffers that have become too small, each half as large as its successor at most: freeing one waits as well.
     outgrown: Vec<PinnedBuffer>,
 }
 
 impl Staging {
-    pub(super) fn new(device: &Device) -> Self {
-        Self {
+    /// For copies of up to `most` bytes.
+    pub(super) fn new(device: &Device, most: usize) -> Result<Self, CudaError> {
+        let bytes = most.clamp(4096, RESERVED);
+        let buffer = || Ok::<_, CudaError>((device.alloc_pinned(bytes)?, device.record()?));
+        Ok(Self {
             device: device.clone(),
-            buffers: [const { None }; TURNS],
+            buffers: [Some(buffer()?), Some(buffer()?), Some(buffer()?)],
             next: 0,
             outgrown: Vec::new(),
-        }
+        })
     }
 
     /// Has `write` fill `bytes` bytes and queues their copy to `to`.
