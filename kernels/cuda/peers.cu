@@ -18,7 +18,6 @@ struct Group {
     uint32_t *lost;   // this rank's: 1 + a rank that did not answer
     uint32_t *report; // the same for the host
     uint32_t rank, ranks, mail_rows;
-    uint32_t early; // the next kernel may start while this one waits: it takes no place that another rank needs
 };
 
 __device__ __forceinline__ uint64_t now() {
@@ -154,7 +153,7 @@ __device__ __forceinline__ void reduce_by_mail(const Group &g, const T *delta, c
     const uint64_t row_bytes = 4ull * width; // of packets
     Beside<T, VECTORS> beside;
     if constexpr (VECTORS == 1) beside.load(weight, beside.weight, vectors);
-    if (g.early) let_next_start();
+    let_next_start();
     wait_for_previous();
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
         const uint32_t turn = g.turns[row] + 1;
@@ -195,7 +194,6 @@ __device__ __forceinline__ void reduce_by_mail(const Group &g, const T *delta, c
                 sum.add(i, words);
             }
         }
-        if (!g.early && row + gridDim.x >= rows) let_next_start();
         Vec8 values[VECTORS];
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) values[i] = sum.rounded(i);
@@ -215,7 +213,7 @@ template <typename T, int VECTORS>
 __device__ __forceinline__ void reduce_by_reading(const Group &g, int slot, const T *weight, T *residual, T *out, int rows, int width,
                                                   float eps, int two_shot) {
     __shared__ float scratch[33];
-    if (g.early) let_next_start();
+    let_next_start();
     wait_for_previous();
     uint32_t *turns = g.turns + g.mail_rows;
     uint32_t turn = turns[blockIdx.x] + 1;
@@ -254,7 +252,6 @@ __device__ __forceinline__ void reduce_by_reading(const Group &g, int slot, cons
         }
         meet(g, ++turn);
     }
-    if (!g.early) let_next_start();
     // In two shots, of each share those rows that the owner's block of this number has summed.
     const int each = two_shot ? share : rows;
     Beside<T, VECTORS> beside;
@@ -305,7 +302,7 @@ struct Logits {
 };
 extern "C" __global__ void gather_columns(__grid_constant__ const Group g, __grid_constant__ const Logits logits, const float4 *from,
                                           int rows, int held, int vocab) {
-    if (g.early) let_next_start();
+    let_next_start();
     wait_for_previous();
     uint32_t *turns = g.turns + g.mail_rows;
     const uint32_t turn = turns[blockIdx.x] + 1;
@@ -320,6 +317,5 @@ extern "C" __global__ void gather_columns(__grid_constant__ const Group g, __gri
         }
     }
     meet(g, turn);
-    if (!g.early) let_next_start();
     if (threadIdx.x == 0) turns[blockIdx.x] = turn;
 }

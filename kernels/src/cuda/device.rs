@@ -4,7 +4,10 @@ use std::{
     ffi::c_void,
     marker::PhantomData,
     ptr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -37,6 +40,8 @@ pub(super) struct Inner {
     pub(super) multiprocessors: u32,
     /// A counter that is zero between kernels.
     tickets: CudaSlice<u32>,
+    /// Whether kernels may start before the one before them has ended.
+    starts_early: AtomicBool,
 }
 
 impl Device {
@@ -121,8 +126,20 @@ impl Device {
                 capability,
                 multiprocessors: multiprocessors.unsigned_abs(),
                 tickets,
+                // Dependent launch came with 9.0.
+                starts_early: AtomicBool::new(capability >= 90),
             }),
         })
+    }
+
+    /// From now on no kernel starts before the one before it has ended.
+    pub(super) fn start_in_turn(&self) {
+        self.inner.starts_early.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether kernels may start before the one before them has ended.
+    pub(super) fn starts_early(&self) -> bool {
+        self.inner.starts_early.load(Ordering::Relaxed)
     }
 
     /// Address of a counter, 4 bytes, which every kernel that counts with it leaves at zero: kernels run one after another.

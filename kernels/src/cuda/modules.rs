@@ -174,8 +174,7 @@ impl Device {
             sharedMemBytes: size(shape.shared),
             hStream: self.inner.stream.cu_stream(),
             attrs: &raw mut attribute,
-            // Dependent launch came with 9.0.
-            numAttrs: u32::from(self.inner.capability >= 90),
+            numAttrs: u32::from(self.starts_early()),
         };
         // SAFETY: the function and the stream are valid; the arguments are the caller's promise.
         unsafe {

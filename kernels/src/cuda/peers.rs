@@ -81,7 +81,6 @@ struct Group {
     rank: u32,
     ranks: u32,
     mail_rows: u32,
-    early: u32,
 }
 
 /// One rank's connection to all.
@@ -120,6 +119,10 @@ impl Peers {
             same.count()
         };
         let on_one_gpu = endpoints.iter().map(|endpoint| sharers(endpoint)).max();
+        if on_one_gpu > Some(1) {
+            // A kernel that is there early, behind one that waits for another rank, would keep that rank's kernels from starting.
+            device.start_in_turn();
+        }
         let processors = endpoints
             .iter()
             .map(|endpoint| endpoint.device.multiprocessors() as usize)
@@ -174,7 +177,6 @@ impl Peers {
             rank: self.rank as u32,
             ranks: self.ranks() as u32,
             mail_rows: MAIL_ROWS as u32,
-            early: u32::from(self.on_one_gpu == 1),
         }
     }
 
