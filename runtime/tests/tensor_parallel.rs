@@ -92,6 +92,29 @@ fn four_bit_weights_are_cut_by_heads_and_groups() {
     }
 }
 
+/// Weights are rounded before they are cut, so that every rank has the bits that one alone would have.
+#[test]
+fn eight_bit_floats_are_cut_as_they_are() {
+    for family in families() {
+        let folder = checkpoint(&family);
+        let config = CpuRunnerConfig {
+            quantize_fp8: true,
+            ..cpu_config(&folder, Dtype::Float32)
+        };
+        let tokens = prompt(3, 60);
+        let mut one = Driver::new(CpuRunner::new(&config).unwrap());
+        let whole = logits(&mut one, &tokens, &[20]);
+        for ranks in [2, 4] {
+            let mut driver = on_ranks(&config, ranks);
+            let cut = logits(&mut driver, &tokens, &[20]);
+            let case = format!("{} fp8 on {ranks} ranks", family.name);
+            let distance = compare(&whole, &cut, VOCAB, &case);
+            assert!(distance < MAX_EXACT_DISTANCE, "{case}");
+        }
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}
+
 fn default_model(dtype: Dtype) -> CpuRunnerConfig {
     CpuRunnerConfig {
         path: model_path(),
