@@ -33,13 +33,14 @@ extern "C" __global__ void int4_random(uint32_t *words, long count, uint32_t *ce
 template <int TILES, int ROW_TILES> constexpr int BLOCKS = ROW_TILES == 1 ? 3 : TILES <= 4 ? 2 : 1;
 template <int TILES, int ROW_TILES> constexpr int IN_FLIGHT = ROW_TILES == 1 ? 6 : TILES <= 4 ? 4 : 2;
 
+// What a cell has beside the scale, and whether the scale is left to the sums.
+enum Scheme { ZEROS, OFFSETS, GROUPS_OF_128 };
+
 // y[m][n] = Σk x[m][k] · w[n][k] as in skinny_gemm.cu, with 16·ROW_TILES rows of w in a tile: the more tokens, the more rows
 // share the reading of x. A lane takes 32 neighbouring values (16 bytes) of a row, a quad 128, and feeds eight products.
 // Of groups of 128, which a quad takes at once, integers are multiplied, and a group's sums with its scale (GROUPS_OF_128).
 // Blocks stay and walk over tiles, so that a tile's first weights are on their way while the one before it is finished. A lane
 // copies its weights to places of its own in shared memory, several steps ahead: no barrier, and no wait for a later load.
-enum Scheme { ZEROS, OFFSETS, GROUPS_OF_128 };
-
 template <Scheme SCHEME, int TILES, int ROW_TILES, Output OUTPUT> __device__ __forceinline__ void skinny_int4(const Skinny &p) {
     using N = Num<__half>;
     constexpr bool AFFINE = SCHEME == OFFSETS, SCALES_SUMS = SCHEME == GROUPS_OF_128;
@@ -144,7 +145,7 @@ template <Scheme SCHEME, int TILES, int ROW_TILES, Output OUTPUT> __device__ __f
                 a[i].v = my_words[place];
                 cells[i] = my_cells[place];
             }
-            float sums[SCALES_SUMS ? ROW_TILES : 1][TILES][4];
+            float sums[ROW_TILES][TILES][4];
             __half2 zeros[VECTORS], high_zeros[VECTORS];
             if (SCALES_SUMS) {
 #pragma unroll
@@ -184,7 +185,7 @@ template <Scheme SCHEME, int TILES, int ROW_TILES, Output OUTPUT> __device__ __f
                         const uint32_t odd[4] = {low[2], high[2], low[3], high[3]};
 #pragma unroll
                         for (int t = 0; t < TILES; t++) {
-                            float *into = SCALES_SUMS ? sums[SCALES_SUMS ? r : 0][t] : acc[r][t];
+                            float *into = SCALES_SUMS ? sums[r][t] : acc[r][t];
                             N::mma(into, even, x[i][t].w[0], x[i][t].w[1]);
                             N::mma(into, odd, x[i][t].w[2], x[i][t].w[3]);
                         }
@@ -198,7 +199,7 @@ template <Scheme SCHEME, int TILES, int ROW_TILES, Output OUTPUT> __device__ __f
                     for (int j = 0; j < 4; j++) {
                         const float by = __low2float(as_half2(cells[2 * r + j / 2]));
 #pragma unroll
-                        for (int t = 0; t < TILES; t++) acc[r][t][j] += by * sums[SCALES_SUMS ? r : 0][t][j];
+                        for (int t = 0; t < TILES; t++) acc[r][t][j] += by * sums[r][t][j];
                     }
             }
             load(); // into the place that was just read

@@ -1,7 +1,8 @@
 //! Kernels for NVIDIA GPUs.
 //!
 //! ```text
-//! device      one GPU: context, stream, memory, events, graphs
+//! device      one GPU: context, stream, copies, events, graphs
+//! memory      buffers on it and on the host, and views of them
 //! modules     the compiled kernels (`kernels/cuda/*.cu`) and their launch
 //! elementwise embedding, RMS norms, SiLU·up, gathering rows, random weights
 //! rope        rotary embedding and the write of K and V into their pages
@@ -32,6 +33,7 @@ pub mod elementwise;
 pub mod gemm;
 pub mod int4;
 pub mod int4_gemm;
+pub mod memory;
 mod modules;
 pub mod peers;
 pub mod rope;
@@ -39,7 +41,8 @@ pub mod sampling;
 pub mod skinny;
 mod tensor_map;
 
-pub use device::{Device, DeviceBuffer, Event, Graph, PinnedBuffer, View};
+pub use device::{Device, Event, Graph};
+pub use memory::{DeviceBuffer, PinnedBuffer, View};
 
 /// 16-bit type of weights, activations and the KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -158,7 +158,7 @@ impl Peers {
         &self.endpoints[self.rank].device
     }
 
-    /// Whether the next kernel may take its place while this one waits for other ranks: not where these need it.
+    /// Where all ranks' memory lies, as kernels take it.
     fn group(&self) -> Group {
         let addresses = |of: &dyn Fn(&Endpoint) -> View<'_>| {
             let mut all = [0; MAX_RANKS];

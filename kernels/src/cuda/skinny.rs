@@ -118,13 +118,9 @@ fn steps_ahead(token_tiles: usize, blocks: usize, k: usize, multiprocessors: usi
     }
 }
 
-/// Blocks on a multiprocessor, as `skinny_gemm.cu` has it.
-fn blocks_at_once(token_tiles: usize, ahead: usize) -> usize {
-    match (token_tiles, ahead) {
-        (3.., _) => 1,
-        (1, 4) => 3,
-        _ => 2,
-    }
+/// Blocks that stay on a multiprocessor, as `skinny_gemm.cu` has it.
+fn blocks_that_stay(token_tiles: usize) -> usize {
+    if token_tiles > 2 { 1 } else { 2 }
 }
 
 impl SkinnyGemm<'_> {
@@ -277,7 +273,7 @@ impl SkinnyGemm<'_> {
                 let ahead = steps_ahead(tiles, blocks, self.k, processors);
                 let suffix = self.float.suffix();
                 // Blocks stay where rows are long; tiles of short ones are over before it helps. As in `skinny_gemm.cu`.
-                let at_once = blocks_at_once(tiles, ahead) * processors;
+                let at_once = blocks_that_stay(tiles) * processors;
                 let stay = self.k >= LONG_ROW && (tiles, ahead) != (1, 4);
                 if stay && blocks > 2 * at_once {
                     parameters.tickets = device.tickets();

@@ -59,9 +59,7 @@ impl Staging {
         }
         let mut buffer = match fitting {
             Some(buffer) => buffer,
-            None => self
-                .device
-                .alloc_pinned(bytes.next_power_of_two().max(4096))?,
+            None => self.device.alloc_pinned(bytes.next_power_of_two())?,
         };
         write(buffer.bytes_mut());
         self.device.upload(&buffer, bytes, to)?;
