@@ -70,15 +70,19 @@ def blocks(page):
     return found
 
 
+def prose(page):
+    """A page without its fenced blocks, in which a comment looks like a heading."""
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
 def anchors(page):
     """What `page.md#...` may name: its headings, as mdBook and GitHub write them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def check_links(page):
-    text = "\n".join(part for part in re.split(r"^ *```.*?^ *```$", page.read_text(), flags=re.MULTILINE | re.DOTALL))
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")

@@ -45,6 +45,23 @@ fn compare(whole: &[f32], ranks: &[f32], vocab: usize, case: &str) -> f64 {
     worst
 }
 
+/// Runs `tokens` on one rank, then on each of `ranks`, and asserts that logits differ by less than `most`.
+fn cut_computes_the_same(
+    config: &CpuRunnerConfig,
+    (tokens, pieces): (&[TokenId], &[usize]),
+    ranks: &[usize],
+    most: f64,
+    name: &str,
+) {
+    let mut one = Driver::new(CpuRunner::new(config).unwrap());
+    let whole = logits(&mut one, tokens, pieces);
+    for ranks in ranks {
+        let cut = logits(&mut on_ranks(config, *ranks), tokens, pieces);
+        let case = format!("{name} on {ranks} ranks");
+        assert!(compare(&whole, &cut, VOCAB, &case) < most, "{case}");
+    }
+}
+
 #[test]
 fn every_family_on_two_to_eight_ranks_computes_what_one_computes() {
     for family in families() {
@@ -54,19 +71,11 @@ fn every_family_on_two_to_eight_ranks_computes_what_one_computes() {
             (Dtype::Auto, MAX_FAST_DISTANCE),
         ] {
             let config = cpu_config(&folder, dtype);
-            let tokens = prompt(1, 80);
-            let mut one = Driver::new(CpuRunner::new(&config).unwrap());
-            let whole = logits(&mut one, &tokens, &[33, 1]);
-            for ranks in [2, 3, 4, 8] {
-                // No more than there are heads.
-                if ranks > family.heads {
-                    continue;
-                }
-                let mut driver = on_ranks(&config, ranks);
-                let cut = logits(&mut driver, &tokens, &[33, 1]);
-                let case = format!("{} {dtype:?} on {ranks} ranks", family.name);
-                assert!(compare(&whole, &cut, VOCAB, &case) < most, "{case}");
-            }
+            // No more than there are heads.
+            let ranks = [2, 3, 4, 8].into_iter().filter(|n| *n <= family.heads);
+            let ranks: Vec<usize> = ranks.collect();
+            let name = format!("{} {dtype:?}", family.name);
+            cut_computes_the_same(&config, (&prompt(1, 80), &[33, 1]), &ranks, most, &name);
         }
         fs::remove_dir_all(&folder).unwrap();
     }
@@ -78,16 +87,9 @@ fn four_bit_weights_are_cut_by_heads_and_groups() {
         let folder = checkpoint(&family);
         quantize(&folder, group);
         let config = cpu_config(&folder, Dtype::Auto);
-        let tokens = prompt(2, 60);
-        let mut one = Driver::new(CpuRunner::new(&config).unwrap());
-        let whole = logits(&mut one, &tokens, &[20]);
-        for ranks in [2, 4] {
-            let mut driver = on_ranks(&config, ranks);
-            let cut = logits(&mut driver, &tokens, &[20]);
-            let case = format!("{} in groups of {group} on {ranks} ranks", family.name);
-            let distance = compare(&whole, &cut, VOCAB, &case);
-            assert!(distance < MAX_FAST_DISTANCE, "{case}");
-        }
+        let name = format!("{} in groups of {group}", family.name);
+        let input = prompt(2, 60);
+        cut_computes_the_same(&config, (&input, &[20]), &[2, 4], MAX_FAST_DISTANCE, &name);
         fs::remove_dir_all(&folder).unwrap();
     }
 }
@@ -101,16 +103,9 @@ fn eight_bit_floats_are_cut_as_they_are() {
             quantize_fp8: true,
             ..cpu_config(&folder, Dtype::Float32)
         };
-        let tokens = prompt(3, 60);
-        let mut one = Driver::new(CpuRunner::new(&config).unwrap());
-        let whole = logits(&mut one, &tokens, &[20]);
-        for ranks in [2, 4] {
-            let mut driver = on_ranks(&config, ranks);
-            let cut = logits(&mut driver, &tokens, &[20]);
-            let case = format!("{} fp8 on {ranks} ranks", family.name);
-            let distance = compare(&whole, &cut, VOCAB, &case);
-            assert!(distance < MAX_EXACT_DISTANCE, "{case}");
-        }
+        let name = format!("{} fp8", family.name);
+        let input = prompt(3, 60);
+        cut_computes_the_same(&config, (&input, &[20]), &[2, 4], MAX_EXACT_DISTANCE, &name);
         fs::remove_dir_all(&folder).unwrap();
     }
 }
