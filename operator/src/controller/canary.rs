@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use ashlar_crds::{CanarySpec, Promote, names::CANARY_ANNOTATION};
 use kube::ResourceExt as _;
 
-use super::{probe, revisions::RevisionView, validate::ValidatedService};
+use super::{probe, revisions::RevisionView, rollout::RevisionState, validate::ValidatedService};
 
 /// The gateways' counter, by outcome.
 const COUNTER: &str = "ashlar_gateway_canary_requests_total";
@@ -19,7 +19,7 @@ const COUNTER: &str = "ashlar_gateway_canary_requests_total";
 pub(super) struct Counts {
     /// Requests that it answered.
     pub(super) answered: u64,
-    /// 5xx answers, and connections that broke before one.
+    /// 5xx answers, and connections that broke before the answer's end.
     pub(super) failed: u64,
 }
 
@@ -34,17 +34,20 @@ pub(super) enum Verdict {
     RollBack(String),
 }
 
-/// The trial that the newest revision has to pass: none without an older one that serves, and none for one that has served
-/// before, so that a way back is never slow.
+/// The trial that the newest revision has to pass: none without an older one that serves or, asleep, has served, and none
+/// for one that has served before, so that a way back is never slow.
 pub(super) fn trial<'a>(
     service: &'a ValidatedService,
     view: &RevisionView,
 ) -> Option<&'a CanarySpec> {
     let canary = service.service.spec.rollout_strategy.canary.as_ref()?;
-    let newest = &view.newest;
+    is_due(&view.newest, &view.older).then_some(canary)
+}
+
+/// A service that sleeps has no replicas of any revision, and the trial goes on when it wakes.
+fn is_due(newest: &RevisionState, older: &[RevisionState]) -> bool {
     let over = newest.proven || newest.promoted || newest.rolled_back.is_some();
-    let serving = view.older.iter().any(|old| old.replicas > 0);
-    (!over && serving).then_some(canary)
+    !over && older.iter().any(|old| old.replicas > 0 || old.proven)
 }
 
 /// Judges the trial; asks the gateways only where their counts decide.
@@ -170,6 +173,36 @@ mod tests {
             by_errors(&canary, counts(970, 30)),
             Verdict::RollBack(_)
         ));
+    }
+
+    #[test]
+    fn a_trial_is_due_until_it_is_decided_even_when_no_one_serves() {
+        let state = |replicas, proven| RevisionState {
+            replicas,
+            proven,
+            ..RevisionState::default()
+        };
+        let new = state(0, false);
+        assert!(!is_due(&new, &[]), "a first revision has no rival");
+        assert!(
+            !is_due(&new, &[state(0, false)]),
+            "nor has the first that starts"
+        );
+        assert!(is_due(&new, &[state(1, false)]));
+        assert!(is_due(&new, &[state(0, true)]), "asleep");
+        assert!(!is_due(&state(1, true), &[state(1, true)]), "a way back");
+        for over in [
+            RevisionState {
+                promoted: true,
+                ..new.clone()
+            },
+            RevisionState {
+                rolled_back: Some("by hand".into()),
+                ..new.clone()
+            },
+        ] {
+            assert!(!is_due(&over, &[state(0, true)]));
+        }
     }
 
     #[test]

@@ -218,7 +218,7 @@ async fn steps(
         && conflict.is_none();
     let again = if waiting {
         LOOK_SOON
-    } else if canary.is_some() {
+    } else if canary.is_some() && validated.wanted > 0 {
         LOOK_AT_TRIAL
     } else if alias_waits {
         // Not all at one time.

@@ -63,7 +63,8 @@ pub struct Circumstances {
 ///
 /// Surge: one new pod more, and when it is ready one old pod less. In place: one old pod less, and when it is gone one
 /// new pod more: never a pending pod. An old revision never gets more replicas, so that the two ways cannot take turns,
-/// with one exception: a new revision that fails to start stops the rollout, and the one before serves again.
+/// with two exceptions: a new revision that fails to start stops the rollout, and the one before serves again; and during a
+/// trial the one before keeps its share of what is wanted, from zero too.
 #[must_use]
 pub fn plan(
     circumstances: &Circumstances,
@@ -72,7 +73,9 @@ pub fn plan(
 ) -> RolloutPlan {
     let plan = steps(circumstances, newest, older);
     match (circumstances.canary, &plan.previous) {
-        (Some(weight), Some(_)) if !plan.halted => on_trial(plan, circumstances, newest, weight),
+        (Some(weight), Some(_)) if !plan.halted => {
+            on_trial(plan, circumstances, newest, older, weight)
+        }
         _ => plan,
     }
 }
@@ -82,19 +85,31 @@ fn on_trial(
     mut plan: RolloutPlan,
     circumstances: &Circumstances,
     newest: &RevisionState,
+    older: &[RevisionState],
     weight: i32,
 ) -> RolloutPlan {
     let wanted = circumstances.wanted;
     let share = (wanted.saturating_mul(weight) + 99) / 100;
     let share = share.clamp(1, (wanted - 1).max(1));
     plan.newest = plan.newest.min(share);
-    if let Some((_, old)) = &mut plan.previous {
+    let mut waking = false;
+    if let Some((hash, old)) = &mut plan.previous {
         *old = (*old).max(wanted - share).max(wanted.min(1));
+        let is = |other: &&RevisionState| other.hash == *hash;
+        waking = older.iter().find(is).is_some_and(|r| r.replicas == 0);
+    }
+    if waking {
+        // The place that is left, if it is one only, belongs to the revision that has proved itself.
+        plan.newest = plan.newest.min(newest.replicas);
     }
     plan.weight = Some(weight);
     let hash = &newest.hash;
-    let state = if newest.ready >= share {
+    let state = if wanted == 0 {
+        "it goes on when requests come".to_owned()
+    } else if newest.ready >= share {
         format!("revision {hash} gets {weight} % of the requests")
+    } else if waking {
+        "the revision before starts first".to_owned()
     } else if plan.newest == 0 {
         "no node has room for one pod more beside the last one".to_owned()
     } else {
@@ -119,9 +134,10 @@ fn steps(
         .iter()
         .filter(|r| {
             let back = newest.failed.is_some() || newest.rolled_back.is_some();
-            r.replicas > 0 || r.pods > 0 || back
+            let tried_against = circumstances.canary.is_some() && r.proven;
+            r.replicas > 0 || r.pods > 0 || back || tried_against
         })
-        .max_by_key(|r| (r.ready > 0, r.replicas > 0, r.number));
+        .max_by_key(|r| (r.ready > 0, r.replicas > 0, r.proven, r.number));
     let Some(previous) = previous else {
         return RolloutPlan {
             newest: wanted,
@@ -411,6 +427,29 @@ mod tests {
             (0, Some(("a".into(), 1)))
         );
         assert!(without.rollout.unwrap().contains("no node has room"));
+    }
+
+    #[test]
+    fn a_trial_outlasts_a_sleep_and_the_proven_revision_wakes_first() {
+        let old = |replicas| RevisionState {
+            proven: true,
+            ..state("a", 1, replicas, replicas)
+        };
+        let never_served = state("z", 2, 0, 0);
+        let parts = |plan: RolloutPlan| (plan.newest, plan.previous, plan.weight);
+        // The last pods of a service that goes to sleep decide nothing.
+        let asleep = plan(&trial(0, 1, 10), &state("b", 3, 1, 1), &[old(1)]);
+        assert_eq!(parts(asleep), (0, Some(("a".into(), 0)), Some(10)));
+        let older = |replicas| [old(replicas), never_served.clone()];
+        let still = plan(&trial(0, 1, 10), &state("b", 3, 0, 0), &older(0));
+        assert!(still.rollout.as_ref().unwrap().contains("goes on when"));
+        assert_eq!(parts(still), (0, Some(("a".into(), 0)), Some(10)));
+        for (wanted, kept) in [(1, 1), (4, 3)] {
+            let waking = plan(&trial(wanted, 4, 10), &state("b", 3, 0, 0), &older(0));
+            assert_eq!(parts(waking), (0, Some(("a".into(), kept)), Some(10)));
+            let woken = plan(&trial(wanted, 4, 10), &state("b", 3, 0, 0), &older(kept));
+            assert_eq!(parts(woken), (1, Some(("a".into(), kept)), Some(10)));
+        }
     }
 
     #[test]

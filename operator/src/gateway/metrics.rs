@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use prometheus::{
-    Encoder as _, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Encoder as _, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 
 use super::limits::Permit;
@@ -93,9 +93,9 @@ impl CutBy {
 /// What became of a request at a revision on trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// It was answered.
+    /// It was answered to the end, or until the client left.
     Answered,
-    /// A 5xx, or the connection broke before an answer.
+    /// A 5xx, or the connection broke before the answer's end.
     Failed,
 }
 
@@ -106,6 +106,23 @@ impl Outcome {
         match self {
             Self::Answered => "answered",
             Self::Failed => "failed",
+        }
+    }
+}
+
+/// One request at a revision on trial, counted once: when its answer has ended. A trial that is over meanwhile keeps no
+/// label for it.
+pub struct Trial {
+    answered: IntCounter,
+    failed: IntCounter,
+}
+
+impl Trial {
+    /// Counts the request.
+    pub fn end(self, outcome: Outcome) {
+        match outcome {
+            Outcome::Answered => self.answered.inc(),
+            Outcome::Failed => self.failed.inc(),
         }
     }
 }
@@ -171,7 +188,7 @@ impl Metrics {
             ),
             trials: counter(
                 "ashlar_gateway_canary_requests_total",
-                "Requests that a revision on trial took, by outcome: failed are 5xx answers and connections that broke before one.",
+                "Requests that a revision on trial took, by outcome: failed are 5xx answers, and connections that broke before the answer's end.",
                 &["namespace", "name", "revision", "outcome"],
             ),
             ready_replicas: gauge(
@@ -219,16 +236,20 @@ impl Metrics {
         self.limited.with_label_values(&labels).inc();
     }
 
-    /// Counts what a revision on trial made of a request; of others nothing is counted.
-    pub fn tried(&self, service: &Service, revision: &str, outcome: Outcome) {
+    /// Starts counting what a revision on trial makes of a request; of others nothing is counted.
+    #[must_use]
+    pub fn trial(&self, service: &Service, revision: &str) -> Option<Trial> {
         let on_trial = service.spec.canary.as_ref();
-        if on_trial.is_none_or(|canary| canary.revision != revision) {
-            return;
-        }
+        on_trial.filter(|canary| canary.revision == revision)?;
         let ServiceId { namespace, name } = &service.spec.id;
-        self.trials
-            .with_label_values(&[namespace.as_str(), name, revision, outcome.label()])
-            .inc();
+        let counter = |outcome: Outcome| {
+            let labels = [namespace.as_str(), name, revision, outcome.label()];
+            self.trials.with_label_values(&labels)
+        };
+        Some(Trial {
+            answered: counter(Outcome::Answered),
+            failed: counter(Outcome::Failed),
+        })
     }
 
     /// Counts a request that no service was found for.
@@ -252,6 +273,7 @@ impl Metrics {
             first_byte: false,
             in_flight,
             permit: None,
+            trial: None,
             counts: true,
         }
     }
@@ -376,6 +398,8 @@ pub struct Meter {
     in_flight: IntGauge,
     /// Counts the request for its client's limits as long as it lasts.
     permit: Option<Permit>,
+    /// Counts the answer for the revision on trial that gives it.
+    trial: Option<Trial>,
     counts: bool,
 }
 
@@ -383,6 +407,11 @@ impl Meter {
     /// Keeps the client's permit until the request ends.
     pub fn keep(&mut self, permit: Option<Permit>) {
         self.permit = permit;
+    }
+
+    /// The answer that follows is one of a revision on trial.
+    pub fn on_trial(&mut self, trial: Option<Trial>) {
+        self.trial = trial;
     }
 
     /// Ends the accounting without counting the request.
@@ -416,12 +445,21 @@ impl Meter {
     }
 
     /// The response ends before its last byte.
-    pub fn cut(&self, by: CutBy) {
+    pub fn cut(&mut self, by: CutBy) {
+        if by == CutBy::Upstream {
+            self.end_trial(Outcome::Failed);
+        }
         let [namespace, name] = self.labels();
         self.metrics
             .cut
             .with_label_values(&[namespace, name, by.label()])
             .inc();
+    }
+
+    fn end_trial(&mut self, outcome: Outcome) {
+        if let Some(trial) = self.trial.take() {
+            trial.end(outcome);
+        }
     }
 
     /// The request waits for a replica until the guard is dropped.
@@ -446,6 +484,7 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         self.in_flight.dec();
+        self.end_trial(Outcome::Answered);
         if !self.counts {
             return;
         }
@@ -526,8 +565,9 @@ mod tests {
         let on_trial = snapshot([spec], []);
         metrics.follow(&on_trial);
         let service = on_trial.services().next().expect("a service");
-        metrics.tried(service, "new", Outcome::Failed);
-        metrics.tried(service, "old", Outcome::Answered);
+        let trial = metrics.trial(service, "new").expect("it is on trial");
+        trial.end(Outcome::Failed);
+        assert!(metrics.trial(service, "old").is_none());
         let line = |outcome: &str, count: u32| {
             format!(
                 "ashlar_gateway_canary_requests_total{{name=\"mistral\",namespace=\"chat\",outcome=\"{outcome}\",revision=\"new\"}} {count}"

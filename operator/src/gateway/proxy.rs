@@ -27,7 +27,7 @@ use super::headers;
 use super::hold::{Ask, Holds, Picked};
 use super::keys::{KeyStore, OnMiss, Verdict};
 use super::limits::Refusal;
-use super::metrics::{Cause, Meter, Metrics, Outcome};
+use super::metrics::{Cause, Meter, Metrics, Outcome, Trial};
 use super::models;
 use super::request_body::{AttemptBody, BodyLimits, ReplayBody};
 use super::resolve::{self, ModelMatch, Target};
@@ -381,7 +381,7 @@ impl Proxy {
         let Admitted {
             service,
             body,
-            meter,
+            mut meter,
             ..
         } = admitted;
         let id = &service.spec.id;
@@ -432,12 +432,12 @@ impl Proxy {
                 }
                 Ok(response) => {
                     self.judge(&service, &replica, !is_fault(response.status()));
-                    let outcome = if response.status().is_server_error() {
-                        Outcome::Failed
+                    let trial = self.metrics.trial(&service, &replica.revision);
+                    if response.status().is_server_error() {
+                        end_failed(trial);
                     } else {
-                        Outcome::Answered
-                    };
-                    self.metrics.tried(&service, &replica.revision, outcome);
+                        meter.on_trial(trial);
+                    }
                     return Ok(respond(response, meter, in_flight));
                 }
                 Err(error) => {
@@ -445,8 +445,7 @@ impl Proxy {
                         return Err(Failure(failure, Some(meter)));
                     }
                     self.judge(&service, &replica, false);
-                    self.metrics
-                        .tried(&service, &replica.revision, Outcome::Failed);
+                    end_failed(self.metrics.trial(&service, &replica.revision));
                     reason = root_cause(&error);
                     if error.is_connect() {
                         Cause::Connect
@@ -498,6 +497,13 @@ impl Proxy {
         *request.uri_mut() = uri;
         *request.headers_mut() = outgoing.headers.clone();
         self.client.request(request).await
+    }
+}
+
+/// What the revision on trial did not answer.
+fn end_failed(trial: Option<Trial>) {
+    if let Some(trial) = trial {
+        trial.end(Outcome::Failed);
     }
 }
 

@@ -221,6 +221,44 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_answer_of_a_revision_on_trial_counts_when_it_has_ended() {
+        use super::super::canary::Canary;
+        let mut spec = service("a", "s", "m");
+        spec.canary = Some(Canary {
+            revision: "new".into(),
+            percent: 10,
+        });
+        let world = snapshot([spec], [replica("a", "s", "u", "10.0.0.1:8000")]);
+        let whole = || vec![data("data: x\n\n"), data("data: [DONE]\n\n")];
+        let cut = || vec![data("data: x\n\n"), broken()];
+        for (items, frames, answered, failed) in
+            [(whole(), 9, 1, 0), (whole(), 1, 1, 0), (cut(), 9, 0, 1)]
+        {
+            let metrics = Arc::new(Metrics::new());
+            let counts = || {
+                let text = metrics.render_only(&["ashlar_gateway_canary_requests_total"]);
+                ["answered", "failed"].map(|outcome| {
+                    let mut lines = text.lines();
+                    let line = lines.find(|line| line.contains(&format!("\"{outcome}\"")));
+                    line.and_then(|line| line.rsplit(' ').next()?.parse().ok())
+                })
+            };
+            let service = world.service("a", "s").unwrap();
+            let mut meter = metrics.meter(&service.spec.id, Instant::now());
+            meter.on_trial(metrics.trial(service, "new"));
+            let source = StreamBody::new(futures::stream::iter(items));
+            let in_flight = service.replicas[0].enter();
+            let mut body = GatewayBody::Replica(Tracked::new(source, meter, in_flight, true));
+            assert_eq!(counts(), [Some(0), Some(0)], "nothing has ended");
+            for _ in 0..frames {
+                body.frame().await;
+            }
+            drop(body);
+            assert_eq!(counts(), [Some(answered), Some(failed)]);
+        }
+    }
+
+    #[tokio::test]
     async fn half_an_event_and_plain_bodies_are_cut() {
         let (metrics, world) = world();
         for (text, events) in [("data: x", true), ("{\"a\":", false)] {
