@@ -60,7 +60,6 @@ __device__ __forceinline__ void meet(const Group &g, uint32_t turn) {
         const uint32_t peer = threadIdx.x;
         const uint64_t theirs = g.flags[peer] + 4ull * (blockIdx.x * g.ranks + g.rank);
         const uint64_t mine = g.flags[g.rank] + 4ull * (blockIdx.x * g.ranks + peer);
-        __threadfence_system();
         asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(theirs), "r"(turn) : "memory");
         wait_for(g, peer, [&] {
             uint32_t flag;
@@ -207,74 +206,85 @@ __device__ __forceinline__ void reduce_by_mail(const Group &g, const T *delta, c
     }
 }
 
-// Many rows: once every rank's product is there, read the peers' rows where they lie. With `two_shot` each rank first sums
-// its share of the rows, in place, and reads the other shares summed: less to read from three ranks on.
+// The sum over the ranks, in their order, of the vector at this place of the rows, rounded to T as a rank alone would round
+// its product. All of it is on its way before the first is used.
+template <typename T> __device__ __forceinline__ Vec8 sum_of_ranks(const Group &g, int slot, long at) {
+    Vec8 parts[MAX_RANKS];
+#pragma unroll
+    for (int from = 0; from < MAX_RANKS; from++)
+        if (from < g.ranks) parts[from].v = load_once16(reinterpret_cast<const uint4 *>(g.deltas[slot][from]) + at);
+    Row<T, 1> sum;
+    sum.clear();
+#pragma unroll
+    for (int from = 0; from < MAX_RANKS; from++)
+        if (from < g.ranks) sum.add(0, parts[from].w);
+    return sum.rounded(0);
+}
+
+// What both ways below end with: `value(at)` are the sums at this place, for the rows of this block.
+template <typename T, int VECTORS, typename F>
+__device__ __forceinline__ void add_norm_rows(Beside<T, VECTORS> &beside, const T *weight, T *residual, T *out, int rows, int width,
+                                              float eps, F value) {
+    __shared__ float scratch[33];
+    const int vectors = width / 8;
+    for (long row = blockIdx.x; row < rows; row += gridDim.x) {
+        Vec8 values[VECTORS];
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            const int at = threadIdx.x + i * blockDim.x;
+            if (at < vectors) values[i] = value(row * vectors + at);
+        }
+        if (VECTORS != 1 || row != blockIdx.x) beside.load(residual + row * width, beside.residual, vectors);
+        if constexpr (VECTORS != 1) beside.load(weight, beside.weight, vectors);
+        add_norm<T, VECTORS>(values, beside, residual + row * width, out + row * width, vectors, width, eps, scratch);
+    }
+}
+
+// Some rows: once every rank's product is there, each reads all of them where they lie.
 template <typename T, int VECTORS>
 __device__ __forceinline__ void reduce_by_reading(const Group &g, int slot, const T *weight, T *residual, T *out, int rows, int width,
-                                                  float eps, int two_shot) {
-    __shared__ float scratch[33];
+                                                  float eps) {
+    Beside<T, VECTORS> beside;
+    if constexpr (VECTORS == 1) beside.load(weight, beside.weight, width / 8);
+    let_next_start();
+    wait_for_previous();
+    uint32_t *turns = g.turns + g.mail_rows;
+    const uint32_t turn = turns[blockIdx.x] + 1;
+    if constexpr (VECTORS == 1) beside.load(residual + (long)blockIdx.x * width, beside.residual, width / 8);
+    meet(g, turn);
+    add_norm_rows<T, VECTORS>(beside, weight, residual, out, rows, width, eps, [&](long at) { return sum_of_ranks<T>(g, slot, at); });
+    __syncthreads();
+    if (threadIdx.x == 0) turns[blockIdx.x] = turn;
+}
+
+// Many rows on three ranks or more: each rank sums a slice of the columns and writes it into everyone's rows, over what it has
+// just read there: two thirds of the bytes of reading all, or fewer.
+template <typename T, int VECTORS>
+__device__ __forceinline__ void reduce_in_two_shots(const Group &g, int slot, const T *weight, T *residual, T *out, int rows,
+                                                    int width, float eps) {
+    Beside<T, VECTORS> beside;
+    if constexpr (VECTORS == 1) beside.load(weight, beside.weight, width / 8);
     let_next_start();
     wait_for_previous();
     uint32_t *turns = g.turns + g.mail_rows;
     uint32_t turn = turns[blockIdx.x] + 1;
+    if constexpr (VECTORS == 1) beside.load(residual + (long)blockIdx.x * width, beside.residual, width / 8);
     meet(g, turn);
-    const int vectors = width / 8;
-    const uint64_t row_bytes = 2ull * width;
-    const int share = (rows + g.ranks - 1) / g.ranks;
-    const auto summed = [&](long row, Vec8 *values) {
-        Row<T, VECTORS> sum;
-        sum.clear();
-        for (uint32_t from = 0; from < g.ranks; from++) {
-            const uint64_t source = g.deltas[slot][from] + row * row_bytes;
-#pragma unroll
-            for (int i = 0; i < VECTORS; i++) {
-                const int at = threadIdx.x + i * blockDim.x;
-                if (at >= vectors) break;
-                Vec8 v;
-                v.v = load_once16(reinterpret_cast<const uint4 *>(source) + at);
-                sum.add(i, v.w);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++) values[i] = sum.rounded(i);
-    };
-    Vec8 values[VECTORS];
-    if (two_shot) {
-        const int end = min((int)(g.rank + 1) * share, rows);
-        for (int row = g.rank * share + blockIdx.x; row < end; row += gridDim.x) {
-            summed(row, values);
-            uint4 *to = reinterpret_cast<uint4 *>(g.deltas[slot][g.rank] + row * row_bytes);
-#pragma unroll
-            for (int i = 0; i < VECTORS; i++) {
-                const int at = threadIdx.x + i * blockDim.x;
-                if (at < vectors) to[at] = values[i].v;
-            }
-        }
-        meet(g, ++turn);
+    const int vectors = width / 8, slice = (vectors + g.ranks - 1) / g.ranks;
+    const int first = g.rank * slice, held = max(0, min(slice, vectors - first));
+    const int block_rows = (rows - (int)blockIdx.x + gridDim.x - 1) / gridDim.x;
+    for (int i = threadIdx.x; i < block_rows * held; i += blockDim.x) {
+        const long at = (blockIdx.x + (long)(i / held) * gridDim.x) * vectors + first + i % held;
+        const Vec8 sum = sum_of_ranks<T>(g, slot, at);
+        for (uint32_t step = 0; step < g.ranks; step++)
+            reinterpret_cast<uint4 *>(g.deltas[slot][(g.rank + step) % g.ranks])[at] = sum.v;
     }
-    // In two shots, of each share those rows that the owner's block of this number has summed.
-    const int each = two_shot ? share : rows;
-    Beside<T, VECTORS> beside;
-    for (int i = blockIdx.x; i < each; i += gridDim.x) {
-        for (uint32_t step = 0; step < (two_shot ? g.ranks : 1); step++) {
-            const uint32_t owner = two_shot ? (g.rank + step) % g.ranks : 0;
-            const long row = (long)owner * share + i;
-            if (row >= rows) continue;
-            if (two_shot) {
-                const uint4 *from = reinterpret_cast<const uint4 *>(g.deltas[slot][owner] + row * row_bytes);
-#pragma unroll
-                for (int v = 0; v < VECTORS; v++) {
-                    const int at = threadIdx.x + v * blockDim.x;
-                    if (at < vectors) values[v].v = load_once16(from + at);
-                }
-            } else {
-                summed(row, values);
-            }
-            beside.load(residual + row * width, beside.residual, vectors);
-            beside.load(weight, beside.weight, vectors);
-            add_norm<T, VECTORS>(values, beside, residual + row * width, out + row * width, vectors, width, eps, scratch);
-        }
-    }
+    meet(g, ++turn);
+    add_norm_rows<T, VECTORS>(beside, weight, residual, out, rows, width, eps, [&](long at) {
+        Vec8 sum;
+        sum.v = load_once16(reinterpret_cast<const uint4 *>(g.deltas[slot][g.rank]) + at);
+        return sum;
+    });
     __syncthreads();
     if (threadIdx.x == 0) turns[blockIdx.x] = turn;
 }
@@ -287,8 +297,13 @@ __device__ __forceinline__ void reduce_by_reading(const Group &g, int slot, cons
     }                                                                                                                              \
     extern "C" __global__ void __launch_bounds__(1024)                                                                             \
         reduce_by_reading_##SUFFIX##_##VECTORS(__grid_constant__ const Group g, int slot, const T *weight, T *residual, T *out,    \
-                                               int rows, int width, float eps, int two_shot) {                                     \
-        reduce_by_reading<T, VECTORS>(g, slot, weight, residual, out, rows, width, eps, two_shot);                                 \
+                                               int rows, int width, float eps) {                                                   \
+        reduce_by_reading<T, VECTORS>(g, slot, weight, residual, out, rows, width, eps);                                           \
+    }                                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(1024)                                                                             \
+        reduce_in_two_shots_##SUFFIX##_##VECTORS(__grid_constant__ const Group g, int slot, const T *weight, T *residual, T *out,  \
+                                                 int rows, int width, float eps) {                                                 \
+        reduce_in_two_shots<T, VECTORS>(g, slot, weight, residual, out, rows, width, eps);                                         \
     }
 #define DEFINE(SUFFIX, T) DEFINE_WIDE(SUFFIX, T, 1) DEFINE_WIDE(SUFFIX, T, 4)
 FOR_BOTH(DEFINE)

@@ -22,9 +22,12 @@ pub const MAX_RANKS: usize = 8;
 pub const TIME_LIMIT: Duration = Duration::from_secs(5);
 /// Most rows that are sent as mail.
 const MAIL_ROWS: usize = 64;
-/// Most bytes of rows that are sent as mail: beyond, reading them where they lie is faster (between two H200, 16 rows of
-/// 4,096 values take 5.0 µs against 5.6, 32 take 6.5 against 6.3).
-const MAIL_BYTES: usize = 128 << 10;
+/// Most bytes that a rank sends as mail: beyond, reading rows where they lie is faster (between two H200, 8 rows of 4,096
+/// values take 3.7 µs against 4.4, 16 take 5.1 against 4.6).
+const MAIL_BYTES: usize = 96 << 10;
+/// Bytes over a rank's links that two shots must spare to be faster than reading: what their second barrier costs (four ranks
+/// on two H200, 32 rows of 8,192 values: 11.9 µs either way).
+const SPARED_BYTES: usize = 768 << 10;
 /// Most blocks that meet in a barrier.
 const MAX_BLOCKS: usize = 528;
 /// Widest row of which each thread holds one vector.
@@ -234,7 +237,7 @@ pub enum Way {
     Mail,
     /// Each rank reads everyone's rows.
     Read,
-    /// Each rank sums a share of the rows and reads the other shares.
+    /// Each rank sums a slice of the columns and writes it into everyone's rows.
     TwoShot,
 }
 
@@ -242,9 +245,13 @@ impl Way {
     /// The fastest way for so much.
     #[must_use]
     pub fn of(rows: usize, width: usize, ranks: usize) -> Self {
-        if rows <= MAIL_ROWS && rows * width * Float::BYTES <= MAIL_BYTES {
+        let bytes = rows * width * Float::BYTES;
+        let peers = ranks.saturating_sub(1);
+        // Reading takes `peers` times the rows into each rank, two shots 2 ÷ ranks of that.
+        let spared = bytes * peers * ranks.saturating_sub(2) / ranks.max(1);
+        if rows <= MAIL_ROWS && bytes * peers <= MAIL_BYTES {
             Self::Mail
-        } else if ranks == 2 {
+        } else if spared <= SPARED_BYTES {
             Self::Read
         } else {
             Self::TwoShot
@@ -332,12 +339,8 @@ impl ReduceAddNorm<'_> {
         let (rows, width, slot) = (self.rows as i32, self.width as i32, self.slot as i32);
         let vectors = if self.width <= NARROW { 1 } else { 4 };
         let threads = (self.width / 8).div_ceil(vectors).next_multiple_of(32);
-        let wanted = match self.way {
-            Way::Mail | Way::Read => self.rows,
-            Way::TwoShot => self.rows.div_ceil(peers.ranks()),
-        };
         let shape = Shape {
-            grid: (peers.blocks(wanted, threads), 1),
+            grid: (peers.blocks(self.rows, threads), 1),
             threads,
             shared: 0,
         };
@@ -354,16 +357,17 @@ impl ReduceAddNorm<'_> {
                 )
             };
         }
-        let two_shot = i32::from(self.way == Way::TwoShot);
-        let name = format!("reduce_by_reading_{suffix}");
+        let way = match self.way {
+            Way::TwoShot => "in_two_shots",
+            Way::Mail | Way::Read => "by_reading",
+        };
+        let name = format!("reduce_{way}_{suffix}");
         // SAFETY: as above; every rank's deltas hold the rows.
         unsafe {
             device.launch(
                 &name,
                 shape,
-                arguments![
-                    group, slot, weight, residual, out, rows, width, self.eps, two_shot
-                ],
+                arguments![group, slot, weight, residual, out, rows, width, self.eps],
             )
         }
     }
