@@ -6,6 +6,7 @@
 //!            service → InferenceServices as a user writes them     wait      → conditions with limits
 //!            client  → HTTP and server-sent events                 dump      → what to read after a failure
 //!            prometheus → a real one, with the chart's jobs and rules
+//!            processes → those of the cluster, to kill
 //! tests/     install serve quantized stream recover isolation invalid scale observe alerts upgrade
 //! ```
 //!
@@ -27,6 +28,7 @@ pub mod client;
 pub mod cluster;
 pub mod dump;
 pub mod namespace;
+pub mod processes;
 pub mod prometheus;
 pub mod service;
 pub mod wait;

@@ -1,7 +1,5 @@
 //! Alerts fire when their fault is caused, on a real Prometheus with the chart's own rules in time-lapse. One fault after the
 //! other where it concerns every service.
-//!
-//! Shown by `promtool test rules` only (`charts/tests/alerts`): AshlarReplicaLeftOut, which takes a replica that answers with errors.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{BufRead as _, BufReader};
@@ -10,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use ashlar_e2e::cluster::{self, SYSTEM_NAMESPACE};
+use ashlar_e2e::processes::{self, Words};
 use ashlar_e2e::prometheus::Prometheus;
 use ashlar_e2e::service::{QUESTION, SERVICE_LABEL, chat, manifest, text};
 use ashlar_e2e::wait::{self, Seen};
@@ -63,6 +62,7 @@ async fn alerts_fire_when_their_fault_is_caused() -> Result<()> {
             requests_that_fill_the_cache(ns, prometheus),
             a_rollout_that_waits_for_long_answers(ns, prometheus),
             replicas_that_die(ns, prometheus),
+            replicas_that_crash(ns, prometheus),
             an_engine_that_hangs(ns, prometheus),
         )?;
         models_that_are_not_scraped(prometheus).await?;
@@ -304,6 +304,32 @@ async fn replicas_that_die(ns: &Namespace, prometheus: &Prometheus) -> Result<()
     };
     let seen = prometheus.firing("AshlarAnswersCut", Some("dying"), FIRES);
     until(seen, kill).await
+}
+
+/// Their processes end again and again, and until their node has noticed they refuse connections.
+async fn replicas_that_crash(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+    let mut service = manifest(ns, "crashing");
+    service["spec"]["replicas"] = json!(2);
+    // By this their processes are found, so the cluster must be on this machine.
+    let model = format!("{}-crashing", ns.name);
+    service["spec"]["model"]["name"] = json!(model);
+    let service = ns.serve(&service).await?;
+    let url = format!("{}/chat/completions", text(&service, "/status/url")?);
+    let question = chat(&model, QUESTION, 1);
+    let argument = format!("--served-model-name={model}");
+    let crash = async || -> Result<()> {
+        ns.ready("crashing").await?;
+        let killed = async { processes::kill(&[(Words::Arguments, &argument)]) };
+        // Who asks meanwhile may be refused; three rounds outlast the time until the gateways know.
+        let asked = join_all((0..16).map(async |_| {
+            for _ in 0..3 {
+                let _ = ns.http.post(&url, &question).await;
+            }
+        }));
+        tokio::join!(killed, asked).0
+    };
+    let seen = prometheus.firing("AshlarReplicaLeftOut", Some("crashing"), FIRES);
+    until(seen, crash).await
 }
 
 /// The engine's thread stops, as when a device hangs; all else of its pod goes on.

@@ -1,11 +1,17 @@
 //! Things are deleted or die; the service comes back by itself, or leaves nothing behind when it was meant to go.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use ashlar_e2e::cluster::SYSTEM_NAMESPACE;
+use ashlar_e2e::processes::{self, Words};
 use ashlar_e2e::service::{QUESTION, SERVICE_LABEL, chat, is_ready, manifest, text};
 use ashlar_e2e::wait::{self, Seen};
 use ashlar_e2e::{Namespace, with_namespace};
+use futures::future::join_all;
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
 use k8s_openapi::api::core::v1::{Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -78,6 +84,104 @@ async fn a_killed_operator_comes_back_and_goes_on() -> Result<()> {
         ensure!(
             is_ready(&ns.services().get("first").await?),
             "the first service is no longer Ready"
+        );
+        Ok(())
+    })
+    .await
+}
+
+/// After a gateway has died new requests may be refused for so long: until its node has noticed and traffic goes to the other.
+const REFUSED_FOR: Duration = Duration::from_secs(3);
+
+#[tokio::test]
+async fn a_killed_gateway_loses_only_what_is_open_on_it() -> Result<()> {
+    with_namespace("gateway", async |ns| {
+        let service = ns.serve(&manifest(&ns, "smollm2")).await?;
+        let url = format!("{}/chat/completions", text(&service, "/status/url")?);
+        let gateways = ns.cluster.component_pods("gateway").await?;
+        ensure!(gateways.len() == 2, "{} gateways", gateways.len());
+        let mut story = chat("smollm2", "Tell me a very long story.", 400);
+        (story["stream"], story["ignore_eos"]) = (json!(true), json!(true));
+        let mut open = Vec::new();
+        for gateway in &gateways {
+            let status = gateway.status.as_ref();
+            let address = status.and_then(|status| status.pod_ip.as_deref());
+            let address = address.context("a gateway has an address")?;
+            let url = format!(
+                "http://{address}:8080/{}/smollm2/v1/chat/completions",
+                ns.name
+            );
+            let mut events = ns.http.stream(&url, &story).await?;
+            events.next().await?;
+            open.push(events.rest());
+        }
+        let host = format!("HOSTNAME={}", gateways[0].name_any());
+        let (begun, killed) = (Instant::now(), OnceLock::new());
+        let answered = AtomicUsize::new(0);
+        let question = chat("smollm2", QUESTION, 1);
+        // Each asks on a connection of its own; what was refused, and how long after the end it was asked.
+        let users = join_all((0..4).map(async |_| {
+            let mut refused = Vec::new();
+            let goes_on = || {
+                let over = |at: &Instant| at.elapsed() > 3 * REFUSED_FOR;
+                begun.elapsed() < wait::STARTUP && !killed.get().is_some_and(over)
+            };
+            while goes_on() {
+                let asked = Instant::now();
+                match ns
+                    .http
+                    .post(&url, &question)
+                    .await
+                    .and_then(|answer| answer.chat_text())
+                {
+                    Ok(_) => drop(answered.fetch_add(1, Ordering::SeqCst)),
+                    Err(error) => refused.push((asked, format!("{error:#}"))),
+                }
+            }
+            refused
+        }));
+        let kill = async {
+            wait::until("some answers", wait::REACTION, async || {
+                let some = answered.load(Ordering::SeqCst);
+                Ok(if some >= 8 {
+                    Seen::Done(())
+                } else {
+                    Seen::NotYet(format!("{some}"))
+                })
+            })
+            .await?;
+            let _ = killed.set(Instant::now());
+            processes::kill(&[(Words::Environment, &host), (Words::Arguments, "gateway")])
+        };
+        let (refused, outcome, open) = tokio::join!(users, kill, join_all(open));
+        outcome?;
+        ensure!(
+            open[0].is_err(),
+            "the answer that was open on the killed gateway ended whole"
+        );
+        let whole = open[1]
+            .as_ref()
+            .is_ok_and(|events| events.last().is_some_and(|event| event.data == "[DONE]"));
+        ensure!(
+            whole,
+            "the answer that was open on the other gateway: {:?}",
+            open[1]
+        );
+        let killed = *killed.get().context("it was killed")?;
+        let refused: Vec<_> = refused.into_iter().flatten().collect();
+        let last = refused
+            .iter()
+            .map(|(asked, _)| asked.saturating_duration_since(killed))
+            .max();
+        println!(
+            "{} answered, {} refused, the last {last:?} after the end",
+            answered.load(Ordering::SeqCst),
+            refused.len()
+        );
+        ensure!(
+            last.unwrap_or_default() <= REFUSED_FOR,
+            "refused {last:?} after the gateway's end: {:?}",
+            refused.last()
         );
         Ok(())
     })

@@ -74,15 +74,13 @@ pub(super) async fn metrics(State(app): State<Arc<App>>, RawQuery(query): RawQue
         .map(|name| name.replace("%3A", ":").replace("%3a", ":"))
         .collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let text = app.metrics.render(&names);
-    (
-        [(
-            header::CONTENT_TYPE,
-            "text/plain; version=0.0.4; charset=utf-8",
-        )],
-        text,
-    )
-        .into_response()
+    exposition(app.metrics.render(&names))
+}
+
+/// Metrics as Prometheus reads them.
+pub(super) fn exposition(text: String) -> Response {
+    let kind = "text/plain; version=0.0.4; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
 }
 
 /// `GET /version`.

@@ -347,6 +347,11 @@ pub fn router(
 pub fn loading_router() -> Router {
     Router::new()
         .route("/health/live", get(|| async { "alive\n" }))
+        // Nothing to tell yet is not a target that is down.
+        .route(
+            "/metrics",
+            get(|| async { health::exposition(String::new()) }),
+        )
         .fallback(|| async {
             let mut error = ApiError::new(
                 StatusCode::SERVICE_UNAVAILABLE,
@@ -369,4 +374,33 @@ async fn method_not_allowed(method: http::Method, uri: http::Uri) -> ApiError {
         StatusCode::METHOD_NOT_ALLOWED,
         format!("{path} does not answer to {method}"),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a panic is a test's way to fail")]
+    use axum::body::Body;
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn while_the_model_loads_it_lives_and_is_scraped_but_answers_nothing_yet() {
+        for (path, status, retry_after) in [
+            ("/health/live", 200, None),
+            ("/metrics", 200, None),
+            ("/health", 503, Some("2")),
+            ("/v1/models", 503, Some("2")),
+        ] {
+            let request = http::Request::get(path).body(Body::empty()).unwrap();
+            let answer = loading_router().oneshot(request).await.unwrap();
+            let header = answer.headers().get(http::header::RETRY_AFTER);
+            let header = header.map(|value| value.to_str().unwrap().to_owned());
+            assert_eq!(
+                (answer.status().as_u16(), header.as_deref()),
+                (status, retry_after),
+                "{path}"
+            );
+        }
+    }
 }

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use ashlar_crds::InferenceService;
+use ashlar_e2e::wait::{self, Seen};
 use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::json;
@@ -22,6 +23,8 @@ const WEIGHT: i32 = 20;
 const LEAST: i32 = 500;
 /// How far from its weight the seen share may be, in points: five standard deviations of some 2,500 draws.
 const TOLERANCE: f64 = 4.0;
+/// Requests after the end, none of which may fail.
+const AFTERWARDS: usize = 1000;
 const LONGEST: Duration = Duration::from_secs(120);
 
 struct Trial {
@@ -144,10 +147,32 @@ async fn play(
         tokio::time::sleep(Duration::from_millis(50)).await;
     };
     let took = start.elapsed();
-    // The gateway hears of it by its own watch, and requests on their way end.
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    let failed = load.failed.load(Ordering::SeqCst);
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    // The gateway hears of it by its own watch: until only one revision has engines, requests may go to the other.
+    wait::until("one revision's engines to be left", LONGEST, async || {
+        let mut left: Vec<String> = kubelet
+            .engines(&prefix)
+            .into_iter()
+            .map(|(_, engine)| engine.revision.clone())
+            .collect();
+        left.sort();
+        left.dedup();
+        Ok(if left.len() == 1 {
+            Seen::Done(())
+        } else {
+            Seen::NotYet(format!("{left:?}"))
+        })
+    })
+    .await?;
+    let (failed, asked) = (load.failed.load(Ordering::SeqCst), load.total());
+    wait::until("more requests", LONGEST, async || {
+        let more = load.total() - asked;
+        Ok(if more >= AFTERWARDS {
+            Seen::Done(())
+        } else {
+            Seen::NotYet(format!("{more}"))
+        })
+    })
+    .await?;
     load.stop.store(true, Ordering::SeqCst);
     futures::future::join_all(clients).await;
     let (all, new) = first.unwrap_or_default();
