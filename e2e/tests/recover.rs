@@ -1,5 +1,9 @@
 //! Things are deleted or die; the service comes back by itself, or leaves nothing behind when it was meant to go.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test fails by panicking, and may tell what it measured"
+)]
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -173,8 +177,8 @@ async fn a_killed_gateway_loses_only_what_is_open_on_it() -> Result<()> {
             .iter()
             .map(|(asked, _)| asked.saturating_duration_since(killed))
             .max();
-        println!(
-            "{} answered, {} refused, the last {last:?} after the end",
+        eprintln!(
+            "{} answered, {} refused, the last {last:?} after the gateway's end",
             answered.load(Ordering::SeqCst),
             refused.len()
         );

@@ -1,5 +1,6 @@
 //! `ashlar bench`: measure a server, an engine in this process, pages against contiguous reservation, and quality.
 
+mod concurrency;
 mod perplexity;
 
 use std::io::Write;
@@ -9,19 +10,13 @@ use anyhow::{Context, bail};
 use ashlar::{
     bench::{
         closed_loop::{Target, measure},
-        concurrency::{TimedRunner, compare},
         engine::EngineTarget,
         http::HttpTarget,
-        roofline::{Clock, Roofline, RooflineRunner},
-        trace::{SCENARIOS, Scenario, Shape, jobs, scenario},
+        trace::{SCENARIOS, Scenario, scenario},
     },
-    config::{EngineArgs, parse_size, parse_u32},
-    engine::{EngineConfig, request::SamplingParams},
+    config::EngineArgs,
+    engine::request::SamplingParams,
     llm::Llm,
-    model_runner::{
-        ModelRunner, RunnerLimits,
-        cpu::{BLOCK_SIZE, CpuRunner, CpuRunnerConfig, KvCacheSize},
-    },
 };
 
 /// Measure: prints one JSON object per result on standard output.
@@ -35,7 +30,7 @@ pub(crate) struct BenchArgs {
 enum BenchCommand {
     Serve(Box<ServeArgs>),
     Throughput(Box<ThroughputArgs>),
-    Concurrency(ConcurrencyArgs),
+    Concurrency(concurrency::ConcurrencyArgs),
     Perplexity(Box<perplexity::PerplexityArgs>),
     /// Show the scenarios.
     List,
@@ -179,49 +174,6 @@ impl LoadArgs {
     }
 }
 
-/// Serve one trace twice on the same cache bytes: reserving the model's whole length per request, and with pages.
-///
-/// Reports the users served at once, the time and the tokens per second of both, after checking that both gave every
-/// request the same tokens.
-#[derive(Debug, clap::Args)]
-struct ConcurrencyArgs {
-    /// Model to run on the CPU: a folder, a .gguf file, or hf://OWNER/NAME.
-    #[arg(
-        env = "ASHLAR_MODEL",
-        value_name = "MODEL",
-        required_unless_present = "fake"
-    )]
-    model: Option<String>,
-
-    /// Instead of a model, a fake of a large GPU with 8 billion parameters: the engine is real, time is computed.
-    #[arg(long, conflicts_with = "model")]
-    fake: bool,
-
-    /// Bytes of KV cache in both modes [default: 8 whole lengths; with --fake 20G].
-    #[arg(long, value_name = "BYTES", value_parser = parse_size)]
-    kv_cache_memory_bytes: Option<u64>,
-
-    /// The model's length, which contiguous reservation takes for every request [default: 2048; with --fake 8192].
-    #[arg(long, value_name = "TOKENS", value_parser = parse_u32)]
-    max_model_len: Option<u32>,
-
-    /// Requests, all submitted at once [default: 96; with --fake 1000].
-    #[arg(long, value_name = "N")]
-    requests: Option<usize>,
-
-    /// Median of the log-normal prompt lengths [default: 55; with --fake 220].
-    #[arg(long, value_name = "TOKENS")]
-    input: Option<usize>,
-
-    /// Median of the log-normal output lengths [default: 45; with --fake 180].
-    #[arg(long, value_name = "TOKENS")]
-    output: Option<usize>,
-
-    /// Seed of the trace.
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-}
-
 /// Runs the command.
 ///
 /// # Errors
@@ -234,7 +186,7 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Serve(args) => runtime.block_on(serve(*args)),
         BenchCommand::Throughput(args) => throughput(*args, &runtime),
-        BenchCommand::Concurrency(args) => runtime.block_on(concurrency(args)),
+        BenchCommand::Concurrency(args) => runtime.block_on(concurrency::run(args)),
         BenchCommand::Perplexity(args) => perplexity::run(*args),
         BenchCommand::List => list(),
     }
@@ -312,98 +264,6 @@ async fn run_scenarios<T: Target>(
         bail!("{failed} requests failed: the figures above are of the others");
     }
     Ok(())
-}
-
-/// Bytes of KV cache per token of the faked model: 32 layers, 8 heads of 128, K and V, 2 bytes.
-const FAKE_KV_BYTES_PER_TOKEN: u64 = 32 * 8 * 128 * 2 * 2;
-/// Whole lengths that the CPU's cache holds unless told otherwise.
-const CPU_LENGTHS: u64 = 8;
-/// Most requests running on the CPU.
-const CPU_MAX_NUM_SEQS: u32 = 256;
-
-async fn concurrency(args: ConcurrencyArgs) -> anyhow::Result<()> {
-    let (length, requests, input, output) = if args.fake {
-        (8192, 1000, 220, 180)
-    } else {
-        (2048, 96, 55, 45)
-    };
-    let max_model_len = args.max_model_len.unwrap_or(length);
-    let requests = args.requests.unwrap_or(requests).max(1);
-    let shape = Shape {
-        input: args.input.unwrap_or(input).max(1),
-        output: args.output.unwrap_or(output).max(1),
-        lognormal: true,
-        shared_prefix: 0,
-        max_model_len: max_model_len as usize,
-    };
-    let seqs = u32::try_from(requests).unwrap_or(u32::MAX);
-    if args.fake {
-        let limits = fake_limits(&args, max_model_len, seqs)?;
-        let trace = jobs(&shape, requests, limits.vocab_size, args.seed);
-        let runner = || {
-            let (runner, clock) = RooflineRunner::new(limits.clone(), Roofline::LARGE_GPU_8B);
-            Ok::<TimedRunner, String>((Box::new(runner), clock))
-        };
-        let report = compare(runner, &engine_config(&limits), &trace).await?;
-        return print(
-            &serde_json::json!({"device": "fake", "roofline": Roofline::LARGE_GPU_8B, "result": report}),
-        );
-    }
-    let model = args.model.as_deref().context("MODEL is missing")?;
-    let path = ashlar::hub::resolve_model(model, None, None, &ashlar::hub::Progress::visible())?;
-    let mut config = CpuRunnerConfig {
-        path,
-        max_num_seqs: seqs.min(CPU_MAX_NUM_SEQS),
-        max_model_len: Some(max_model_len),
-        ..CpuRunnerConfig::default()
-    };
-    let probe = CpuRunner::new(&CpuRunnerConfig {
-        kv_cache: KvCacheSize::Blocks(max_model_len / BLOCK_SIZE + 2),
-        ..config.clone()
-    })?;
-    let limits = probe.limits().clone();
-    drop(probe);
-    let bytes = args
-        .kv_cache_memory_bytes
-        .unwrap_or(CPU_LENGTHS * u64::from(max_model_len) * limits.kv_bytes_per_token);
-    config.kv_cache = KvCacheSize::Bytes(bytes + u64::from(BLOCK_SIZE) * limits.kv_bytes_per_token);
-    let trace = jobs(&shape, requests, limits.vocab_size, args.seed);
-    let runner = || {
-        let runner = CpuRunner::new(&config).map_err(|error| error.to_string())?;
-        Ok::<TimedRunner, String>((Box::new(runner), Clock::real()))
-    };
-    let report = compare(runner, &engine_config(&limits), &trace).await?;
-    print(&serde_json::json!({"device": "cpu", "model": model, "result": report}))
-}
-
-fn fake_limits(
-    args: &ConcurrencyArgs,
-    max_model_len: u32,
-    max_num_seqs: u32,
-) -> anyhow::Result<RunnerLimits> {
-    let bytes = args.kv_cache_memory_bytes.unwrap_or(20 << 30);
-    let blocks = bytes / (u64::from(BLOCK_SIZE) * FAKE_KV_BYTES_PER_TOKEN);
-    Ok(RunnerLimits {
-        block_size: BLOCK_SIZE,
-        // And the null block.
-        num_blocks: u32::try_from(blocks + 1).context("--kv-cache-memory-bytes is too large")?,
-        max_num_seqs,
-        max_num_batched_tokens: 8192,
-        max_logit_rows: max_num_seqs,
-        max_model_len,
-        vocab_size: 1024,
-        kv_bytes_per_token: FAKE_KV_BYTES_PER_TOKEN,
-    })
-}
-
-/// Nothing but the cache limits who runs.
-fn engine_config(limits: &RunnerLimits) -> EngineConfig {
-    EngineConfig {
-        max_num_seqs: limits.max_num_seqs,
-        max_num_batched_tokens: limits.max_num_batched_tokens,
-        max_num_queued_reqs: u32::MAX,
-        ..EngineConfig::default()
-    }
 }
 
 fn list() -> anyhow::Result<()> {

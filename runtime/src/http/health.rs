@@ -78,7 +78,7 @@ pub(super) async fn metrics(State(app): State<Arc<App>>, RawQuery(query): RawQue
 }
 
 /// Metrics as Prometheus reads them.
-pub(super) fn exposition(text: String) -> Response {
+pub(super) fn exposition(text: Vec<u8>) -> Response {
     let kind = "text/plain; version=0.0.4; charset=utf-8";
     ([(header::CONTENT_TYPE, kind)], text).into_response()
 }

@@ -348,10 +348,7 @@ pub fn loading_router() -> Router {
     Router::new()
         .route("/health/live", get(|| async { "alive\n" }))
         // Nothing to tell yet is not a target that is down.
-        .route(
-            "/metrics",
-            get(|| async { health::exposition(String::new()) }),
-        )
+        .route("/metrics", get(|| async { health::exposition(Vec::new()) }))
         .fallback(|| async {
             let mut error = ApiError::new(
                 StatusCode::SERVICE_UNAVAILABLE,

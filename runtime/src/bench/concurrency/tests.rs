@@ -50,7 +50,9 @@ async fn contiguous_serves_what_its_length_allows_and_pages_serve_many_times_tha
         let (runner, clock) = RooflineRunner::new(limits(), Roofline::LARGE_GPU_8B);
         Ok::<TimedRunner, String>((Box::new(runner), clock))
     };
-    let report = compare(runner, &config(), &trace()).await.unwrap();
+    let report = compare(runner, &config(), &trace(), Answers::Same)
+        .await
+        .unwrap();
     assert_eq!(
         report.contiguous.peak_running, 3,
         "the cache holds three whole lengths"
@@ -66,23 +68,31 @@ async fn contiguous_serves_what_its_length_allows_and_pages_serve_many_times_tha
         "{report:?}"
     );
     assert!(report.paged.wall_s < report.contiguous.wall_s);
+    assert_eq!(report.same_answers, report.requests);
 }
 
 #[tokio::test]
-async fn different_tokens_are_refused() {
-    let mut token = 20;
-    let runner = || {
-        token += 1;
-        let model = FakeModel::Script(vec![token]);
-        let runner = FakeRunner::new(FakeConfig {
-            limits: limits(),
-            model,
-            ..FakeConfig::default()
-        });
-        Ok::<TimedRunner, String>((Box::new(runner), Clock::real()))
-    };
-    let error = compare(runner, &config(), &trace()).await.unwrap_err();
-    assert!(matches!(error, ConcurrencyError::Check(_)), "{error}");
+async fn different_tokens_are_refused_or_counted() {
+    for answers in [Answers::Same, Answers::Counted] {
+        let mut token = 20;
+        let runner = || {
+            token += 1;
+            let model = FakeModel::Script(vec![token]);
+            let runner = FakeRunner::new(FakeConfig {
+                limits: limits(),
+                model,
+                ..FakeConfig::default()
+            });
+            Ok::<TimedRunner, String>((Box::new(runner), Clock::real()))
+        };
+        match compare(runner, &config(), &trace(), answers).await {
+            Err(error) => {
+                assert_eq!(answers, Answers::Same);
+                assert!(matches!(error, ConcurrencyError::Check(_)), "{error}");
+            }
+            Ok(report) => assert_eq!((answers, report.same_answers), (Answers::Counted, 0)),
+        }
+    }
 }
 
 #[tokio::test]
@@ -95,7 +105,9 @@ async fn a_request_that_fails_is_no_result() {
         prompt: vec![11; 250],
         output: 20,
     }];
-    let error = compare(runner, &config(), &too_long).await.unwrap_err();
+    let error = compare(runner, &config(), &too_long, Answers::Same)
+        .await
+        .unwrap_err();
     assert!(
         matches!(
             error,
@@ -106,8 +118,13 @@ async fn a_request_that_fails_is_no_result() {
         ),
         "{error}"
     );
-    let error = compare(|| Err("no GPU".to_owned()), &config(), &trace())
-        .await
-        .unwrap_err();
+    let error = compare(
+        || Err("no GPU".to_owned()),
+        &config(),
+        &trace(),
+        Answers::Same,
+    )
+    .await
+    .unwrap_err();
     assert!(error.to_string().contains("no GPU"), "{error}");
 }
