@@ -1,13 +1,14 @@
 // Products of many rows with four-bit weights, for Hopper: y[m][n] = Σk x[m][k] · w[n][k] + bias, fp16.
 //
-// A block computes TILE_M rows × 128 outputs, 64 columns a step. Two warpgroups make the operands of a ring of steps: the copy
-// engine brings x, threads read weights straight into registers, several steps ahead, and write them as fp16, swizzled as the
-// copy engine would. Two others multiply. Where there are fewer tiles than multiprocessors, several blocks share the columns of
+// A block computes TILE_M rows × 128 or 256 outputs, 64 columns a step. Two warpgroups make the operands of a ring of steps: the
+// copy engine brings x, threads copy weights several steps ahead and write them as fp16, swizzled as the copy engine would. Two
+// others multiply. Few rows are short work, so that x is asked for some steps ahead too, in a longer ring of its own; and the
+// wider tiles halve how often x is read. Where there are fewer tiles than multiprocessors, several blocks share the columns of
 // a tile, and the one that ends last adds up their parts, in their order.
 #include "hopper.cuh"
 #include "int4.cuh"
 
-constexpr int TILE_N = 128, STEP = 64, GROUP_THREADS = 128;
+constexpr int STEP = 64, GROUP_THREADS = 128;
 constexpr int CONSUMERS = 256, PRODUCERS = 256, THREADS = CONSUMERS + PRODUCERS;
 constexpr int AHEAD = 5; // steps that weights are copied ahead
 
@@ -23,12 +24,15 @@ struct Int4Gemm {
 };
 
 template <int TILE_M> struct Memory {
-    static constexpr int STAGES = TILE_M == 64 ? 3 : TILE_M == 128 ? 6 : 4;
+    static constexpr int TILE_N = TILE_M == 64 ? 256 : 128;
+    static constexpr int STAGES = TILE_M == 64 ? 3 : TILE_M == 128 ? 6 : 4, X_AHEAD = TILE_M == 64 ? 5 : 0, X_STAGES = STAGES + X_AHEAD;
+    static constexpr int THREADS_OF_ROW = PRODUCERS / TILE_N, CHUNKS = 2 / THREADS_OF_ROW; // of 32 columns, of a thread and step
     static constexpr int A_BYTES = TILE_M * STEP * 2, B_BYTES = TILE_N * STEP * 2;
-    static constexpr int A = 0, B = STAGES * A_BYTES, RAW = B + STAGES * B_BYTES;
-    static constexpr int RAW_CELLS = RAW + AHEAD * PRODUCERS * 16, FULL = RAW_CELLS + AHEAD * PRODUCERS * 4, EMPTY = FULL + STAGES * 8;
+    static constexpr int A = 0, B = X_STAGES * A_BYTES, RAW = B + STAGES * B_BYTES;
+    static constexpr int RAW_CELLS = RAW + AHEAD * CHUNKS * PRODUCERS * 16, FULL_X = RAW_CELLS + AHEAD * CHUNKS * PRODUCERS * 4;
+    static constexpr int FULL = FULL_X + X_STAGES * 8, EMPTY = FULL + STAGES * 8;
     // Of 64 rows both warpgroups compute all, each with half of the outputs; of more each has its own.
-    static constexpr int COLUMNS = TILE_M == 64 ? 64 : 128, TILES = TILE_M == 256 ? 2 : 1;
+    static constexpr int COLUMNS = 128, TILES = TILE_M == 256 ? 2 : 1;
 };
 
 // What a block works on.
@@ -44,45 +48,58 @@ struct Work {
 template <bool AFFINE, int TILE_M>
 __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, const CUtensorMap *x_map, char *shared, uint32_t memory) {
     using M = Memory<TILE_M>;
-    // Two threads read a row's 64 columns of a step.
-    const int thread = threadIdx.x - CONSUMERS, my_row = thread / 2, my_half = thread % 2;
-    const int row = min(work.n_tile * TILE_N + my_row, p.n - 1);
-    const uint4 *words = p.words + (long)row * (p.k / 32) + work.first * 2 + my_half;
+    const int thread = threadIdx.x - CONSUMERS, my_row = thread / M::THREADS_OF_ROW, my_half = thread % M::THREADS_OF_ROW;
+    const int row = min(work.n_tile * M::TILE_N + my_row, p.n - 1);
+    const uint4 *words = p.words + (long)row * (p.k / 32);
     const uint32_t *cells_of_row = p.cells + row;
     uint4 *my_words = reinterpret_cast<uint4 *>(shared + M::RAW) + thread;
     uint32_t *my_cells = reinterpret_cast<uint32_t *>(shared + M::RAW_CELLS) + thread;
-    auto load = [&](int place, int step) {
+    const auto load = [&](int place, int step) {
         if (step < work.steps) {
-            copy_ahead<16>(my_words + place * PRODUCERS, words + step * 2);
-            copy_ahead<4>(my_cells + place * PRODUCERS, cells_of_row + (long)(((work.first + step) * 2 + my_half) >> p.group_shift) * p.n);
+#pragma unroll
+            for (int c = 0; c < M::CHUNKS; c++) {
+                const int chunk = (work.first + step) * 2 + my_half + c, at = (place * M::CHUNKS + c) * PRODUCERS;
+                copy_ahead<16>(my_words + at, words + chunk);
+                copy_ahead<4>(my_cells + at, cells_of_row + (long)(chunk >> p.group_shift) * p.n);
+            }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    int x_stage = 0;
+    const auto bring_x = [&](int step) {
+        if (step >= work.steps) return;
+        const uint32_t full = memory + M::FULL_X + x_stage * 8;
+        barrier_expect(full, M::A_BYTES);
+        copy_box(memory + M::A + x_stage * M::A_BYTES, x_map, full, (work.first + step) * STEP, work.m_tile * TILE_M);
+        if (++x_stage == M::X_STAGES) x_stage = 0;
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) load(i, i);
     wait_for_previous(); // for x
+    if (thread == 0)
+        for (int i = 0; i < M::X_AHEAD; i++) bring_x(i);
     int stage = 0, parity = 1, place = 0; // of the first round all stages are empty
     for (int step = 0; step < work.steps; step++) {
-        const uint32_t full = memory + M::FULL + stage * 8;
+        // What lies in the stage is multiplied, and with it x of `STAGES` steps before.
         barrier_wait(memory + M::EMPTY + stage * 8, parity);
-        if (thread == 0) {
-            barrier_expect(full, M::A_BYTES);
-            copy_box(memory + M::A + stage * M::A_BYTES, x_map, full, (work.first + step) * STEP, work.m_tile * TILE_M);
-        }
+        if (thread == 0) bring_x(step + M::X_AHEAD);
         asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
-        Vec8 raw;
-        raw.v = my_words[place * PRODUCERS];
-        const uint32_t cell = my_cells[place * PRODUCERS];
         char *to = shared + M::B + stage * M::B_BYTES + my_row * 128;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            Vec8 values;
-            dequantize<AFFINE>(raw.w[i], cell, values.w);
-            *reinterpret_cast<uint4 *>(to + ((my_half * 4 + i) ^ (my_row & 7)) * 16) = values.v;
+        for (int c = 0; c < M::CHUNKS; c++) {
+            Vec8 raw;
+            raw.v = my_words[(place * M::CHUNKS + c) * PRODUCERS];
+            const uint32_t cell = my_cells[(place * M::CHUNKS + c) * PRODUCERS];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                Vec8 values;
+                dequantize<AFFINE>(raw.w[i], cell, values.w);
+                *reinterpret_cast<uint4 *>(to + (((my_half + c) * 4 + i) ^ (my_row & 7)) * 16) = values.v;
+            }
         }
         fence_async();
         __syncwarp();
-        if (thread % 32 == 0) barrier_arrive(full);
+        if (thread % 32 == 0) barrier_arrive(memory + M::FULL + stage * 8);
         load(place, step + AHEAD);
         if (++place == AHEAD) place = 0;
         if (++stage == M::STAGES) stage = 0, parity ^= 1;
@@ -101,11 +118,12 @@ template <int TILE_M> __device__ __forceinline__ void consume(const Int4Gemm &p,
 #pragma unroll
         for (int i = 0; i < REGISTERS; i++) acc[t][i] = 0.f;
     const uint32_t my_a = memory + M::A + (TILE_M == 64 ? 0 : warpgroup * M::TILES * 64 * 128);
-    const uint32_t my_b = memory + M::B + (TILE_M == 64 ? warpgroup * 64 * 128 : 0);
-    int stage = 0, parity = 0, before = 0;
+    const uint32_t my_b = memory + M::B + (TILE_M == 64 ? warpgroup * M::COLUMNS * 128 : 0);
+    int stage = 0, parity = 0, before = 0, x_stage = 0, x_parity = 0;
     for (int step = 0; step < work.steps; step++) {
+        barrier_wait(memory + M::FULL_X + x_stage * 8, x_parity);
         barrier_wait(memory + M::FULL + stage * 8, parity);
-        const uint32_t a = my_a + stage * M::A_BYTES, b = my_b + stage * M::B_BYTES;
+        const uint32_t a = my_a + x_stage * M::A_BYTES, b = my_b + stage * M::B_BYTES;
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < STEP / 16; k++)
@@ -117,6 +135,7 @@ template <int TILE_M> __device__ __forceinline__ void consume(const Int4Gemm &p,
         // The step before is multiplied.
         if (step > 0 && thread % 32 == 0) barrier_arrive(memory + M::EMPTY + before * 8);
         before = stage;
+        if (++x_stage == M::X_STAGES) x_stage = 0, x_parity ^= 1;
         if (++stage == M::STAGES) stage = 0, parity ^= 1;
     }
     wgmma_wait<0>();
@@ -156,7 +175,7 @@ template <int TILE_M> __device__ __forceinline__ void consume(const Int4Gemm &p,
     // A thread has the rows `lane / 4` and 8 below of its warp's 16, and in each run of 8 outputs the two at `lane % 4 · 2`;
     // four threads of a row exchange words, so that each writes 16 bytes at once.
     const int lane = thread % 32, quad = lane % 4, warp_row = thread % GROUP_THREADS / 32 * 16 + lane / 4;
-    const int column0 = n_tile * TILE_N + (TILE_M == 64 ? warpgroup * 64 : 0);
+    const int column0 = n_tile * M::TILE_N + (TILE_M == 64 ? warpgroup * M::COLUMNS : 0);
 #pragma unroll
     for (int t = 0; t < M::TILES; t++)
 #pragma unroll
@@ -201,8 +220,9 @@ template <bool AFFINE, int TILE_M> __device__ __forceinline__ void int4_gemm(con
     const uint32_t memory = shared_address(shared);
     const Work work(p);
     if (threadIdx.x == 0) {
+        for (int stage = 0; stage < M::X_STAGES; stage++) barrier_init(memory + M::FULL_X + stage * 8, 1); // who asks for it
         for (int stage = 0; stage < M::STAGES; stage++) {
-            barrier_init(memory + M::FULL + stage * 8, PRODUCERS / 32 + 1); // each warp, and who asks for x
+            barrier_init(memory + M::FULL + stage * 8, PRODUCERS / 32);
             barrier_init(memory + M::EMPTY + stage * 8, CONSUMERS / 32);
         }
         barrier_init_done();
@@ -211,17 +231,17 @@ template <bool AFFINE, int TILE_M> __device__ __forceinline__ void int4_gemm(con
     __syncthreads();
     let_next_start();
     if (threadIdx.x >= CONSUMERS) {
-        fewer_registers<TILE_M == 64 ? 56 : 72>();
+        fewer_registers<72>();
         produce<AFFINE, TILE_M>(p, work, x_map, shared, memory);
     } else {
-        more_registers<TILE_M == 64 ? 72 : 184>();
+        more_registers<184>();
         wait_for_previous(); // for what the tile's parts and y were to it
         consume<TILE_M>(p, work, memory, &is_last);
     }
 }
 
 #define DEFINE(NAME, AFFINE, TILE_M)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS, TILE_M == 64 ? 2 : 1) NAME##_##TILE_M(const __grid_constant__ Int4Gemm p,               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME##_##TILE_M(const __grid_constant__ Int4Gemm p,               \
                                                                              const __grid_constant__ CUtensorMap x) {         \
         int4_gemm<AFFINE, TILE_M>(p, &x);                                                                                      \
     }

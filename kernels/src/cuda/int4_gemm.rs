@@ -8,14 +8,12 @@ use super::{
     tensor_map::{Swizzle, TensorMap},
 };
 
-/// Outputs of a block.
-const TILE_N: usize = 128;
 /// Columns of a step.
 const STEP: usize = 64;
 /// Fewest steps of a block that shares a tile's columns with others.
 const MIN_STEPS: usize = 8;
-/// Most rows of a block.
-const MAX_TILE_M: usize = 256;
+/// Most sums of a block.
+const MAX_TILE: usize = 256 * 128;
 
 /// `y = x · weightᵀ + bias` in IEEE halves; all row-major.
 #[derive(Clone, Copy)]
@@ -66,7 +64,7 @@ impl Int4Gemm<'_> {
     /// Bytes of the parts of all tiles that blocks share.
     #[must_use]
     pub fn parts_bytes(device: &Device) -> usize {
-        device.multiprocessors() as usize * MAX_TILE_M * TILE_N * 4
+        device.multiprocessors() as usize * MAX_TILE * 4
     }
 
     /// Bytes of the counters of those tiles.
@@ -104,25 +102,17 @@ impl Int4Gemm<'_> {
     /// [`CudaError`] when sizes do not fit or the driver refuses.
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         self.validate(device)?;
-        let n_tiles = self.n.div_ceil(TILE_N);
         let multiprocessors = device.multiprocessors() as usize;
-        let tile_m = match self.m {
-            ..=64 => 64,
-            65..=128 => 128,
-            // More blocks rather than a sharing of columns.
-            129..=256 if 2 * n_tiles <= multiprocessors => 128,
-            _ => MAX_TILE_M,
-        };
-        let m_tiles = self.m.div_ceil(tile_m);
-        // Two of the smallest blocks fit a multiprocessor.
-        let at_once = multiprocessors * if tile_m == 64 { 2 } else { 1 };
-        let splits = splits(at_once, n_tiles * m_tiles, self.k / STEP);
+        let tile = Tile::of(self.m, self.n, multiprocessors);
+        let n_tiles = self.n.div_ceil(tile.n);
+        let m_tiles = self.m.div_ceil(tile.m);
+        let splits = splits(multiprocessors, n_tiles * m_tiles, self.k / STEP);
         let x = TensorMap::new(
             Float::F16,
             self.x,
             &[self.k as u64, self.m as u64],
             &[(self.k * Float::BYTES) as u64],
-            &[STEP as u32, tile_m as u32],
+            &[STEP as u32, tile.m as u32],
             Swizzle::Bytes128,
         )?;
         let parameters = Parameters {
@@ -139,21 +129,45 @@ impl Int4Gemm<'_> {
             group_shift: int4::group_shift(self.k, self.weight.group)
                 .expect("`validate` has seen this group: this is a bug"),
         };
-        let stages = match tile_m {
-            64 => 3,
-            128 => 6,
-            _ => 4,
-        };
         let shape = Shape {
             grid: (n_tiles, m_tiles * splits),
             threads: 512,
-            // Of each step x and weights, and two barriers; and what 256 threads have copied five steps ahead.
-            shared: stages * ((tile_m + TILE_N) * STEP * Float::BYTES + 16) + 5 * 256 * 20,
+            shared: tile.shared(),
         };
-        let name = format!("{}_gemm_{tile_m}", self.weight.kernel());
+        let name = format!("{}_gemm_{}", self.weight.kernel(), tile.m);
         // SAFETY: the parameters are the kernel's own struct and a map of x, which lies in its view; all views hold what the
         // shape needs, parts and counters what `splits` allows (`validate`).
         unsafe { device.launch(&name, shape, arguments![parameters, x]) }
+    }
+}
+
+/// What a block computes and keeps in shared memory, as in `int4_gemm_sm90a.cu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Tile {
+    m: usize,
+    n: usize,
+    /// Steps of x, and of weights.
+    stages: (usize, usize),
+}
+
+impl Tile {
+    fn of(m: usize, n: usize, multiprocessors: usize) -> Self {
+        let (m, n, stages) = match m {
+            ..=64 => (64, 256, (8, 3)),
+            65..=128 => (128, 128, (6, 6)),
+            // More blocks rather than a sharing of columns.
+            129..=256 if 2 * n.div_ceil(128) <= multiprocessors => (128, 128, (6, 6)),
+            _ => (256, 128, (4, 4)),
+        };
+        Self { m, n, stages }
+    }
+
+    /// x and weights of the steps with their barriers, and the words and cells that are copied five steps ahead.
+    fn shared(self) -> usize {
+        let (of_x, of_weights) = self.stages;
+        of_x * (self.m * STEP * Float::BYTES + 8)
+            + of_weights * (self.n * STEP * Float::BYTES + 16)
+            + 5 * self.n * 2 * 20
     }
 }
 
@@ -170,7 +184,7 @@ mod tests {
 
     #[test]
     fn tiles_are_shared_by_no_more_blocks_than_run_at_once_and_none_is_idle() {
-        for at_once in [1, 108, 132, 264] {
+        for at_once in [1, 108, 132] {
             for tiles in 1..300 {
                 for steps in [1, 7, 9, 64, 128, 224, 449] {
                     let splits = splits(at_once, tiles, steps);
