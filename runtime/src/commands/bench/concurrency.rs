@@ -34,8 +34,8 @@ pub(super) struct ConcurrencyArgs {
     )]
     model: Option<String>,
 
-    /// Where to compute; auto is the CPU.
-    #[arg(long, default_value = "auto")]
+    /// Where to compute.
+    #[arg(long, default_value = "cpu")]
     device: Device,
 
     /// Where the weights come from; dummy needs a GPU.
@@ -116,13 +116,32 @@ impl Sizes {
 ///
 /// # Errors
 /// When a model cannot be loaded, a request fails, or the two ways answer differently where they must not.
-pub(super) async fn run(args: ConcurrencyArgs) -> anyhow::Result<()> {
+pub(super) async fn run(mut args: ConcurrencyArgs) -> anyhow::Result<()> {
+    if args.device == Device::Auto {
+        args.device = best_device();
+    }
     let sizes = Sizes::new(&args);
     match args.device {
         _ if args.fake => on_fake(&args, &sizes).await,
         Device::Cuda => on_gpu(&args, &sizes).await,
         Device::Auto | Device::Cpu => on_cpu(&args, &sizes).await,
     }
+}
+
+#[cfg(feature = "cuda")]
+fn best_device() -> Device {
+    match ashlar::model_runner::cuda::probe() {
+        Ok(_) => Device::Cuda,
+        Err(error) => {
+            tracing::info!(%error, "the model runs on the CPU");
+            Device::Cpu
+        }
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn best_device() -> Device {
+    Device::Cpu
 }
 
 async fn on_fake(args: &ConcurrencyArgs, sizes: &Sizes) -> anyhow::Result<()> {
