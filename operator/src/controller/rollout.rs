@@ -137,7 +137,11 @@ fn steps(
             let tried_against = circumstances.canary.is_some() && r.proven;
             r.replicas > 0 || r.pods > 0 || back || tried_against
         })
-        .max_by_key(|r| (r.ready > 0, r.replicas > 0, r.proven, r.number));
+        .max_by_key(|r| {
+            // Of those that serve, the last one: it has most pods by now.
+            let proven = r.proven && (r.replicas == 0 || circumstances.canary.is_some());
+            (r.ready > 0, r.replicas > 0, proven, r.number)
+        });
     let Some(previous) = previous else {
         return RolloutPlan {
             newest: wanted,
@@ -450,6 +454,41 @@ mod tests {
             let woken = plan(&trial(wanted, 4, 10), &state("b", 3, 0, 0), &older(kept));
             assert_eq!(parts(woken), (1, Some(("a".into(), kept)), Some(10)));
         }
+    }
+
+    #[test]
+    fn a_trial_is_against_the_proven_revision_and_a_failure_goes_back_to_it() {
+        let proven = |replicas| RevisionState {
+            proven: true,
+            ..state("a", 1, replicas, replicas)
+        };
+        let tried = |replicas| state("b", 2, replicas, replicas);
+        let previous = |circumstances: &Circumstances, newest: &RevisionState, older: &[_]| {
+            plan(circumstances, newest, older)
+                .previous
+                .map(|(hash, _)| hash)
+        };
+        let next = state("c", 3, 0, 0);
+        let serving = [proven(3), tried(1)];
+        assert_eq!(
+            previous(&trial(4, 1, 10), &next, &serving),
+            Some("a".into())
+        );
+        // Without a trial the one that took over goes on serving.
+        let serving = [proven(1), tried(3)];
+        assert_eq!(
+            previous(&auto(4, Some(1)), &next, &serving),
+            Some("b".into())
+        );
+        let failed = RevisionState {
+            failed: Some("exit 1".into()),
+            ..next
+        };
+        let gone = [proven(0), tried(0)];
+        assert_eq!(
+            previous(&auto(4, Some(1)), &failed, &gone),
+            Some("a".into())
+        );
     }
 
     #[test]
