@@ -25,9 +25,9 @@ const MAIL_ROWS: usize = 64;
 /// Most bytes that a rank sends as mail: beyond, reading rows where they lie is faster (between two H200, 8 rows of 4,096
 /// values take 3.7 µs against 4.4, 16 take 5.1 against 4.6).
 const MAIL_BYTES: usize = 96 << 10;
-/// Bytes over a rank's links that two shots must spare to be faster than reading: what their second barrier costs (four ranks
-/// on two H200, 32 rows of 8,192 values: 11.9 µs either way).
-const SPARED_BYTES: usize = 768 << 10;
+/// Bytes over a rank's links that two shots must spare to be faster than reading: what their second barrier costs (between four
+/// H200, 16 rows of 8,192 values take 8.4 µs in two shots against 7.5, 32 take 9.5 against 11.2).
+const SPARED_BYTES: usize = 512 << 10;
 /// Most blocks that meet in a barrier.
 const MAX_BLOCKS: usize = 528;
 /// Widest row of which each thread holds one vector.
