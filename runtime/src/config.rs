@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use crate::model_runner::cpu;
+use crate::{model_runner::cpu, models::loader};
 
 /// Most GPUs that serve a model.
 const MAX_GPU_RANKS: u32 = 8;
@@ -49,6 +49,15 @@ pub enum LoadFormat {
     Auto,
     /// Nowhere: random weights in the model's shapes, to measure speed. Needs config.json and a tokenizer only.
     Dummy,
+}
+
+impl From<LoadFormat> for loader::LoadFormat {
+    fn from(format: LoadFormat) -> Self {
+        match format {
+            LoadFormat::Auto => Self::Auto,
+            LoadFormat::Dummy => Self::Dummy,
+        }
+    }
 }
 
 /// How the checkpoint is quantised.

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     chat_template::{ChatTemplate, ChatTemplateError},
-    config::{self, ConfigError, Dtype, EngineArgs, KvCacheDtype, LoadFormat, Quantization},
+    config::{self, ConfigError, Dtype, EngineArgs, KvCacheDtype, Quantization},
     engine::{
         Engine, EngineConfig, EngineHandle, EngineObserver, NoObserver, StartError, SubmitError,
         request::{FinishReason, Request, SamplingParams, TokenId},
@@ -227,20 +227,13 @@ fn load_runner(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
     load_on_cpu(args, path)
 }
 
-fn load_format(args: &EngineArgs) -> loader::LoadFormat {
-    match args.load_format {
-        LoadFormat::Auto => loader::LoadFormat::Auto,
-        LoadFormat::Dummy => loader::LoadFormat::Dummy,
-    }
-}
-
 fn load_on_cpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
     let max_num_batched_tokens = args
         .max_num_batched_tokens
         .unwrap_or(CPU_MAX_NUM_BATCHED_TOKENS);
     let config = CpuRunnerConfig {
         path: path.to_owned(),
-        load_format: load_format(args),
+        load_format: args.load_format.into(),
         dtype: match args.dtype {
             Dtype::Float32 => cpu::Dtype::Float32,
             Dtype::Auto | Dtype::Float16 | Dtype::Bfloat16 => cpu::Dtype::Auto,
@@ -284,7 +277,7 @@ fn load_on_gpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
         .unwrap_or(GPU_MAX_NUM_BATCHED_TOKENS);
     let config = CudaRunnerConfig {
         path: path.to_owned(),
-        load_format: load_format(args),
+        load_format: args.load_format.into(),
         dtype: match args.dtype {
             Dtype::Float16 => Some(Float::F16),
             Dtype::Bfloat16 => Some(Float::Bf16),

@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn tiles_are_shared_by_no_more_blocks_than_run_at_once_and_none_is_idle() {
-        for at_once in [1, 108, 132] {
+        for at_once in [1, 108, 132, 264] {
             for tiles in 1..300 {
                 for steps in [1, 7, 9, 64, 128, 224, 449] {
                     let splits = splits(at_once, tiles, steps);

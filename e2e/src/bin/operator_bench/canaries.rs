@@ -2,6 +2,7 @@
 //! counts and rolled back by the real operator.
 
 use std::{
+    collections::BTreeSet,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -149,13 +150,11 @@ async fn play(
     let took = start.elapsed();
     // The gateway hears of it by its own watch: until only one revision has engines, requests may go to the other.
     wait::until("one revision's engines to be left", LONGEST, async || {
-        let mut left: Vec<String> = kubelet
-            .engines(&prefix)
-            .into_iter()
-            .map(|(_, engine)| engine.revision.clone())
+        let engines = kubelet.engines(&prefix);
+        let left: BTreeSet<&str> = engines
+            .iter()
+            .map(|(_, engine)| engine.revision.as_str())
             .collect();
-        left.sort();
-        left.dedup();
         Ok(if left.len() == 1 {
             Seen::Done(())
         } else {

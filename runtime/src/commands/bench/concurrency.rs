@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use ashlar::{
     bench::{
-        concurrency::{Answers, TimedRunner, compare},
+        concurrency::{Answers, ConcurrencyError, ConcurrencyReport, TimedRunner, compare},
         roofline::{Clock, Roofline, RooflineRunner},
         trace::{Shape, jobs},
     },
@@ -85,6 +85,7 @@ struct Sizes {
     max_model_len: u32,
     max_num_seqs: u32,
     requests: usize,
+    seed: u64,
     shape: Shape,
 }
 
@@ -101,6 +102,7 @@ impl Sizes {
             max_model_len,
             max_num_seqs: u32::try_from(requests).unwrap_or(u32::MAX),
             requests,
+            seed: args.seed,
             shape: Shape {
                 input: args.input.unwrap_or(input).max(1),
                 output: args.output.unwrap_or(output).max(1),
@@ -109,6 +111,17 @@ impl Sizes {
                 max_model_len: max_model_len as usize,
             },
         }
+    }
+
+    /// Runs the trace both ways on what `runner` makes, which has these limits.
+    async fn measure(
+        &self,
+        limits: &RunnerLimits,
+        runner: impl FnMut() -> Result<TimedRunner, String>,
+        answers: Answers,
+    ) -> Result<ConcurrencyReport, ConcurrencyError> {
+        let trace = jobs(&self.shape, self.requests, limits.vocab_size, self.seed);
+        compare(runner, &engine_config(limits), &trace, answers).await
     }
 }
 
@@ -146,12 +159,11 @@ fn best_device() -> Device {
 
 async fn on_fake(args: &ConcurrencyArgs, sizes: &Sizes) -> anyhow::Result<()> {
     let limits = fake_limits(args, sizes.max_model_len, sizes.max_num_seqs)?;
-    let trace = jobs(&sizes.shape, sizes.requests, limits.vocab_size, args.seed);
     let runner = || {
         let (runner, clock) = RooflineRunner::new(limits.clone(), Roofline::LARGE_GPU_8B);
         Ok::<TimedRunner, String>((Box::new(runner), clock))
     };
-    let report = compare(runner, &engine_config(&limits), &trace, Answers::Same).await?;
+    let report = sizes.measure(&limits, runner, Answers::Same).await?;
     print(
         &serde_json::json!({"device": "fake", "roofline": Roofline::LARGE_GPU_8B, "result": report}),
     )
@@ -185,29 +197,22 @@ async fn on_cpu(args: &ConcurrencyArgs, sizes: &Sizes) -> anyhow::Result<()> {
         .kv_cache_memory_bytes
         .unwrap_or(CPU_LENGTHS * u64::from(max_model_len) * limits.kv_bytes_per_token);
     config.kv_cache = KvCacheSize::Bytes(bytes + u64::from(BLOCK_SIZE) * limits.kv_bytes_per_token);
-    let trace = jobs(&sizes.shape, sizes.requests, limits.vocab_size, args.seed);
     let runner = || {
         let runner = CpuRunner::new(&config).map_err(|error| error.to_string())?;
         Ok::<TimedRunner, String>((Box::new(runner), Clock::real()))
     };
-    let report = compare(runner, &engine_config(&limits), &trace, Answers::Same).await?;
+    let report = sizes.measure(&limits, runner, Answers::Same).await?;
     print(&serde_json::json!({"device": "cpu", "model": model, "result": report}))
 }
 
 #[cfg(feature = "cuda")]
 async fn on_gpu(args: &ConcurrencyArgs, sizes: &Sizes) -> anyhow::Result<()> {
-    use ashlar::{
-        model_runner::cuda::{CudaRunner, CudaRunnerConfig},
-        models::loader,
-    };
+    use ashlar::model_runner::cuda::{CudaRunner, CudaRunnerConfig};
 
     let (model, path) = find(args)?;
     let config = CudaRunnerConfig {
         path,
-        load_format: match args.load_format {
-            LoadFormat::Auto => loader::LoadFormat::Auto,
-            LoadFormat::Dummy => loader::LoadFormat::Dummy,
-        },
+        load_format: args.load_format.into(),
         dtype: None,
         quantize_fp8: false,
         ordinal: 0,
@@ -219,12 +224,11 @@ async fn on_gpu(args: &ConcurrencyArgs, sizes: &Sizes) -> anyhow::Result<()> {
         enforce_eager: false,
     };
     let limits = CudaRunner::new(&config)?.limits().clone();
-    let trace = jobs(&sizes.shape, sizes.requests, limits.vocab_size, args.seed);
     let runner = || {
         let runner = CudaRunner::new(&config).map_err(|error| error.to_string())?;
         Ok::<TimedRunner, String>((Box::new(runner), Clock::real()))
     };
-    let report = compare(runner, &engine_config(&limits), &trace, Answers::Counted).await?;
+    let report = sizes.measure(&limits, runner, Answers::Counted).await?;
     print(&serde_json::json!({"device": "cuda", "model": model, "result": report}))
 }
 
