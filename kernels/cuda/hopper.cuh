@@ -106,7 +106,31 @@ template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wg
                  " {" REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}" \
                  : OUTPUTS_64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 
+// The same for 8, 16 and 32 columns.
+#define REGISTERS_4 "%0,%1,%2,%3"
+#define OUTPUTS_4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define REGISTERS_8 REGISTERS_4 ",%4,%5,%6,%7"
+#define OUTPUTS_8(d) OUTPUTS_4(d), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+#define REGISTERS_16 REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define OUTPUTS_16(d) \
+    OUTPUTS_8(d), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define WGMMA_REGISTERS(TYPE, N, HALF, A0, A1, A2, A3, B, ADD) \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+                 " {" REGISTERS_##HALF "}, {" A0 "," A1 "," A2 "," A3 "}, " B ", p, 1, 1, 0;}" \
+                 : OUTPUTS_##HALF(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#define WGMMA_REGISTERS_8(TYPE) WGMMA_REGISTERS(TYPE, 8, 4, "%4", "%5", "%6", "%7", "%8", "%9")
+#define WGMMA_REGISTERS_16(TYPE) WGMMA_REGISTERS(TYPE, 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
+#define WGMMA_REGISTERS_32(TYPE) WGMMA_REGISTERS(TYPE, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
+
 template <typename T, int N> struct Warpgroup;
+// Few columns are multiplied with rows in registers alone.
+#define DEFINE_NARROW_WARPGROUP(N)                                                                                                \
+    template <> struct Warpgroup<__half, N> {                                                                                     \
+        static __device__ __forceinline__ void mma(float *d, const uint32_t *a, uint64_t b, int add) { WGMMA_REGISTERS_##N("f16") } \
+    };
+DEFINE_NARROW_WARPGROUP(8)
+DEFINE_NARROW_WARPGROUP(16)
+DEFINE_NARROW_WARPGROUP(32)
 #define DEFINE_WARPGROUP(T, TYPE, N)                                                                                              \
     template <> struct Warpgroup<T, N> {                                                                                          \
         static __device__ __forceinline__ void mma(float *d, uint64_t a, uint64_t b, int add) { WGMMA_SHARED_##N(TYPE) }          \

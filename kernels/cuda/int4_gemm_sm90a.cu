@@ -37,12 +37,16 @@ template <int TILE_M> struct Memory {
 
 // What a block works on.
 struct Work {
-    int n_tile, m_tile, split, first, steps; // steps of 64 columns, the first of them
+    int n_tile, m_tile, split, first, steps, begin; // steps of 64 columns, the first of them, and how far behind it the block begins
     __device__ __forceinline__ explicit Work(const Int4Gemm &p) {
         n_tile = blockIdx.x, m_tile = blockIdx.y / p.splits, split = blockIdx.y % p.splits;
         const int all = p.k / STEP, share = (all + p.splits - 1) / p.splits;
         first = split * share, steps = min(share, all - first);
+        // Blocks that all read the same part of x at once would all ask the same part of the L2 cache.
+        begin = (long)steps * n_tile / gridDim.x;
     }
+    // Where the columns of a step are, in steps.
+    __device__ __forceinline__ int place(int step) const { return first + (begin + step < steps ? begin + step : begin + step - steps); }
 };
 
 template <bool AFFINE, int TILE_M>
@@ -58,7 +62,7 @@ __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, con
         if (step < work.steps) {
 #pragma unroll
             for (int c = 0; c < M::CHUNKS; c++) {
-                const int chunk = (work.first + step) * 2 + my_half + c, at = (place * M::CHUNKS + c) * PRODUCERS;
+                const int chunk = work.place(step) * 2 + my_half + c, at = (place * M::CHUNKS + c) * PRODUCERS;
                 copy_ahead<16>(my_words + at, words + chunk);
                 copy_ahead<4>(my_cells + at, cells_of_row + (long)(chunk >> p.group_shift) * p.n);
             }
@@ -70,7 +74,7 @@ __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, con
         if (step >= work.steps) return;
         const uint32_t full = memory + M::FULL_X + x_stage * 8;
         barrier_expect(full, M::A_BYTES);
-        copy_box(memory + M::A + x_stage * M::A_BYTES, x_map, full, (work.first + step) * STEP, work.m_tile * TILE_M);
+        copy_box(memory + M::A + x_stage * M::A_BYTES, x_map, full, work.place(step) * STEP, work.m_tile * TILE_M);
         if (++x_stage == M::X_STAGES) x_stage = 0;
     };
 #pragma unroll

@@ -29,6 +29,7 @@ const IMAGES: &[(&str, &[u8])] = &[
     fatbin!("skinny_gemm"),
     fatbin!("int4"),
     fatbin!("int4_gemm_sm90a"),
+    fatbin!("int4_skinny_sm90a"),
     fatbin!("eight_bit"),
     fatbin!("decode_attention"),
     fatbin!("prefill_attention"),
@@ -55,6 +56,8 @@ unsafe impl Sync for Module {}
 pub(super) struct Modules {
     modules: Vec<Module>,
     functions: Mutex<HashMap<String, Function>>,
+    /// Clusters of a kernel that run at once, by their size.
+    clusters: Mutex<HashMap<(String, usize), usize>>,
 }
 
 /// Blocks, threads and shared memory of a launch.
@@ -87,6 +90,7 @@ impl Modules {
         Ok(Self {
             modules,
             functions: Mutex::new(HashMap::new()),
+            clusters: Mutex::new(HashMap::new()),
         })
     }
 
@@ -154,28 +158,55 @@ impl Device {
         shape: Shape,
         arguments: &mut [*mut c_void],
     ) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_clusters(name, shape, 1, arguments) }
+    }
+
+    /// Clusters of `cluster` blocks of this kernel that run at once: parts of the GPU hold a whole number of them.
+    pub(super) fn clusters_at_once(
+        &self,
+        name: &str,
+        shape: Shape,
+        cluster: usize,
+    ) -> Result<usize, CudaError> {
+        let key = (name.to_owned(), cluster);
+        if let Some(count) = lock(&self.inner.modules.clusters).get(&key) {
+            return Ok(*count);
+        }
         let function = self.inner.modules.function(name, shape.shared)?;
-        let size = |value: usize| u32::try_from(value).expect("a launch fits: this is a bug");
+        let mut attributes = launch_attributes(cluster, false);
+        let grid = (shape.grid.0.next_multiple_of(cluster), 1);
+        let shape = Shape { grid, ..shape };
+        let config = launch_config(shape, self.inner.stream.cu_stream(), &mut attributes);
+        let mut count = 0;
+        // SAFETY: the function is valid, and count, configuration and attributes live through the call.
+        unsafe {
+            sys::cuOccupancyMaxActiveClusters(&raw mut count, function.0, &raw const config)
+        }
+        .result()
+        .map_err(driver_error("cuOccupancyMaxActiveClusters"))?;
+        let count = usize::try_from(count).unwrap_or(0).max(1);
+        lock(&self.inner.modules.clusters).insert(key, count);
+        Ok(count)
+    }
+
+    /// [`Self::launch`] of blocks that run together by `cluster` and reach each other's shared memory (Hopper).
+    ///
+    /// # Safety
+    /// As for [`Self::launch`].
+    pub(super) unsafe fn launch_clusters(
+        &self,
+        name: &str,
+        shape: Shape,
+        cluster: usize,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), CudaError> {
+        let function = self.inner.modules.function(name, shape.shared)?;
         if shape.grid.0 == 0 || shape.grid.1 == 0 {
             return Ok(());
         }
-        // SAFETY: all-zero bytes are a valid value of this plain C struct.
-        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        attribute.id =
-            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attribute.value.programmaticStreamSerializationAllowed = 1;
-        let config = sys::CUlaunchConfig {
-            gridDimX: size(shape.grid.0),
-            gridDimY: size(shape.grid.1),
-            gridDimZ: 1,
-            blockDimX: size(shape.threads),
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: size(shape.shared),
-            hStream: self.inner.stream.cu_stream(),
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(self.starts_early()),
-        };
+        let mut attributes = launch_attributes(cluster, self.starts_early());
+        let config = launch_config(shape, self.inner.stream.cu_stream(), &mut attributes);
         // SAFETY: the function and the stream are valid; the arguments are the caller's promise.
         unsafe {
             sys::cuLaunchKernelEx(
@@ -188,6 +219,56 @@ impl Device {
         .result()
         .map_err(driver_error("cuLaunchKernelEx"))
     }
+}
+
+type Attributes = Vec<sys::CUlaunchAttribute>;
+
+fn launch_attributes(cluster: usize, starts_early: bool) -> Attributes {
+    // SAFETY: all-zero bytes are a valid value of this plain C struct.
+    let none: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    let mut attributes = Vec::new();
+    if cluster > 1 {
+        let mut attribute = none;
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attribute.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+            x: size(cluster),
+            y: 1,
+            z: 1,
+        };
+        attributes.push(attribute);
+    }
+    if starts_early {
+        let mut attribute = none;
+        attribute.id =
+            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        attributes.push(attribute);
+    }
+    attributes
+}
+
+/// What a launch says, with attributes that must outlive it.
+fn launch_config(
+    shape: Shape,
+    stream: sys::CUstream,
+    attributes: &mut Attributes,
+) -> sys::CUlaunchConfig {
+    sys::CUlaunchConfig {
+        gridDimX: size(shape.grid.0),
+        gridDimY: size(shape.grid.1),
+        gridDimZ: 1,
+        blockDimX: size(shape.threads),
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: size(shape.shared),
+        hStream: stream,
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: size(attributes.len()),
+    }
+}
+
+fn size(value: usize) -> u32 {
+    u32::try_from(value).expect("a launch fits: this is a bug")
 }
 
 /// The array of argument addresses for [`Device::launch`].

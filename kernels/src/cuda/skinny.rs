@@ -4,6 +4,7 @@ use super::{
     CudaError, Device, Float, View,
     eight_bit::{self, EightBit},
     int4::{Int4View, group_shift},
+    int4_skinny::Int4Skinny,
     modules::{Shape, arguments},
     need,
 };
@@ -199,6 +200,27 @@ impl SkinnyGemm<'_> {
         })
     }
 
+    /// The product by Hopper's kernels, where they know and are worth it; `parts` of the weight's rows go into an output.
+    fn on_hopper<'a>(
+        &'a self,
+        device: &Device,
+        weight: Int4View<'a>,
+        parts: usize,
+    ) -> Option<Int4Skinny<'a>> {
+        let Input::Plain(x) = self.input else {
+            return None;
+        };
+        let product = Int4Skinny {
+            x,
+            weight,
+            m: self.m,
+            rows: self.n * parts,
+            k: self.k,
+            parts,
+        };
+        product.is_for(device).then_some(product)
+    }
+
     /// Queues it.
     ///
     /// # Errors
@@ -289,6 +311,18 @@ impl SkinnyGemm<'_> {
                 parameters.cells = weight.cells.address();
                 parameters.group_shift = group_shift(self.k, weight.group)
                     .expect("`validate` has seen this group: this is a bug");
+                let product = self.on_hopper(device, weight, 16 / rows);
+                if let Some(product) = product {
+                    let name = product.name(kind);
+                    let (shape, splits) = product.shape(device, &name)?;
+                    let [words, cells, x] = product.maps()?;
+                    // SAFETY: the parameters are the kernel's own struct and maps of x and weights, which lie in their views;
+                    // all views hold what the shape needs (`validate`).
+                    return unsafe {
+                        let arguments = arguments![parameters, words, cells, x];
+                        device.launch_clusters(&name, shape, splits, arguments)
+                    };
+                }
                 // With few tokens more blocks; with more tokens fewer, each of which reads them all.
                 let row_tiles = if self.m <= 4 { 1 } else { 2 };
                 // As in `int4.cu`: blocks stay and walk over tiles, and a thread has some steps' words and cells in flight.

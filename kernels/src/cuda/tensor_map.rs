@@ -9,10 +9,34 @@ use super::{CudaError, Float, View, device::driver_error, need};
 /// How the copy engine permutes the 16-byte pieces of a box's rows in shared memory; also the longest row in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Swizzle {
+    /// None, and rows of any length.
+    None,
     /// Rows of 32 bytes.
     Bytes32,
     /// Rows of 128 bytes.
     Bytes128,
+}
+
+/// What a tensor holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Element {
+    Float(Float),
+    U32,
+}
+
+impl Element {
+    const fn bytes(self) -> u64 {
+        match self {
+            Self::Float(_) => Float::BYTES as u64,
+            Self::U32 => 4,
+        }
+    }
+}
+
+impl From<Float> for Element {
+    fn from(float: Float) -> Self {
+        Self::Float(float)
+    }
 }
 
 /// A tensor and the box of it that one copy brings; passed to a kernel by value.
@@ -21,19 +45,20 @@ pub(super) enum Swizzle {
 pub(super) struct TensorMap(sys::CUtensorMap);
 
 impl TensorMap {
-    /// A tensor of 16-bit values at the view's beginning: its sizes in values with the innermost first, the strides of all
+    /// A tensor at the view's beginning: its sizes in values with the innermost first, the strides of all
     /// but the innermost in bytes, and a box's sizes. What a copy asks for outside of the tensor reads as zero.
     ///
     /// # Errors
     /// [`CudaError`] when the tensor reaches out of the view or the driver refuses its sizes.
     pub(super) fn new(
-        float: Float,
+        element: impl Into<Element>,
         view: View<'_>,
         sizes: &[u64],
         strides: &[u64],
         box_sizes: &[u32],
         swizzle: Swizzle,
     ) -> Result<Self, CudaError> {
+        let element = element.into();
         let last: u64 = (sizes[1..].iter().zip(strides))
             .map(|(size, stride)| size.saturating_sub(1) * stride)
             .sum();
@@ -41,15 +66,17 @@ impl TensorMap {
             sizes.len() == strides.len() + 1
                 && sizes.len() == box_sizes.len()
                 && !sizes.contains(&0)
-                && last + sizes[0] * Float::BYTES as u64 <= view.bytes as u64,
+                && last + sizes[0] * element.bytes() <= view.bytes as u64,
             "tensor map",
             || format!("{sizes:?} with strides {strides:?} in {} bytes", view.bytes),
         )?;
-        let kind = match float {
-            Float::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            Float::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        let kind = match element {
+            Element::Float(Float::Bf16) => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            Element::Float(Float::F16) => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Element::U32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT32,
         };
         let swizzle = match swizzle {
+            Swizzle::None => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
             Swizzle::Bytes32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
             Swizzle::Bytes128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         };

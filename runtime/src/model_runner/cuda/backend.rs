@@ -366,7 +366,7 @@ impl CudaBackend {
 
     /// Most rows of a layer's product that is left to its neighbours.
     pub(super) fn fused_rows(&self) -> usize {
-        if self.integers && self.int4_parts.is_none() {
+        if self.integers {
             skinny::MAX_INT4_ROWS
         } else {
             FUSED_ROWS
@@ -380,6 +380,9 @@ impl CudaBackend {
             false
         } else if matrix.is_int4() {
             SkinnyGemm::takes_int4(rows, matrix.columns)
+        } else if self.int4_parts.is_some() && rows > FUSED_ROWS {
+            // Where four bits go further alone.
+            false
         } else if matrix.is_eight_bit() || self.integers {
             // As many as a norm is fused with below.
             SkinnyGemm::takes(rows, matrix.columns)
@@ -400,7 +403,12 @@ impl CudaBackend {
     /// Whether the norm behind a noted product is left to the products that read it.
     fn norms_on_the_way(&self, product: &Product, rows: usize, width: usize) -> bool {
         if width < WIDE {
-            rows <= skinny::MAX_ROWS
+            let most = if self.int4_parts.is_some() {
+                FUSED_ROWS
+            } else {
+                skinny::MAX_ROWS
+            };
+            rows <= most
         } else {
             let matrix = &product.matrix;
             let is_float = !matrix.is_int4() && !matrix.is_eight_bit();

@@ -1,0 +1,319 @@
+// Products of at most 64 rows with four-bit weights, for Hopper: y[m][n] = Σk x[m][k] · w[n][k], fp16.
+//
+// The weights are the A operand and go through registers: the copy engine brings a step's words of all rows several steps ahead,
+// and a thread turns those of its own rows into fp16 and multiplies by warpgroup with x, the B operand, in shared memory. So a
+// weight is turned once for all tokens and never written back.
+//
+// A thread takes 32 neighbouring columns (16 bytes) of a row, the four of a quad the 128 of a step, and feeds eight products with
+// four columns each. x must come in the same order: a warpgroup of its own puts what lies at column 32·q + 4·s + 2·h + j of a step
+// to 16·s + 8·h + 2·q + j, for which four vectors' words change places within one thread.
+//
+// Where there are fewer tiles than multiprocessors, the blocks of a cluster share the columns of a tile. Each adds up and writes
+// some of the tile, in the order of the blocks, reading the others' sums from their shared memory.
+#include "hopper.cuh"
+#include "int4.cuh"
+#include "skinny.cuh"
+
+constexpr int STEP = 128, GROUP = 128; // columns of a step; threads of a warpgroup
+
+// What a cell has beside the scale, and whether groups are as wide as a step.
+enum Scheme { ZEROS, OFFSETS, GROUPS_OF_128 };
+
+// Four warpgroups multiply, each 64 rows of w.
+template <Scheme SCHEME, int TOKENS> struct Memory {
+    static constexpr int CONSUMERS = 4 * GROUP, THREADS = CONSUMERS + GROUP, ROWS = 4 * 64;
+    static constexpr int X_BYTES = TOKENS * STEP * 2, WORDS_BYTES = ROWS * STEP / 2, CELLS_BYTES = ROWS * 4 * (SCHEME == GROUPS_OF_128 ? 1 : 4);
+    // Steps in flight: of x in its order, of x as it comes, of weights. When x of a step has been multiplied in its order, the places
+    // of all three are free, so that waiting for that is enough.
+    static constexpr int X_DEPTH = TOKENS <= 16 ? 4 : 2, RAW_DEPTH = 2 * X_DEPTH, DEPTH = TOKENS <= 16 ? 8 : 6;
+    static constexpr int RAW = X_DEPTH * X_BYTES, WORDS = RAW + RAW_DEPTH * X_BYTES, CELLS = WORDS + DEPTH * WORDS_BYTES;
+    static constexpr int FULL_X = CELLS + DEPTH * CELLS_BYTES, EMPTY_X = FULL_X + X_DEPTH * 8;
+    static constexpr int FULL_RAW = EMPTY_X + X_DEPTH * 8, FULL = FULL_RAW + RAW_DEPTH * 8;
+    // The sums lie where x and the weights were; 4 floats more a token, so that a warp's stores meet no bank twice.
+    static constexpr int PITCH = ROWS + 4;
+    static_assert(TOKENS * PITCH * 4 <= FULL_X, "sums and barriers");
+};
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Four floats at this address of another block's shared memory.
+__device__ __forceinline__ float4 read_of(uint32_t address, int rank) {
+    uint32_t there;
+    float4 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there) : "memory");
+    return v;
+}
+
+// The steps of a block that shares a tile with others, and which of them it begins with: blocks that all read the same part of x
+// at once would all ask the same part of the L2 cache.
+struct Work {
+    int tile, rank, splits, first, steps, begin;
+    __device__ __forceinline__ Work(const Skinny &p) {
+        asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(splits));
+        tile = blockIdx.x / splits, rank = blockIdx.x % splits;
+        const int all = (p.k + STEP - 1) / STEP, tiles = gridDim.x / splits;
+        first = all * rank / splits, steps = all * (rank + 1) / splits - first;
+        begin = steps * tile / tiles;
+    }
+    // Where the columns of a step are, in steps.
+    __device__ __forceinline__ int place(int step) const { return first + (begin + step < steps ? begin + step : begin + step - steps); }
+};
+
+// The tensors that the copy engine reads.
+struct Maps {
+    const CUtensorMap *words, *cells, *x;
+};
+
+// Asks for a step's words and cells. Of SILU_MUL half of a tile's rows are gates, and behind them lie the ups.
+template <typename M, Output OUTPUT>
+__device__ __forceinline__ void ask_for_weights(const Skinny &p, const Work &work, const Maps &maps, uint32_t memory, int step) {
+    constexpr int PARTS = OUTPUT == SILU_MUL ? 2 : 1, ROWS = M::ROWS / PARTS;
+    const int place = step % M::DEPTH, column = work.place(step), cell_rows = max(1, 4 >> min(p.group_shift, 2));
+    const uint32_t full = memory + M::FULL + place * 8;
+    barrier_expect(full, M::WORDS_BYTES + M::ROWS * 4 * cell_rows);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        const int row = work.tile * ROWS + part * p.n;
+        copy_box(memory + M::WORDS + place * M::WORDS_BYTES + part * ROWS * (STEP / 2), maps.words, full, column * (STEP / 8), row);
+        copy_box(memory + M::CELLS + place * M::CELLS_BYTES + part * ROWS * 4 * cell_rows, maps.cells, full, row, column * 4 >> p.group_shift);
+    }
+}
+
+// Asks for a step's x.
+template <typename M> __device__ __forceinline__ void ask_for_x(const Work &work, const Maps &maps, uint32_t memory, int step) {
+    const int place = step % M::RAW_DEPTH;
+    const uint32_t full = memory + M::FULL_RAW + place * 8, to = memory + M::RAW + place * M::X_BYTES;
+    barrier_expect(full, M::X_BYTES);
+#pragma unroll
+    for (int half = 0; half < 2; half++) copy_box(to + half * (M::X_BYTES / 2), maps.x, full, work.place(step) * STEP + half * (STEP / 2), 0);
+}
+
+// Puts x in order: each warp some eights of tokens of each step, or one of some steps. One thread asks for all that comes.
+template <typename M, int TOKENS, Output OUTPUT>
+__device__ __forceinline__ void bring(const Skinny &p, const Work &work, const Maps &maps, char *shared, uint32_t memory) {
+    // A warp waits for each use of a place before it, so that it must take part in every one of them.
+    constexpr int EIGHTS = TOKENS / 8, MOST = GROUP / 32, WARPS_HERE = EIGHTS * M::X_DEPTH < MOST ? EIGHTS * M::X_DEPTH : MOST;
+    constexpr int STRIDE = EIGHTS < WARPS_HERE ? WARPS_HERE / EIGHTS : 1;
+    const int warp = threadIdx.x / 32 % MOST, lane = threadIdx.x % 32, row_in = lane % 8, unit = lane / 8;
+    const bool asks = warp % EIGHTS == 0 && lane == 0;
+    if (threadIdx.x == M::CONSUMERS)
+        for (int step = 0; step < min(M::DEPTH, work.steps); step++) ask_for_weights<M, OUTPUT>(p, work, maps, memory, step);
+    wait_for_previous(); // for x
+    if (threadIdx.x == M::CONSUMERS)
+        for (int step = 0; step < min(M::RAW_DEPTH, work.steps); step++) ask_for_x<M>(work, maps, memory, step);
+    if (warp >= WARPS_HERE) return;
+    for (int step = warp / EIGHTS; step < work.steps; step += STRIDE) {
+        const int stage = step % M::X_DEPTH, raw = step % M::RAW_DEPTH, before = step - M::X_DEPTH;
+        barrier_wait(memory + M::EMPTY_X + stage * 8, (step / M::X_DEPTH & 1) ^ 1); // of the first round all stages are empty
+        if (asks && before >= 0) {
+            if (before + M::RAW_DEPTH < work.steps) ask_for_x<M>(work, maps, memory, before + M::RAW_DEPTH);
+            if (before + M::DEPTH < work.steps) ask_for_weights<M, OUTPUT>(p, work, maps, memory, before + M::DEPTH);
+        }
+        barrier_wait(memory + M::FULL_RAW + raw * 8, step / M::RAW_DEPTH & 1);
+#pragma unroll
+        for (int row = warp % EIGHTS * 8 + row_in; row < TOKENS; row += WARPS_HERE * 8) {
+            const char *from = shared + M::RAW + raw * M::X_BYTES + row * 128;
+            char *to = shared + stage * M::X_BYTES + unit / 2 * (M::X_BYTES / 2) + row * 128;
+            Vec8 x[4];
+#pragma unroll
+            for (int q = 0; q < 4; q++) x[q].v = *reinterpret_cast<const uint4 *>(from + q / 2 * (M::X_BYTES / 2) + ((q % 2 * 4 + unit) ^ row_in) * 16);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                *reinterpret_cast<uint4 *>(to + ((unit % 2 * 4 + i) ^ row_in) * 16) = make_uint4(x[0].w[i], x[1].w[i], x[2].w[i], x[3].w[i]);
+            if (EIGHTS < WARPS_HERE) break;
+        }
+        fence_async();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(memory + M::FULL_X + stage * 8);
+    }
+}
+
+// Multiplies, and leaves the sums in shared memory: [token][row of the tile].
+// Of groups of 128, which a step is, integers are multiplied and their sums scaled, where that is less work.
+template <typename M, Scheme SCHEME, int TOKENS, Output OUTPUT>
+__device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char *shared, uint32_t memory) {
+    constexpr bool SCALES_SUMS = SCHEME == GROUPS_OF_128 && TOKENS <= 16;
+    constexpr int REGISTERS = TOKENS / 2;
+    const int thread = threadIdx.x, lane = thread % 32, quad = lane % 4, group = lane / 4;
+    const int row_of_warp = thread / 32 * 16;
+    // Where a step's words and cells of the thread's two rows are.
+    const int cell_row = SCHEME == GROUPS_OF_128 || p.group_shift >= 2 ? 0 : quad >> p.group_shift;
+    const int cell_rows = SCHEME == GROUPS_OF_128 ? 1 : max(1, 4 >> min(p.group_shift, 2));
+    const int row0 = OUTPUT == SILU_MUL ? thread / 32 * 8 + group : row_of_warp + group;
+    constexpr int ROWS = OUTPUT == SILU_MUL ? M::ROWS / 2 : M::ROWS; // of one copy
+    constexpr int TO_WORDS = (OUTPUT == SILU_MUL ? ROWS : 8) * (STEP / 2);
+    const char *my_words = shared + M::WORDS + row0 * (STEP / 2) + quad * 16;
+    const char *my_cells = shared + M::CELLS + (cell_row * ROWS + row0) * 4;
+    const int to_cells = OUTPUT == SILU_MUL ? ROWS * 4 * cell_rows : 8 * 4;
+
+    float acc[REGISTERS], sums[REGISTERS]; // `sums` of a step alone
+#pragma unroll
+    for (int i = 0; i < REGISTERS; i++) acc[i] = 0.f;
+    float scales[2] = {};
+    const uint64_t matrix = matrix_at<128>(memory);
+    for (int round = 0; round * M::DEPTH < work.steps; round++)
+#pragma unroll
+        for (int place = 0; place < M::DEPTH; place++) {
+            const int stage = place % M::X_DEPTH;
+            if (round * M::DEPTH + place >= work.steps) break;
+            barrier_wait(memory + M::FULL + place * 8, round & 1);
+            Vec8 raw[2];
+            uint32_t cells[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                raw[i].v = *reinterpret_cast<const uint4 *>(my_words + place * M::WORDS_BYTES + i * TO_WORDS);
+                cells[i] = *reinterpret_cast<const uint32_t *>(my_cells + place * M::CELLS_BYTES + i * to_cells);
+            }
+            wgmma_wait<0>();
+            if (place > 0 || round > 0) {
+                // The step before is multiplied.
+                if (lane == 0) barrier_arrive(memory + M::EMPTY_X + (stage + M::X_DEPTH - 1) % M::X_DEPTH * 8);
+                if (SCALES_SUMS)
+#pragma unroll
+                    for (int i = 0; i < REGISTERS; i++) acc[i] += scales[i / 2 % 2] * sums[i];
+            }
+            uint32_t a[4][2][4];
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                uint32_t pairs[2][4];
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    if (SCALES_SUMS) {
+                        const __half2 zero = __high2half2(as_half2(cells[i]));
+                        integers(raw[i].w[w], zero, __hsub2(zero, as_half2(0x63806380u)), pairs[i]); // 1024 + z - 960
+                        scales[i] = __low2float(as_half2(cells[i]));
+                    } else {
+                        dequantize<SCHEME == OFFSETS>(raw[i].w[w], cells[i], pairs[i]);
+                    }
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    a[w][i][0] = pairs[0][2 * i], a[w][i][1] = pairs[1][2 * i], a[w][i][2] = pairs[0][2 * i + 1], a[w][i][3] = pairs[1][2 * i + 1];
+            }
+            barrier_wait(memory + M::FULL_X + stage * 8, (round * (M::DEPTH / M::X_DEPTH) + place / M::X_DEPTH) & 1);
+            wgmma_fence();
+#pragma unroll
+            for (int w = 0; w < 4; w++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const uint64_t here = matrix + stage * (M::X_BYTES / 16) + w / 2 * (TOKENS * 8) + (w % 2 * 2 + i) * 2;
+                    if (SCALES_SUMS) Warpgroup<__half, TOKENS>::mma(sums, a[w][i], here, w + i > 0);
+                    else Warpgroup<__half, TOKENS>::mma(acc, a[w][i], here, 1);
+                }
+            wgmma_commit();
+        }
+    wgmma_wait<0>();
+    if (SCALES_SUMS && work.steps > 0)
+#pragma unroll
+        for (int i = 0; i < REGISTERS; i++) acc[i] += scales[i / 2 % 2] * sums[i];
+    named_sync(1, M::CONSUMERS); // none reads x or weights any more
+    float *to = reinterpret_cast<float *>(shared) + row_of_warp + group;
+#pragma unroll
+    for (int i = 0; i < REGISTERS; i++) to[(i / 4 * 8 + quad * 2 + i % 2) * M::PITCH + i / 2 % 2 * 8] = acc[i];
+}
+
+// Adds up the blocks' sums of this block's share of the outputs, and does with them what OUTPUT says.
+template <typename M, Output OUTPUT> __device__ __forceinline__ void finish(const Skinny &p, const Work &work, uint32_t memory) {
+    using N = Num<__half>;
+    constexpr int COLUMNS = OUTPUT == SILU_MUL ? M::ROWS / 2 : M::ROWS, FOURS = COLUMNS / 4;
+    const __half *bias = static_cast<const __half *>(p.bias);
+    for (int item = work.rank * M::THREADS + threadIdx.x; item < p.m * FOURS; item += work.splits * M::THREADS) {
+        const int token = item / FOURS, four = item % FOURS, column = work.tile * COLUMNS + four * 4;
+        // Of 16 rows 8 are gates and 8 ups.
+        const int row = OUTPUT == SILU_MUL ? four / 2 * 16 + four % 2 * 4 : four * 4;
+        const uint32_t at = memory + (token * M::PITCH + row) * 4;
+        float s[4] = {}, up[4] = {};
+#pragma unroll 8
+        for (int rank = 0; rank < work.splits; rank++) {
+            const float4 part = read_of(at, rank);
+            s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
+            if (OUTPUT == SILU_MUL) {
+                const float4 other = read_of(at + 32, rank);
+                up[0] += other.x, up[1] += other.y, up[2] += other.z, up[3] += other.w;
+            }
+        }
+        const bool valid = column < p.n; // a multiple of 4
+        if (bias && valid)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                s[i] += N::to(bias[column + i]);
+                if (OUTPUT == SILU_MUL) up[i] += N::to(bias[p.n + column + i]);
+            }
+        uint2 *y = reinterpret_cast<uint2 *>(static_cast<__half *>(p.y) + (long)token * p.n + column);
+        if (OUTPUT == SILU_MUL) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float g = N::to(N::from(s[i])), u = N::to(N::from(up[i]));
+                s[i] = g / (1.f + __expf(-g)) * u;
+            }
+        }
+        uint2 result = make_uint2(N::pack(s[0], s[1]), N::pack(s[2], s[3]));
+        if (OUTPUT == ADD_RESIDUAL) {
+            float square = 0.f;
+            if (valid) {
+                const uint2 stream = *y;
+                const float2 a = N::unpack(stream.x), b = N::unpack(stream.y), c = N::unpack(result.x), d = N::unpack(result.y);
+                result = make_uint2(N::pack(a.x + c.x, a.y + c.y), N::pack(b.x + d.x, b.y + d.y));
+                const float2 low = N::unpack(result.x), high = N::unpack(result.y);
+                square = low.x * low.x + low.y * low.y + high.x * high.x + high.y * high.y;
+            }
+            // Four neighbouring threads hold 16 outputs of one token.
+            square += __shfl_xor_sync(0xffffffffu, square, 1);
+            square += __shfl_xor_sync(0xffffffffu, square, 2);
+            if (valid && four % 4 == 0) p.sums_out[(long)(column / 16) * p.m + token] = square;
+        }
+        if (valid) *y = result;
+    }
+}
+
+template <Scheme SCHEME, int TOKENS, Output OUTPUT>
+__device__ __forceinline__ void int4_skinny(const Skinny &p, const Maps &maps) {
+    using M = Memory<SCHEME, TOKENS>;
+    extern __shared__ __align__(1024) char shared[];
+    const uint32_t memory = shared_address(shared);
+    const Work work(p);
+    if (threadIdx.x == M::CONSUMERS) {
+        for (int stage = 0; stage < M::X_DEPTH; stage++) {
+            barrier_init(memory + M::FULL_X + stage * 8, TOKENS < 32 ? TOKENS / 8 : GROUP / 32); // the warps that bring x
+            barrier_init(memory + M::EMPTY_X + stage * 8, M::CONSUMERS / 32);
+        }
+        for (int place = 0; place < M::RAW_DEPTH; place++) barrier_init(memory + M::FULL_RAW + place * 8, 1); // who asks
+        for (int place = 0; place < M::DEPTH; place++) barrier_init(memory + M::FULL + place * 8, 1);
+        barrier_init_done();
+        prefetch_map(maps.words);
+        prefetch_map(maps.cells);
+        prefetch_map(maps.x);
+    }
+    __syncthreads();
+    let_next_start();
+    if (threadIdx.x >= M::CONSUMERS) {
+        fewer_registers<64>();
+        bring<M, TOKENS, OUTPUT>(p, work, maps, shared, memory);
+    } else {
+        more_registers<104>();
+        multiply<M, SCHEME, TOKENS, OUTPUT>(p, work, shared, memory);
+        wait_for_previous(); // for what y was to it
+    }
+    cluster_sync();
+    finish<M, OUTPUT>(p, work, memory);
+    cluster_sync(); // the others have read this block's sums
+}
+
+#define DEFINE_ONE(NAME, OUTPUT, SCHEME, TOKENS)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(5 * GROUP, 1) NAME##_##TOKENS(const __grid_constant__ Skinny p,                   \
+        const __grid_constant__ CUtensorMap words, const __grid_constant__ CUtensorMap cells, const __grid_constant__ CUtensorMap x) { \
+        int4_skinny<SCHEME, TOKENS, OUTPUT>(p, Maps{&words, &cells, &x});                                                          \
+    }
+#define DEFINE(NAME, SCHEME, TOKENS)                         \
+    DEFINE_ONE(NAME##_store, STORE, SCHEME, TOKENS)          \
+    DEFINE_ONE(NAME##_add, ADD_RESIDUAL, SCHEME, TOKENS)     \
+    DEFINE_ONE(NAME##_silu, SILU_MUL, SCHEME, TOKENS)
+#define DEFINE_ALL(NAME, SCHEME) \
+    DEFINE(NAME, SCHEME, 8)      \
+    DEFINE(NAME, SCHEME, 16)     \
+    DEFINE(NAME, SCHEME, 32)     \
+    DEFINE(NAME, SCHEME, 64)
+DEFINE_ALL(int4_hopper, ZEROS)
+DEFINE_ALL(int4_affine_hopper, OFFSETS)
+DEFINE_ALL(int4_128_hopper, GROUPS_OF_128)
