@@ -1,16 +1,16 @@
 // Products of many rows with four-bit weights, for Hopper: y[m][n] = Σk x[m][k] · w[n][k] + bias, fp16.
 //
-// A block computes TILE_M rows × 128 or 256 outputs, 64 columns a step. Two warpgroups make the operands of a ring of steps: the
-// copy engine brings x, threads copy weights several steps ahead and write them as fp16, swizzled as the copy engine would. Two
-// others multiply. Few rows are short work, so that x is asked for some steps ahead too, in a longer ring of its own; and the
-// wider tiles halve how often x is read. Where there are fewer tiles than multiprocessors, several blocks share the columns of
-// a tile, and the one that ends last adds up their parts, in their order.
+// A block computes TILE_M rows × 128 outputs, 64 columns a step. Two warpgroups make the operands of a ring of steps: the copy
+// engine brings x, threads copy weights several steps ahead and write them as fp16, swizzled as the copy engine would. Two others
+// multiply. Where there are fewer tiles than multiprocessors, several blocks share the columns of a tile, and the one that ends
+// last adds up their parts, in their order.
 #include "hopper.cuh"
 #include "int4.cuh"
 
 constexpr int STEP = 64, GROUP_THREADS = 128;
 constexpr int CONSUMERS = 256, PRODUCERS = 256, THREADS = CONSUMERS + PRODUCERS;
 constexpr int AHEAD = 5; // steps that weights are copied ahead
+constexpr int TILE_N = 128;
 
 struct Int4Gemm {
     const uint4 *words;    // [n][k/32]
@@ -24,15 +24,12 @@ struct Int4Gemm {
 };
 
 template <int TILE_M> struct Memory {
-    static constexpr int TILE_N = TILE_M == 64 ? 256 : 128;
-    static constexpr int STAGES = TILE_M == 64 ? 3 : TILE_M == 128 ? 6 : 4, X_AHEAD = TILE_M == 64 ? 5 : 0, X_STAGES = STAGES + X_AHEAD;
-    static constexpr int THREADS_OF_ROW = PRODUCERS / TILE_N, CHUNKS = 2 / THREADS_OF_ROW; // of 32 columns, of a thread and step
+    static constexpr int STAGES = TILE_M == 128 ? 6 : 4, THREADS_OF_ROW = PRODUCERS / TILE_N;
     static constexpr int A_BYTES = TILE_M * STEP * 2, B_BYTES = TILE_N * STEP * 2;
-    static constexpr int A = 0, B = X_STAGES * A_BYTES, RAW = B + STAGES * B_BYTES;
-    static constexpr int RAW_CELLS = RAW + AHEAD * CHUNKS * PRODUCERS * 16, FULL_X = RAW_CELLS + AHEAD * CHUNKS * PRODUCERS * 4;
-    static constexpr int FULL = FULL_X + X_STAGES * 8, EMPTY = FULL + STAGES * 8;
-    // Of 64 rows both warpgroups compute all, each with half of the outputs; of more each has its own.
-    static constexpr int COLUMNS = 128, TILES = TILE_M == 256 ? 2 : 1;
+    static constexpr int A = 0, B = STAGES * A_BYTES, RAW = B + STAGES * B_BYTES;
+    static constexpr int RAW_CELLS = RAW + AHEAD * PRODUCERS * 16, FULL = RAW_CELLS + AHEAD * PRODUCERS * 4;
+    static constexpr int FULL_X = FULL + STAGES * 8, EMPTY = FULL_X + STAGES * 8;
+    static constexpr int TILES = TILE_M / 128; // of 64 rows, of a warpgroup
 };
 
 // What a block works on.
@@ -53,53 +50,41 @@ template <bool AFFINE, int TILE_M>
 __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, const CUtensorMap *x_map, char *shared, uint32_t memory) {
     using M = Memory<TILE_M>;
     const int thread = threadIdx.x - CONSUMERS, my_row = thread / M::THREADS_OF_ROW, my_half = thread % M::THREADS_OF_ROW;
-    const int row = min(work.n_tile * M::TILE_N + my_row, p.n - 1);
+    const int row = min(work.n_tile * TILE_N + my_row, p.n - 1);
     const uint4 *words = p.words + (long)row * (p.k / 32);
     const uint32_t *cells_of_row = p.cells + row;
     uint4 *my_words = reinterpret_cast<uint4 *>(shared + M::RAW) + thread;
     uint32_t *my_cells = reinterpret_cast<uint32_t *>(shared + M::RAW_CELLS) + thread;
     const auto load = [&](int place, int step) {
         if (step < work.steps) {
-#pragma unroll
-            for (int c = 0; c < M::CHUNKS; c++) {
-                const int chunk = work.place(step) * 2 + my_half + c, at = (place * M::CHUNKS + c) * PRODUCERS;
-                copy_ahead<16>(my_words + at, words + chunk);
-                copy_ahead<4>(my_cells + at, cells_of_row + (long)(chunk >> p.group_shift) * p.n);
-            }
+            const int chunk = work.place(step) * 2 + my_half;
+            copy_ahead<16>(my_words + place * PRODUCERS, words + chunk);
+            copy_ahead<4>(my_cells + place * PRODUCERS, cells_of_row + (long)(chunk >> p.group_shift) * p.n);
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
-    };
-    int x_stage = 0;
-    const auto bring_x = [&](int step) {
-        if (step >= work.steps) return;
-        const uint32_t full = memory + M::FULL_X + x_stage * 8;
-        barrier_expect(full, M::A_BYTES);
-        copy_box(memory + M::A + x_stage * M::A_BYTES, x_map, full, work.place(step) * STEP, work.m_tile * TILE_M);
-        if (++x_stage == M::X_STAGES) x_stage = 0;
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) load(i, i);
     wait_for_previous(); // for x
-    if (thread == 0)
-        for (int i = 0; i < M::X_AHEAD; i++) bring_x(i);
     int stage = 0, parity = 1, place = 0; // of the first round all stages are empty
     for (int step = 0; step < work.steps; step++) {
-        // What lies in the stage is multiplied, and with it x of `STAGES` steps before.
+        // What lies in the stage is multiplied.
         barrier_wait(memory + M::EMPTY + stage * 8, parity);
-        if (thread == 0) bring_x(step + M::X_AHEAD);
+        if (thread == 0) {
+            const uint32_t full = memory + M::FULL_X + stage * 8;
+            barrier_expect(full, M::A_BYTES);
+            copy_box(memory + M::A + stage * M::A_BYTES, x_map, full, work.place(step) * STEP, work.m_tile * TILE_M);
+        }
         asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
         char *to = shared + M::B + stage * M::B_BYTES + my_row * 128;
+        Vec8 raw;
+        raw.v = my_words[place * PRODUCERS];
+        const uint32_t cell = my_cells[place * PRODUCERS];
 #pragma unroll
-        for (int c = 0; c < M::CHUNKS; c++) {
-            Vec8 raw;
-            raw.v = my_words[(place * M::CHUNKS + c) * PRODUCERS];
-            const uint32_t cell = my_cells[(place * M::CHUNKS + c) * PRODUCERS];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                Vec8 values;
-                dequantize<AFFINE>(raw.w[i], cell, values.w);
-                *reinterpret_cast<uint4 *>(to + (((my_half + c) * 4 + i) ^ (my_row & 7)) * 16) = values.v;
-            }
+        for (int i = 0; i < 4; i++) {
+            Vec8 values;
+            dequantize<AFFINE>(raw.w[i], cell, values.w);
+            *reinterpret_cast<uint4 *>(to + ((my_half * 4 + i) ^ (my_row & 7)) * 16) = values.v;
         }
         fence_async();
         __syncwarp();
@@ -113,7 +98,7 @@ __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, con
 
 template <int TILE_M> __device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, uint32_t memory, int *is_last) {
     using M = Memory<TILE_M>;
-    constexpr int REGISTERS = M::COLUMNS / 2;
+    constexpr int REGISTERS = TILE_N / 2;
     const int thread = threadIdx.x, warpgroup = thread / GROUP_THREADS;
     const int n_tile = work.n_tile, m_tile = work.m_tile, split = work.split;
     float acc[M::TILES][REGISTERS];
@@ -121,25 +106,24 @@ template <int TILE_M> __device__ __forceinline__ void consume(const Int4Gemm &p,
     for (int t = 0; t < M::TILES; t++)
 #pragma unroll
         for (int i = 0; i < REGISTERS; i++) acc[t][i] = 0.f;
-    const uint32_t my_a = memory + M::A + (TILE_M == 64 ? 0 : warpgroup * M::TILES * 64 * 128);
-    const uint32_t my_b = memory + M::B + (TILE_M == 64 ? warpgroup * M::COLUMNS * 128 : 0);
-    int stage = 0, parity = 0, before = 0, x_stage = 0, x_parity = 0;
+    const uint32_t my_a = memory + M::A + warpgroup * M::TILES * 64 * 128;
+    const uint32_t my_b = memory + M::B;
+    int stage = 0, parity = 0, before = 0;
     for (int step = 0; step < work.steps; step++) {
-        barrier_wait(memory + M::FULL_X + x_stage * 8, x_parity);
+        barrier_wait(memory + M::FULL_X + stage * 8, parity);
         barrier_wait(memory + M::FULL + stage * 8, parity);
-        const uint32_t a = my_a + x_stage * M::A_BYTES, b = my_b + stage * M::B_BYTES;
+        const uint32_t a = my_a + stage * M::A_BYTES, b = my_b + stage * M::B_BYTES;
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < STEP / 16; k++)
 #pragma unroll
             for (int t = 0; t < M::TILES; t++)
-                Warpgroup<__half, M::COLUMNS>::mma(acc[t], matrix_at<128>(a + t * 64 * 128 + k * 32), matrix_at<128>(b + k * 32), 1);
+                Warpgroup<__half, TILE_N>::mma(acc[t], matrix_at<128>(a + t * 64 * 128 + k * 32), matrix_at<128>(b + k * 32), 1);
         wgmma_commit();
         wgmma_wait<1>();
         // The step before is multiplied.
         if (step > 0 && thread % 32 == 0) barrier_arrive(memory + M::EMPTY + before * 8);
         before = stage;
-        if (++x_stage == M::X_STAGES) x_stage = 0, x_parity ^= 1;
         if (++stage == M::STAGES) stage = 0, parity ^= 1;
     }
     wgmma_wait<0>();
@@ -179,14 +163,14 @@ template <int TILE_M> __device__ __forceinline__ void consume(const Int4Gemm &p,
     // A thread has the rows `lane / 4` and 8 below of its warp's 16, and in each run of 8 outputs the two at `lane % 4 · 2`;
     // four threads of a row exchange words, so that each writes 16 bytes at once.
     const int lane = thread % 32, quad = lane % 4, warp_row = thread % GROUP_THREADS / 32 * 16 + lane / 4;
-    const int column0 = n_tile * M::TILE_N + (TILE_M == 64 ? warpgroup * M::COLUMNS : 0);
+    const int column0 = n_tile * TILE_N;
 #pragma unroll
     for (int t = 0; t < M::TILES; t++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int out_row = m_tile * TILE_M + (TILE_M == 64 ? 0 : warpgroup * M::TILES * 64) + t * 64 + warp_row + r * 8;
+            const int out_row = m_tile * TILE_M + warpgroup * M::TILES * 64 + t * 64 + warp_row + r * 8;
 #pragma unroll
-            for (int c = 0; c < M::COLUMNS / 32; c++) {
+            for (int c = 0; c < TILE_N / 32; c++) {
                 uint32_t w[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -224,8 +208,8 @@ template <bool AFFINE, int TILE_M> __device__ __forceinline__ void int4_gemm(con
     const uint32_t memory = shared_address(shared);
     const Work work(p);
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < M::X_STAGES; stage++) barrier_init(memory + M::FULL_X + stage * 8, 1); // who asks for it
         for (int stage = 0; stage < M::STAGES; stage++) {
+            barrier_init(memory + M::FULL_X + stage * 8, 1); // who asks for it
             barrier_init(memory + M::FULL + stage * 8, PRODUCERS / 32);
             barrier_init(memory + M::EMPTY + stage * 8, CONSUMERS / 32);
         }
@@ -249,9 +233,7 @@ template <bool AFFINE, int TILE_M> __device__ __forceinline__ void int4_gemm(con
                                                                              const __grid_constant__ CUtensorMap x) {         \
         int4_gemm<AFFINE, TILE_M>(p, &x);                                                                                      \
     }
-DEFINE(int4_gemm, false, 64)
 DEFINE(int4_gemm, false, 128)
 DEFINE(int4_gemm, false, 256)
-DEFINE(int4_affine_gemm, true, 64)
 DEFINE(int4_affine_gemm, true, 128)
 DEFINE(int4_affine_gemm, true, 256)

@@ -169,7 +169,7 @@ impl Bench {
             .alloc(Int4Gemm::arrived_bytes(&self.device))
             .unwrap();
         self.device.fill(arrived.view(), 0).unwrap();
-        for m in [64usize, 128, 192, 256, 512, 1024, 4096] {
+        for m in [128usize, 192, 256, 512, 1024, 4096] {
             let (x, y) = (
                 self.random_f16(m * k),
                 self.device.alloc(m * n * 2).unwrap(),

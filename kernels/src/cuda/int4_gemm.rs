@@ -1,4 +1,4 @@
-//! Products of many rows with four-bit weights as they are, on Hopper GPUs.
+//! Products of many rows with four-bit weights as they are, on Hopper GPUs (few ones are [`SkinnyGemm`](super::skinny::SkinnyGemm)'s).
 
 use super::{
     CudaError, Device, Float, View,
@@ -103,16 +103,16 @@ impl Int4Gemm<'_> {
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         self.validate(device)?;
         let multiprocessors = device.multiprocessors() as usize;
-        let tile = Tile::of(self.m, self.n, multiprocessors);
-        let n_tiles = self.n.div_ceil(tile.n);
-        let m_tiles = self.m.div_ceil(tile.m);
+        let (tile_m, stages) = tile(self.m, self.n, multiprocessors);
+        let n_tiles = self.n.div_ceil(TILE_N);
+        let m_tiles = self.m.div_ceil(tile_m);
         let splits = splits(multiprocessors, n_tiles * m_tiles, self.k / STEP);
         let x = TensorMap::new(
             Float::F16,
             self.x,
             &[self.k as u64, self.m as u64],
             &[(self.k * Float::BYTES) as u64],
-            &[STEP as u32, tile.m as u32],
+            &[STEP as u32, tile_m as u32],
             Swizzle::Bytes128,
         )?;
         let parameters = Parameters {
@@ -132,43 +132,31 @@ impl Int4Gemm<'_> {
         let shape = Shape {
             grid: (n_tiles, m_tiles * splits),
             threads: 512,
-            shared: tile.shared(),
+            shared: shared(tile_m, stages),
         };
-        let name = format!("{}_gemm_{}", self.weight.kernel(), tile.m);
+        let name = format!("{}_gemm_{}", self.weight.kernel(), tile_m);
         // SAFETY: the parameters are the kernel's own struct and a map of x, which lies in its view; all views hold what the
         // shape needs, parts and counters what `splits` allows (`validate`).
         unsafe { device.launch(&name, shape, arguments![parameters, x]) }
     }
 }
 
-/// What a block computes and keeps in shared memory, as in `int4_gemm_sm90a.cu`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Tile {
-    m: usize,
-    n: usize,
-    /// Steps of x, and of weights.
-    stages: (usize, usize),
+/// Columns of a tile.
+const TILE_N: usize = 128;
+
+/// Rows of a tile, and steps that a block keeps in shared memory, as in `int4_gemm_sm90a.cu`.
+fn tile(m: usize, n: usize, multiprocessors: usize) -> (usize, usize) {
+    match m {
+        ..=128 => (128, 6),
+        // More blocks rather than a sharing of columns.
+        129..=256 if 2 * n.div_ceil(TILE_N) <= multiprocessors => (128, 6),
+        _ => (256, 4),
+    }
 }
 
-impl Tile {
-    fn of(m: usize, n: usize, multiprocessors: usize) -> Self {
-        let (m, n, stages) = match m {
-            ..=64 => (64, 256, (8, 3)),
-            65..=128 => (128, 128, (6, 6)),
-            // More blocks rather than a sharing of columns.
-            129..=256 if 2 * n.div_ceil(128) <= multiprocessors => (128, 128, (6, 6)),
-            _ => (256, 128, (4, 4)),
-        };
-        Self { m, n, stages }
-    }
-
-    /// x and weights of the steps with their barriers, and the words and cells that are copied five steps ahead.
-    fn shared(self) -> usize {
-        let (of_x, of_weights) = self.stages;
-        of_x * (self.m * STEP * Float::BYTES + 8)
-            + of_weights * (self.n * STEP * Float::BYTES + 16)
-            + 5 * self.n * 2 * 20
-    }
+/// x and weights of the steps with their barriers, and the words and cells that are copied five steps ahead.
+fn shared(tile_m: usize, stages: usize) -> usize {
+    stages * ((tile_m + TILE_N) * STEP * Float::BYTES + 24) + 5 * TILE_N * 2 * 20
 }
 
 /// Blocks that share a tile's columns: as many as run at once, each with some steps.

@@ -10,7 +10,7 @@
 //! skinny      products with few rows (decode), with what stands before and after them fused in
 //! int4        four-bit weights: how they are stored, and turned into 16 bits
 //! int4_gemm   products of many rows with them, on Hopper
-//! int4_skinny which kernel does that for few rows there
+//! int4_skinny products of few rows with them, on Hopper
 //! eight_bit   eight-bit weights, floats and integers, likewise
 //! attention   paged attention: single rows (decode) and many rows (prefill)
 //! decode_plan what decode attention works on, and who reads together

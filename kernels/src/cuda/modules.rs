@@ -180,11 +180,9 @@ impl Device {
         let config = launch_config(shape, self.inner.stream.cu_stream(), &mut attributes);
         let mut count = 0;
         // SAFETY: the function is valid, and count, configuration and attributes live through the call.
-        unsafe {
-            sys::cuOccupancyMaxActiveClusters(&raw mut count, function.0, &raw const config)
-        }
-        .result()
-        .map_err(driver_error("cuOccupancyMaxActiveClusters"))?;
+        unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut count, function.0, &raw const config) }
+            .result()
+            .map_err(driver_error("cuOccupancyMaxActiveClusters"))?;
         let count = usize::try_from(count).unwrap_or(0).max(1);
         lock(&self.inner.modules.clusters).insert(key, count);
         Ok(count)

@@ -71,7 +71,9 @@ impl TensorMap {
             || format!("{sizes:?} with strides {strides:?} in {} bytes", view.bytes),
         )?;
         let kind = match element {
-            Element::Float(Float::Bf16) => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            Element::Float(Float::Bf16) => {
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+            }
             Element::Float(Float::F16) => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             Element::U32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT32,
         };
