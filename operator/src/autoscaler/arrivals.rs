@@ -57,6 +57,13 @@ impl Rate {
         // The mean of the time that was seen stands for its middle.
         (self.now + self.trend * (seconds + self.seen / 2.0)).max(0.0)
     }
+
+    /// The rate less so many standard errors of its mean: what chance alone may have brought is left out.
+    #[must_use]
+    pub fn certain(&self, errors: f64) -> f64 {
+        let error = self.chance * (PIECE_SECONDS / self.seen).sqrt();
+        (self.now - errors * error).max(0.0)
+    }
 }
 
 /// Arrivals over time.
