@@ -42,6 +42,8 @@ pub struct Rate {
     pub now: f64,
     /// Seconds that it was seen over.
     pub seen: f64,
+    /// When it last jumped; nothing of before is in it.
+    pub since: f64,
     /// By how much it grows each second; below zero when it falls.
     pub trend: f64,
     /// Standard deviation of the rate over ten seconds, if every request comes by itself.
@@ -185,6 +187,7 @@ impl Arrivals {
         let mut rate = Rate {
             now: mean,
             seen,
+            since: self.since,
             trend: 0.0,
             poisson,
             chance: poisson,
