@@ -1,7 +1,7 @@
 //! What no mock knows: CEL, defaulting, `/scale` and field ownership on a real API server, and the controller against it.
 //!
 //! Runs when ASHLAR_TEST_KUBECONFIG names an administrator's kubeconfig; otherwise each test says that it was skipped.
-//! Only an API server is needed: no node, no controller manager.
+//! Only an API server is needed: no node, no controller manager; `hpa` needs more, and says so.
 #![allow(
     clippy::unwrap_used,
     unreachable_pub,
@@ -9,6 +9,7 @@
     reason = "a test fails by panicking, and says when it is skipped"
 )]
 
+mod hpa;
 mod steps;
 mod stubs;
 mod support;
