@@ -26,7 +26,7 @@ use super::signal::{GatewayLoad, PodLoad, Signal};
 
 /// Demand is averaged over this many seconds before replicas are added.
 const QUICK_WINDOW_SECONDS: f64 = 4.0;
-/// Less than two looks are apart: the newest demand counts even where a jump is seen this moment.
+/// Any two looks are further apart than this: at the look that sees a jump, its own demand alone counts.
 const MOMENT_SECONDS: f64 = 0.1;
 /// Once rates are known, full caches without a queue are looked at for this long: nobody waits because of them.
 const CACHE_WINDOW_SECONDS: f64 = 30.0;

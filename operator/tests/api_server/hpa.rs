@@ -59,7 +59,7 @@ const METRIC: &str = "requests_in_flight";
 const TARGET: f64 = 20.0;
 /// Seconds that the highest recommendation stands.
 const DOWN_WINDOW_SECONDS: i32 = 20;
-/// HPA acts every 15 s, and first so long after it is made.
+/// HPA looks every 15 s; its first look comes within this.
 const FIRST_LOOK: Duration = Duration::from_secs(60);
 /// Seconds that are compared, from HPA's first look on.
 const SECONDS: usize = 95;
