@@ -42,6 +42,8 @@ pub struct Rate {
     pub now: f64,
     /// Seconds that it was seen over.
     pub seen: f64,
+    /// When it last jumped; nothing of before is in it.
+    pub since: f64,
     /// By how much it grows each second; below zero when it falls.
     pub trend: f64,
     /// Standard deviation of the rate over ten seconds, if every request comes by itself.
@@ -56,6 +58,13 @@ impl Rate {
     pub fn ahead(&self, seconds: f64) -> f64 {
         // The mean of the time that was seen stands for its middle.
         (self.now + self.trend * (seconds + self.seen / 2.0)).max(0.0)
+    }
+
+    /// The rate less so many standard errors of its mean: what chance alone may have brought is left out.
+    #[must_use]
+    pub fn certain(&self, errors: f64) -> f64 {
+        let error = self.chance * (PIECE_SECONDS / self.seen).sqrt();
+        (self.now - errors * error).max(0.0)
     }
 }
 
@@ -178,6 +187,7 @@ impl Arrivals {
         let mut rate = Rate {
             now: mean,
             seen,
+            since: self.since,
             trend: 0.0,
             poisson,
             chance: poisson,

@@ -22,6 +22,10 @@ const CLEAR_SHARE: f64 = 0.22;
 const CLEAR_SHARE_URGENT: f64 = 1.0;
 /// However few the arrivals, a queue is meant to be gone after this time.
 const CLEAR_AT_LAST_SECONDS: f64 = 300.0;
+/// Replicas are asked for by the arrivals less so many standard errors of their mean. While requests wait, each look may
+/// ask for more and none for fewer, so that the highest of several counts: it is to be surer of what it saw.
+const CERTAIN_ERRORS: f64 = 1.0;
+const CERTAIN_ERRORS_QUEUED: f64 = 2.0;
 /// Replicas carry the mean of the arrivals at their target, and so many standard deviations of ten seconds more when full.
 const ROOM_FOR_CHANCE: f64 = 1.9;
 /// The same for what bunches of requests add to chance. More of it keeps replicas than asks for them: noise moves nothing.
@@ -94,11 +98,11 @@ impl Known {
     /// Replicas that sustain the arrivals with room to spare: now, and when a replica asked for now is ready.
     #[must_use]
     pub fn sustaining(&self) -> f64 {
-        let Rate { now, seen, .. } = self.arrivals;
-        // What came within a few seconds may be more than will come: the rest is asked for when it is certain.
-        let certain = now - (now / seen).sqrt();
+        let now = self.arrivals.now;
+        // What came by chance in a short time may be more than will come: the rest is asked for when it is certain.
+        let certain = self.arrivals.certain(CERTAIN_ERRORS);
         let ahead = self.arrivals.ahead(self.startup).min(MAX_GROWTH * now);
-        self.for_rate(certain.max(ahead).max(0.0), ROOM_FOR_BUNCHES_UP)
+        self.for_rate(certain + (ahead - now).max(0.0), ROOM_FOR_BUNCHES_UP)
     }
 
     /// Replicas that sustain what will arrive at the end of a window for scaling down, if the arrivals go on falling.
@@ -119,7 +123,8 @@ impl Known {
         let now = self.arrivals.now;
         let quickly = (self.backlog / CLEAR_SECONDS).min(share * now);
         let clear = quickly.max(waiting.min(self.backlog) / CLEAR_AT_LAST_SECONDS);
-        let clear = (now - (now / self.arrivals.seen).sqrt() + clear) / self.per_full_replica;
+        let certain = self.arrivals.certain(CERTAIN_ERRORS_QUEUED);
+        let clear = (certain + clear) / self.per_full_replica;
         // Replicas that sustain the arrivals with room to spare clear a queue with that room.
         clear.max(self.sustaining())
     }

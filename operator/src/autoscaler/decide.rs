@@ -8,7 +8,7 @@
 //!          because demand is compared with all replicas wanted, not with those that are ready
 //! rate     once a replica's rate is known: no less than what sustains the arrivals, with their trend until a replica asked
 //!          for now is ready; a queue asks for no more than that and what clears it, those that are starting counted
-//! windows  up on the mean of 4 s, at once in panic (demand twice the replicas); down on the mean of 60 s, or on what will
+//! windows  up on the mean of 4 s, or since the arrivals jumped, at once in panic (demand twice the replicas); down on the mean of 60 s, or on what will
 //!          arrive when the window for scaling down ends; never within 60 s of a panic, and only if the replicas that
 //!          stay could hold the load
 //! behavior the user's, word for word; then minReplicas and maxReplicas
@@ -26,6 +26,8 @@ use super::signal::{GatewayLoad, PodLoad, Signal};
 
 /// Demand is averaged over this many seconds before replicas are added.
 const QUICK_WINDOW_SECONDS: f64 = 4.0;
+/// Any two looks are further apart than this: at the look that sees a jump, its own demand alone counts.
+const MOMENT_SECONDS: f64 = 0.1;
 /// Once rates are known, full caches without a queue are looked at for this long: nobody waits because of them.
 const CACHE_WINDOW_SECONDS: f64 = 30.0;
 /// Demand is averaged over this many seconds before replicas are taken away, and a panic lasts at least so long.
@@ -187,6 +189,8 @@ pub struct History {
     record: Record,
     /// Time, demand, and the part of it that KV caches ask for.
     demands: VecDeque<(f64, f64, f64)>,
+    /// The arrivals' last jump, and when it was seen: demands of before are of another load.
+    jump: (f64, f64),
     panic_until: f64,
     idle_since: Option<f64>,
     last_seen_ended: Option<f64>,
@@ -212,6 +216,19 @@ impl History {
         {
             self.demands.pop_front();
         }
+    }
+
+    /// Takes the arrivals' last jump in.
+    fn jumped(&mut self, now: f64, since: f64) {
+        if since > self.jump.0 {
+            self.jump = (since, now);
+        }
+    }
+
+    /// Mean demand of the quick window, as far as it lies behind the arrivals' last jump.
+    fn quick_mean(&self, now: f64) -> f64 {
+        let window = QUICK_WINDOW_SECONDS.min(now - self.jump.1 + MOMENT_SECONDS);
+        self.means(now, window).0
     }
 
     /// Mean demand of the last `window` seconds, and of its part for KV caches.
@@ -336,6 +353,9 @@ fn read(policy: &Policy, seen: &Observation<'_>, history: &mut History) -> Figur
             (asked.min(enough).max(rates.sustaining()), cache)
         }
     };
+    if let Some(rates) = rates {
+        history.jumped(seen.now, rates.arrivals.since);
+    }
     history.remember(seen.now, demand, cache_demand);
     if demand >= PANIC_RATIO * f64::from(seen.wanted.max(1)) {
         history.panic_until = seen.now + STABLE_WINDOW_SECONDS;
@@ -353,7 +373,7 @@ fn read(policy: &Policy, seen: &Observation<'_>, history: &mut History) -> Figur
         running,
         demand: [
             demand,
-            history.means(seen.now, QUICK_WINDOW_SECONDS).0,
+            history.quick_mean(seen.now),
             history.means(seen.now, STABLE_WINDOW_SECONDS).0,
         ],
         cache_demand: history.means(seen.now, CACHE_WINDOW_SECONDS).1,

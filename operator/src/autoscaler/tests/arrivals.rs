@@ -73,6 +73,13 @@ fn bunches_are_more_than_chance() {
     play(&mut arrivals, 0, 400, &mut total, bunches);
     let rate = arrivals.rate().unwrap();
     assert!(rate.chance > 1.5 * rate.poisson, "{rate:?}");
+    // Of a minute's mean, six pieces of ten seconds.
+    let error = rate.chance / 6.0_f64.sqrt();
+    assert!(
+        (rate.now - rate.certain(1.0) - error).abs() < 0.1,
+        "{rate:?}"
+    );
+    assert_eq!(rate.certain(100.0), 0.0);
 }
 
 #[test]

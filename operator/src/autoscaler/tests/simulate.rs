@@ -24,32 +24,37 @@ fn constant_load_with_noise_does_not_reverse() {
         let oracle = f64::from(oracle(&trace, &trace.arrivals()));
         ratios.push(run.mean_wanted() / oracle);
     }
-    assert!(ratios[0] <= 1.15, "{ratios:?}");
-    // What chance brings in other half hours: a replica more at times.
-    let mean = ratios.iter().sum::<f64>() / 10.0;
-    assert!(mean <= 1.16, "{mean} {ratios:?}");
+    let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
+    assert!(mean <= 1.15, "{mean} {ratios:?}");
 }
 
 #[test]
 fn a_flash_crowd_of_ten_times_gets_enough_at_once_and_little_more() {
-    let trace = named("flash-crowd");
-    let crowd = Trace {
-        rate: vec![(0.0, trace.rate_at(1000.0))],
-        seconds: 1500.0,
-        ..trace.clone()
-    };
-    let enough = oracle(&crowd, &crowd.arrivals());
-    let run = ours(&trace);
-    let at = run.wanted.iter().position(|wanted| *wanted >= enough);
-    assert!(
-        at.unwrap() <= 905,
-        "enough ({enough}) were wanted at {at:?} s, the crowd came at 900 s"
-    );
-    let most = *run.wanted.iter().max().unwrap();
-    assert!(
-        f64::from(most) <= 1.3 * f64::from(enough),
-        "{most} of {enough}"
-    );
+    let (mut late, mut over) = (Vec::new(), Vec::new());
+    for seed in 1..=10 {
+        let trace = Trace {
+            seed,
+            ..named("flash-crowd")
+        };
+        let crowd = Trace {
+            rate: vec![(0.0, trace.rate_at(1000.0))],
+            seconds: 1500.0,
+            ..trace.clone()
+        };
+        let enough = oracle(&crowd, &crowd.arrivals());
+        let run = ours(&trace);
+        let at = run.wanted.iter().position(|wanted| *wanted >= enough);
+        // The crowd comes at 900 s; a replica is ready its own start after it is wanted.
+        late.push(at.unwrap_or(usize::MAX).saturating_sub(900));
+        let most = *run.wanted.iter().max().unwrap();
+        over.push(f64::from(most) / f64::from(enough) - 1.0);
+    }
+    assert!(late.iter().all(|seconds| *seconds <= 5), "{late:?}");
+    assert!(over.iter().all(|share| *share <= 0.3), "{over:?}");
+    // Mostly far better than the worst: enough after a second or two, a fifth too many.
+    let mean = |sum: f64| sum / 10.0;
+    assert!(mean(late.iter().sum::<usize>() as f64) <= 2.5, "{late:?}");
+    assert!(mean(over.iter().sum()) <= 0.22, "{over:?}");
 }
 
 #[test]

@@ -1,111 +1,44 @@
 //! What no mock knows: CEL, defaulting, `/scale` and field ownership on a real API server, and the controller against it.
 //!
 //! Runs when ASHLAR_TEST_KUBECONFIG names an administrator's kubeconfig; otherwise each test says that it was skipped.
-//! Only an API server is needed: no node, no controller manager.
+//! Only an API server is needed: no node, no controller manager; `hpa` needs more, and says so.
 #![allow(
     clippy::unwrap_used,
+    unreachable_pub,
     missing_docs,
     reason = "a test fails by panicking, and says when it is skipped"
 )]
 
+mod hpa;
+mod steps;
+mod stubs;
+mod support;
+
 use std::{
-    future::Future,
-    io::Write as _,
-    path::{Path, PathBuf},
-    process::Stdio,
+    path::Path,
     time::{Duration, Instant},
 };
 
 use ashlar_crds::{
-    InferenceService, inference_service_crd,
+    InferenceService,
     names::{FIELD_MANAGER, REVISION_LABEL, SERVICE_LABEL},
 };
-use k8s_openapi::{
-    api::{
-        apps::v1::{ControllerRevision, Deployment},
-        core::v1::{Namespace, Service, ServiceAccount},
-        networking::v1::NetworkPolicy,
-        policy::v1::PodDisruptionBudget,
-    },
-    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+use k8s_openapi::api::{
+    apps::v1::{ControllerRevision, Deployment},
+    core::v1::{Service, ServiceAccount},
+    networking::v1::NetworkPolicy,
+    policy::v1::PodDisruptionBudget,
 };
 use kube::{
-    Api, Client, Config, ResourceExt as _,
+    Api, Client, ResourceExt as _,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
-    config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-/// Longest wait for anything that is not measured.
-const PATIENCE: Duration = Duration::from_secs(20);
+use support::{Operator, PATIENCE, cluster, drop_namespace, kubeconfig, namespace, service, until};
+
 /// Drift is repaired within this.
 const REPAIR: Duration = Duration::from_secs(2);
-
-fn kubeconfig() -> Option<PathBuf> {
-    let path = std::env::var_os("ASHLAR_TEST_KUBECONFIG").map(PathBuf::from);
-    if path.is_none() {
-        // Past the test runner's capture: a test that did not run must be seen.
-        let _ =
-            std::io::stderr().write_all(b"skipped: ASHLAR_TEST_KUBECONFIG names no API server\n");
-    }
-    path
-}
-
-/// A client, with the definition installed.
-async fn cluster(kubeconfig: &Path) -> Client {
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
-    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
-        .await
-        .unwrap();
-    let client = Client::try_from(config).unwrap();
-    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
-    let crd = inference_service_crd();
-    let params = PatchParams::apply("api-server-test").force();
-    api.patch(&crd.name_any(), &params, &Patch::Apply(&crd))
-        .await
-        .unwrap();
-    until("the definition is established", PATIENCE, || async {
-        let conditions = api.get(&crd.name_any()).await.ok()?.status?.conditions?;
-        conditions
-            .iter()
-            .any(|c| c.type_ == "Established" && c.status == "True")
-            .then_some(())
-    })
-    .await;
-    client
-}
-
-/// Looks again and again until there is something; panics with `what` after `limit`.
-async fn until<T, F: Future<Output = Option<T>>>(
-    what: &str,
-    limit: Duration,
-    look: impl Fn() -> F,
-) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(seen) = look().await {
-            return seen;
-        }
-        assert!(start.elapsed() < limit, "not within {limit:?}: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-/// A namespace of its own for a test.
-async fn namespace(client: &Client, purpose: &str) -> String {
-    let name = format!("{purpose}-{:08x}", rand::random::<u32>());
-    let api: Api<Namespace> = Api::all(client.clone());
-    let object = serde_json::from_value(json!({"metadata": {"name": name}})).unwrap();
-    api.create(&PostParams::default(), &object).await.unwrap();
-    name
-}
-
-async fn drop_namespace(client: &Client, name: &str) {
-    let api: Api<Namespace> = Api::all(client.clone());
-    api.delete(name, &DeleteParams::background()).await.unwrap();
-}
 
 fn examples(prefix: &str) -> Vec<(String, Value)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crds/examples");
@@ -197,102 +130,6 @@ async fn scale_reads_and_writes_replicas_of_a_manifest_without_them() {
         .unwrap();
     assert_eq!(api.get("m").await.unwrap().spec.replicas, 3);
     drop_namespace(&client, &ns).await;
-}
-
-fn service(name: &str) -> Value {
-    json!({
-        "apiVersion": "serving.ashlar.dev/v1alpha1", "kind": "InferenceService",
-        "metadata": {"name": name},
-        "spec": {
-            "model": {"uri": "oci://ashlar.invalid/model:1"},
-            "runtime": {"device": "cpu", "args": ["--max-model-len=512"]},
-            "resources": {"requests": {"cpu": "0.5", "memory": "1024Mi"}},
-            "endpoint": {"auth": "None"},
-        },
-    })
-}
-
-/// The operator as a process of its own, for one namespace.
-struct Operator {
-    process: std::process::Child,
-    port: u16,
-}
-
-impl Operator {
-    fn start(kubeconfig: &Path, namespace: &str) -> Self {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
-        drop(free);
-        let process = std::process::Command::new(env!("CARGO_BIN_EXE_ashlar-operator"))
-            .args([
-                "--log",
-                "warn",
-                "run",
-                "--runtime-image=ashlar.invalid/runtime:1",
-            ])
-            .arg(format!("--namespace={namespace}"))
-            .arg(format!("--watch-namespace={namespace}"))
-            .arg(format!("--admin-listen=127.0.0.1:{port}"))
-            .env("KUBECONFIG", kubeconfig)
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self { process, port }
-    }
-
-    async fn metrics(&self) -> Option<String> {
-        let address = ("127.0.0.1", self.port);
-        let mut socket = tokio::net::TcpStream::connect(address).await.ok()?;
-        socket
-            .write_all(b"GET /metrics HTTP/1.1\r\nHost: operator\r\nConnection: close\r\n\r\n")
-            .await
-            .ok()?;
-        let mut text = String::new();
-        socket.read_to_string(&mut text).await.ok()?;
-        Some(text)
-    }
-
-    /// Sum of all series of a metric.
-    async fn metric(&self, name: &str) -> Option<f64> {
-        let text = self.metrics().await?;
-        let values = text.lines().filter_map(|line| {
-            let rest = line.strip_prefix(name)?;
-            let value = rest.rsplit(' ').next()?;
-            (rest.starts_with('{') || rest.starts_with(' ')).then(|| value.parse::<f64>().ok())?
-        });
-        Some(values.sum())
-    }
-
-    async fn leads(&self) {
-        until("the operator leads", PATIENCE, || async {
-            (self.metric("ashlar_operator_leader").await? > 0.0).then_some(())
-        })
-        .await;
-    }
-
-    /// Asks it to end, as Kubernetes does.
-    async fn terminate(mut self) {
-        let id = self.process.id().to_string();
-        let asked = std::process::Command::new("kill").arg(&id).status();
-        assert!(asked.unwrap().success());
-        let start = Instant::now();
-        let ended = loop {
-            if let Some(ended) = self.process.try_wait().unwrap() {
-                break ended;
-            }
-            assert!(start.elapsed() < PATIENCE, "the operator does not end");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        };
-        assert!(ended.success(), "SIGTERM is a clean end, not {ended}");
-    }
-}
-
-impl Drop for Operator {
-    fn drop(&mut self) {
-        // Both fail when it has ended already, which is as good.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }
 
 async fn list<K>(client: &Client, ns: &str) -> Vec<K>
