@@ -15,16 +15,14 @@ use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, request};
 use hyper::body::Incoming;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::sync::watch;
 
 use super::affinity::{self, Prefix};
 use super::auth::{self, KeyDigest};
+use super::connect::{Replicas, SendError};
 use super::error::GatewayError;
 use super::headers;
-use super::hold::{Ask, Holds, Picked};
+use super::hold::{Ask, Holds, Picked, Turn};
 use super::keys::{KeyStore, OnMiss, Verdict};
 use super::limits::Refusal;
 use super::metrics::{Cause, Meter, Metrics, Outcome, Trial};
@@ -36,14 +34,6 @@ use super::snapshot::{Access, Replica, Service, Snapshot};
 
 /// Attempts on different replicas before giving up; draining and restarting ones are passed over quickly.
 const MAX_ATTEMPTS: usize = 8;
-/// Idle connections to a replica close before the runtime closes them.
-const POOL_IDLE: Duration = Duration::from_secs(20);
-/// Read from a replica at once: some dozens of events, and not much for ten thousand streams that wait for theirs.
-const READ_BYTES: usize = 4096;
-/// A replica's node that is gone is noticed in about `KEEPALIVE + 3 × KEEPALIVE_INTERVAL`.
-const KEEPALIVE: Duration = Duration::from_secs(15);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-
 /// A response of the gateway.
 pub type GatewayResponse = Response<GatewayBody<Incoming>>;
 
@@ -67,7 +57,7 @@ pub struct Proxy {
     holds: Holds,
     metrics: Arc<Metrics>,
     limits: ProxyLimits,
-    client: Client<HttpConnector, AttemptBody<Incoming>>,
+    replicas: Replicas,
 }
 
 /// An error, and the meter of the service it concerns.
@@ -112,25 +102,14 @@ impl Proxy {
         metrics: Arc<Metrics>,
         limits: ProxyLimits,
     ) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(limits.connect_timeout));
-        connector.set_keepalive(Some(KEEPALIVE));
-        connector.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
-        connector.set_keepalive_retries(Some(3));
-        let client = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(POOL_IDLE)
-            .pool_timer(TokioTimer::new())
-            .http1_read_buf_exact_size(READ_BYTES)
-            .build(connector);
         Self {
             snapshots,
             synced,
             keys,
             holds,
             metrics,
+            replicas: Replicas::new(limits.connect_timeout),
             limits,
-            client,
         }
     }
 
@@ -420,8 +399,8 @@ impl Proxy {
                 }
                 Err(error) => return Err(Failure(error, Some(meter))),
             };
-            let body_of_attempt = body.attempt(outgoing.length, turn);
-            let sent = self.send(outgoing, &replica, body_of_attempt);
+            let body_of_attempt = body.attempt(outgoing.length);
+            let sent = self.send(outgoing, &replica, body_of_attempt, turn);
             let Ok(sent) = tokio::time::timeout_at(outgoing.deadline, sent).await else {
                 return Err(Failure(late(), Some(meter)));
             };
@@ -485,18 +464,13 @@ impl Proxy {
         outgoing: &Outgoing,
         replica: &Replica,
         body: AttemptBody<Incoming>,
-    ) -> Result<Response<Incoming>, hyper_util::client::legacy::Error> {
-        let uri = Uri::builder()
-            .scheme("http")
-            .authority(replica.address.to_string())
-            .path_and_query(outgoing.path.clone())
-            .build()
-            .expect("an address and a path make a URI: this is a bug");
+        turn: Option<Turn>,
+    ) -> Result<Response<Incoming>, SendError> {
         let mut request = Request::new(body);
         *request.method_mut() = outgoing.method.clone();
-        *request.uri_mut() = uri;
+        *request.uri_mut() = Uri::from(outgoing.path.clone());
         *request.headers_mut() = outgoing.headers.clone();
-        self.client.request(request).await
+        self.replicas.send(replica.address, request, turn).await
     }
 }
 
