@@ -9,7 +9,7 @@
 //!
 //! - `resolve`, `route`, `canary`, `affinity`, `health`, `auth`, `headers`, `model_field`, `models`, `snapshot`: pure.
 //! - `limits`: what one client may ask. `keys`: the cache of users' keys. `hold`: waiting for a replica.
-//! - `connect`: connections to replicas. `request_body`: sending again.
+//! - `connect`: connections to replicas. `attempt`: what one at a replica says of it. `request_body`: sending again.
 //! - `watch`: the only place that talks to the API server. `server`: sockets, probes, draining. `tls`: certificates.
 //!
 //! Invariants: routing looks at one immutable snapshot and never waits for the API server; nothing is forwarded
@@ -17,6 +17,7 @@
 //! bound; the gateway keeps no state that another gateway would need.
 
 pub mod affinity;
+pub mod attempt;
 pub mod auth;
 pub mod canary;
 pub mod connect;

@@ -18,6 +18,7 @@ use hyper::body::Incoming;
 use tokio::sync::watch;
 
 use super::affinity::{self, Prefix};
+use super::attempt::Attempt;
 use super::auth::{self, KeyDigest};
 use super::connect::{Replicas, SendError};
 use super::error::GatewayError;
@@ -25,7 +26,7 @@ use super::headers;
 use super::hold::{Ask, Holds, Picked, Turn};
 use super::keys::{KeyStore, OnMiss, Verdict};
 use super::limits::Refusal;
-use super::metrics::{Cause, Meter, Metrics, Outcome, Trial};
+use super::metrics::{Cause, Meter, Metrics};
 use super::models;
 use super::request_body::{AttemptBody, BodyLimits, ReplayBody};
 use super::resolve::{self, ModelMatch, Target};
@@ -360,7 +361,7 @@ impl Proxy {
         let Admitted {
             service,
             body,
-            mut meter,
+            meter,
             ..
         } = admitted;
         let id = &service.spec.id;
@@ -399,8 +400,9 @@ impl Proxy {
                 }
                 Err(error) => return Err(Failure(error, Some(meter))),
             };
+            let mut attempt = Attempt::new(&self.metrics, &service, replica, in_flight);
             let body_of_attempt = body.attempt(outgoing.length);
-            let sent = self.send(outgoing, &replica, body_of_attempt, turn);
+            let sent = self.send(outgoing, attempt.replica(), body_of_attempt, turn);
             let Ok(sent) = tokio::time::timeout_at(outgoing.deadline, sent).await else {
                 return Err(Failure(late(), Some(meter)));
             };
@@ -410,21 +412,14 @@ impl Proxy {
                     Cause::Draining
                 }
                 Ok(response) => {
-                    self.judge(&service, &replica, !is_fault(response.status()));
-                    let trial = self.metrics.trial(&service, &replica.revision);
-                    if response.status().is_server_error() {
-                        end_failed(trial);
-                    } else {
-                        meter.on_trial(trial);
-                    }
-                    return Ok(respond(response, meter, in_flight));
+                    attempt.head(response.status());
+                    return Ok(respond(response, meter, attempt));
                 }
                 Err(error) => {
                     if let Some(failure) = body.failure() {
                         return Err(Failure(failure, Some(meter)));
                     }
-                    self.judge(&service, &replica, false);
-                    end_failed(self.metrics.trial(&service, &replica.revision));
+                    attempt.failed();
                     reason = root_cause(&error);
                     if error.is_connect() {
                         Cause::Connect
@@ -434,6 +429,7 @@ impl Proxy {
                     }
                 }
             };
+            let replica = attempt.replica();
             tracing::debug!(service = %id, replica = %replica.address, ?cause, reason, "attempt failed");
             if !body.can_replay() || resets > 1 {
                 break;
@@ -446,17 +442,6 @@ impl Proxy {
             GatewayError::Upstream { service, reason },
             Some(meter),
         ))
-    }
-
-    /// Takes an attempt into the replica's record.
-    fn judge(&self, service: &Service, replica: &Replica, good: bool) {
-        if good {
-            replica.succeeded();
-        } else if replica.failed() {
-            let service = &service.spec.id;
-            tracing::warn!(%service, replica = %replica.address, "ejected: its answers fail one after another");
-            self.metrics.ejected(service);
-        }
     }
 
     async fn send(
@@ -472,21 +457,6 @@ impl Proxy {
         *request.headers_mut() = outgoing.headers.clone();
         self.replicas.send(replica.address, request, turn).await
     }
-}
-
-/// What the revision on trial did not answer.
-fn end_failed(trial: Option<Trial>) {
-    if let Some(trial) = trial {
-        trial.end(Outcome::Failed);
-    }
-}
-
-/// Answers that speak against the replica, not against the request.
-fn is_fault(status: StatusCode) -> bool {
-    matches!(
-        status,
-        StatusCode::INTERNAL_SERVER_ERROR | StatusCode::BAD_GATEWAY
-    )
 }
 
 /// The request's prompt, where there is a choice between replicas to make by it.
@@ -512,11 +482,7 @@ fn is_draining(response: &Response<Incoming>) -> bool {
 }
 
 /// The replica's response as the client's.
-fn respond(
-    response: Response<Incoming>,
-    mut meter: Meter,
-    in_flight: super::snapshot::InFlight,
-) -> GatewayResponse {
+fn respond(response: Response<Incoming>, mut meter: Meter, attempt: Attempt) -> GatewayResponse {
     meter.head(response.status().as_u16());
     let headers = response.headers();
     let events = !headers.contains_key(CONTENT_LENGTH)
@@ -524,7 +490,7 @@ fn respond(
             .get(CONTENT_TYPE)
             .and_then(|kind| kind.to_str().ok())
             .is_some_and(|kind| kind.starts_with("text/event-stream"));
-    response.map(|body| GatewayBody::Replica(Tracked::new(body, meter, in_flight, events)))
+    response.map(|body| GatewayBody::Replica(Tracked::new(body, meter, attempt, events)))
 }
 
 fn own_json(json: String) -> GatewayResponse {
