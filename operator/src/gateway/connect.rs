@@ -5,13 +5,13 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use http::uri::PathAndQuery;
 use http::{Extensions, Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper::rt::{Read, ReadBufCursor, Write};
@@ -19,13 +19,14 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{
     CaptureConnection, Connected, Connection, HttpConnector, capture_connection,
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::net::TcpStream;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::sync::Notify;
 use tower::Service;
 
 use super::hold::Turn;
 use super::request_body::AttemptBody;
+use super::snapshot::Replica;
+use crate::model_tls::{self, PodConnector, PodStream, Trust};
 
 /// Idle connections to a replica close before the runtime closes them.
 const POOL_IDLE: Duration = Duration::from_secs(20);
@@ -44,12 +45,10 @@ pub struct Replicas {
 }
 
 impl Replicas {
-    /// Waits at most `connect_timeout` for a connection.
+    /// Waits at most `connect_timeout` for a connection, and speaks TLS only with pods that `trust` knows the CA of.
     #[must_use]
-    pub fn new(connect_timeout: Duration) -> Self {
+    pub fn new(connect_timeout: Duration, trust: Arc<Trust>) -> Self {
         let mut tcp = HttpConnector::new();
-        tcp.set_nodelay(true);
-        tcp.set_connect_timeout(Some(connect_timeout));
         tcp.set_keepalive(Some(KEEPALIVE));
         tcp.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
         tcp.set_keepalive_retries(Some(3));
@@ -57,27 +56,23 @@ impl Replicas {
             .pool_idle_timeout(POOL_IDLE)
             .pool_timer(TokioTimer::new())
             .http1_read_buf_exact_size(READ_BYTES)
-            .build(Connector { tcp });
+            .build(Connector(PodConnector::new(tcp, trust, connect_timeout)));
         Self { client }
     }
 
-    /// Sends a request to the replica at `address`, and gives up its turn when it has left.
+    /// Sends a request, whose URI is a path, to the replica, and gives up its turn when it has left.
     ///
     /// # Errors
     /// There was no connection, or it broke before the head of an answer.
     pub async fn send(
         &self,
-        address: SocketAddr,
+        replica: &Replica,
         mut request: Request<AttemptBody<Incoming>>,
         turn: Option<Turn>,
     ) -> Result<Response<Incoming>, SendError> {
         let path = request.uri().path_and_query().cloned();
-        *request.uri_mut() = Uri::builder()
-            .scheme("http")
-            .authority(address.to_string())
-            .path_and_query(path.unwrap_or_else(|| "/".parse().expect("a path: this is a bug")))
-            .build()
-            .expect("an address and a path make a URI: this is a bug");
+        let path = path.unwrap_or_else(|| PathAndQuery::from_static("/"));
+        *request.uri_mut() = model_tls::uri(replica.address, replica.tls.as_deref(), path);
         match turn {
             None => self.client.request(request).await,
             // Apart, so that requests that were not held keep no room for it.
@@ -143,21 +138,19 @@ impl Sent {
 
 /// Opens connections.
 #[derive(Clone)]
-struct Connector {
-    tcp: HttpConnector,
-}
+struct Connector(PodConnector);
 
 impl Service<Uri> for Connector {
-    type Response = Wire<TokioIo<TcpStream>>;
-    type Error = <HttpConnector as Service<Uri>>::Error;
+    type Response = Wire<PodStream>;
+    type Error = <PodConnector as Service<Uri>>::Error;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.tcp.poll_ready(cx)
+        self.0.poll_ready(cx)
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let connecting = self.tcp.call(uri);
+        let connecting = self.0.call(uri);
         Box::pin(async move { Ok(Wire::new(connecting.await?)) })
     }
 }

@@ -129,6 +129,7 @@ impl Holds {
         let late = || GatewayError::NoReplica {
             service: ask.id.clone(),
             held: self.limit,
+            failed: None,
         };
         let _held = meter.hold();
         let mut turn = (!again).then(|| Turn::join(line));

@@ -50,6 +50,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch as channel;
 
+use crate::model_tls::{ModelTlsArgs, Trust, TrustError};
 use hold::Holds;
 use keys::{KeyPolicy, KeyStore};
 use metrics::Metrics;
@@ -93,6 +94,9 @@ pub struct GatewayArgs {
         value_name = "FILE"
     )]
     pub tls_key: Option<PathBuf>,
+    /// How pods with TLS are known.
+    #[command(flatten)]
+    pub model_tls: ModelTlsArgs,
     /// Where /healthz, /readyz and /metrics are served.
     #[arg(
         long,
@@ -223,6 +227,9 @@ pub enum GatewayRunError {
     /// Certificate or key.
     #[error(transparent)]
     Tls(#[from] tls::TlsError),
+    /// The CAs of model pods.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// Signals cannot be received.
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
@@ -239,6 +246,7 @@ pub async fn run(args: GatewayArgs) -> Result<(), GatewayRunError> {
     let traffic = listen(args.listen, "--listen").await?;
     let admin = listen(args.admin_listen, "--admin-listen").await?;
     let secure = secure(&args).await?;
+    let trust = Trust::load(&args.model_tls)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(GatewayRunError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(GatewayRunError::Signals)?;
 
@@ -265,7 +273,9 @@ pub async fn run(args: GatewayArgs) -> Result<(), GatewayRunError> {
         ),
         Arc::clone(&metrics),
         args.limits(),
+        Arc::clone(&trust),
     ));
+    tokio::spawn(trust.follow());
     let server = Server {
         proxy,
         metrics: Arc::clone(&metrics),

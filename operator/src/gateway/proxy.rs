@@ -32,6 +32,7 @@ use super::request_body::{AttemptBody, BodyLimits, ReplayBody};
 use super::resolve::{self, ModelMatch, Target};
 use super::response_body::{GatewayBody, Tracked};
 use super::snapshot::{Access, Replica, Service, Snapshot};
+use crate::model_tls::Trust;
 
 /// Attempts on different replicas before giving up; draining and restarting ones are passed over quickly.
 const MAX_ATTEMPTS: usize = 8;
@@ -102,6 +103,7 @@ impl Proxy {
         holds: Holds,
         metrics: Arc<Metrics>,
         limits: ProxyLimits,
+        trust: Arc<Trust>,
     ) -> Self {
         Self {
             snapshots,
@@ -109,7 +111,7 @@ impl Proxy {
             keys,
             holds,
             metrics,
-            replicas: Replicas::new(limits.connect_timeout),
+            replicas: Replicas::new(limits.connect_timeout, trust),
             limits,
         }
     }
@@ -398,7 +400,12 @@ impl Proxy {
                 {
                     return Err(Failure(late(), Some(meter)));
                 }
-                Err(error) => return Err(Failure(error, Some(meter))),
+                Err(mut error) => {
+                    if let GatewayError::NoReplica { failed, .. } = &mut error {
+                        *failed = (!reason.is_empty()).then_some(reason);
+                    }
+                    return Err(Failure(error, Some(meter)));
+                }
             };
             let mut attempt = Attempt::new(&self.metrics, &service, replica, in_flight);
             let body_of_attempt = body.attempt(outgoing.length);
@@ -455,7 +462,7 @@ impl Proxy {
         *request.method_mut() = outgoing.method.clone();
         *request.uri_mut() = Uri::from(outgoing.path.clone());
         *request.headers_mut() = outgoing.headers.clone();
-        self.replicas.send(replica.address, request, turn).await
+        self.replicas.send(replica, request, turn).await
     }
 }
 
