@@ -308,6 +308,12 @@ pub struct RuntimeSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0.05, max = 0.99))]
     pub gpu_memory_utilization: Option<f64>,
+    /// Secret of type `kubernetes.io/tls` in the service's namespace: the pods serve by TLS with it, and take a renewed one
+    /// without a restart. Its certificate is for `NAME-pods.NAMESPACE.svc`, signed by a CA that the chart's
+    /// `modelTls.caSecretName` holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub tls_secret_name: Option<String>,
 }
 
 /// How many GPUs one pod uses together.

@@ -14,6 +14,8 @@ pub const RESTART_ANNOTATION: &str = "serving.ashlar.dev/restart";
 pub const PULL_LABEL: &str = "serving.ashlar.dev/pull";
 /// Annotation on a service by which a user ends a canary: `promote` or `rollback`, then `@` and the revision's hash.
 pub const CANARY_ANNOTATION: &str = "serving.ashlar.dev/canary";
+/// Label of pods that serve by TLS, with the value `true`.
+pub const TLS_LABEL: &str = "serving.ashlar.dev/tls";
 /// Field manager of every server-side apply.
 pub const FIELD_MANAGER: &str = "ashlar-operator";
 /// Name of the container that runs the engine.

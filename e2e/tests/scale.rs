@@ -1,24 +1,88 @@
-//! A service sleeps when nobody asks, wakes for a hundred at once, grows, and sleeps again: no request is lost, though one
-//! of the gateways that hold them ends meanwhile.
+//! A service sleeps when nobody asks, wakes soon for one request and for a hundred at once, grows, and sleeps again: no
+//! request is lost, though one of the gateways that hold them ends meanwhile.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ashlar_e2e::cluster::SYSTEM_NAMESPACE;
 use ashlar_e2e::service::{QUESTION, SERVICE_LABEL, chat, condition, manifest, text};
 use ashlar_e2e::wait::{self, Seen};
 use ashlar_e2e::{Namespace, with_namespace};
 use futures::future::join_all;
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::ResourceExt as _;
-use kube::api::{Api, DeleteParams, ListParams};
+use kube::api::{Api, DeleteParams, ListParams, WatchEvent, WatchParams};
 use serde_json::json;
 
 /// Requests of the burst.
 const BURST: usize = 100;
 /// Quiet time, the window, and a pod's drain.
 const ASLEEP: Duration = Duration::from_secs(180);
+
+/// The most that waking may add to the pod's own start: to see the request, to decide, and to send it on.
+const OVERHEAD: Duration = Duration::from_secs(2);
+
+/// The service's pods as they change from now on.
+async fn pod_changes(
+    ns: &Namespace,
+) -> Result<impl Stream<Item = kube::Result<WatchEvent<Pod>>> + Unpin> {
+    let pods: Api<Pod> = Api::namespaced(ns.client.clone(), &ns.name);
+    let labels = format!("{SERVICE_LABEL}=smollm2");
+    let now = pods.list(&ListParams::default().labels(&labels)).await?;
+    let version = now.metadata.resource_version.context("no version")?;
+    let changes = WatchParams::default().labels(&labels);
+    Ok(pods.watch(&changes, &version).await?.boxed())
+}
+
+/// How long the next pod takes from its creation until it is Ready.
+async fn pod_start(
+    mut changes: impl Stream<Item = kube::Result<WatchEvent<Pod>>> + Unpin,
+) -> Result<Duration> {
+    let mut created = None;
+    while let Some(change) = changes.try_next().await? {
+        let (WatchEvent::Added(pod) | WatchEvent::Modified(pod)) = change else {
+            continue;
+        };
+        let created = *created.get_or_insert_with(Instant::now);
+        let conditions = pod.status.and_then(|status| status.conditions);
+        if conditions
+            .into_iter()
+            .flatten()
+            .any(|c| c.type_ == "Ready" && c.status == "True")
+        {
+            return Ok(created.elapsed());
+        }
+    }
+    bail!("no pod became Ready")
+}
+
+/// Wakes the service with one request, whose answer is one token, and says what took how long.
+async fn wakes_within_bounds(ns: &Namespace, url: &str) -> Result<()> {
+    let changes = pod_changes(ns).await?;
+    let asked = Instant::now();
+    let answer = async {
+        let question = chat("smollm2", QUESTION, 1);
+        let answer = ns.http.post(url, &question).await?;
+        let took = asked.elapsed();
+        answer.chat_text()?;
+        Ok(took)
+    };
+    let (took, start) = tokio::try_join!(answer, pod_start(changes))?;
+    let overhead = took.saturating_sub(start);
+    eprintln!(
+        "scale from zero: answered in {:.2} s, of which {:.2} s were the pod's own start and {:.2} s overhead",
+        took.as_secs_f64(),
+        start.as_secs_f64(),
+        overhead.as_secs_f64()
+    );
+    ensure!(
+        overhead <= OVERHEAD,
+        "waking added {overhead:?} to a start of {start:?}"
+    );
+    Ok(())
+}
 
 /// Waits until no pod is left and the service says that it sleeps.
 async fn asleep(ns: &Namespace) -> Result<()> {
@@ -84,6 +148,8 @@ async fn a_sleeping_service_answers_a_burst_whole_and_sleeps_again() -> Result<(
         service["spec"]["rolloutStrategy"] = json!({"drainTimeoutSeconds": 10});
         let service = ns.serve(&service).await?;
         let url = format!("{}/chat/completions", text(&service, "/status/url")?);
+        asleep(&ns).await?;
+        wakes_within_bounds(&ns, &url).await?;
         asleep(&ns).await?;
 
         let question = chat("smollm2", QUESTION, 8);

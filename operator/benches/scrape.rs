@@ -128,7 +128,7 @@ async fn measure() -> Result<()> {
         .collect::<Result<_>>()?;
     let pods_seen: Vec<_> = (0..pods).map(pod).collect::<Result<_>>()?;
     let registry = prometheus::Registry::new();
-    let autoscaler = Autoscaler::new(&registry, 8081)?;
+    let autoscaler = Autoscaler::new(&registry, 8081, ashlar_operator::model_tls::Trust::none())?;
     let looks: Mutex<Vec<Instant>> = Mutex::default();
     let look = || {
         if let Ok(mut looks) = looks.lock() {

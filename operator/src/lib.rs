@@ -5,6 +5,7 @@
 //! autoscaler   load of pods and gateways → replicas: scrape → signal → decide, inside the leading controller
 //! gateway      requests → pods: resolve → auth → hold → route → proxy
 //! check        asks an installed gateway, for `helm test`
+//! model_tls    connections to model pods, plain or by TLS
 //! node_cache   folders of a node for models, made by a DaemonSet
 //! ```
 //!
@@ -16,4 +17,5 @@ pub mod autoscaler;
 pub mod check;
 pub mod controller;
 pub mod gateway;
+pub mod model_tls;
 pub mod node_cache;

@@ -214,6 +214,7 @@ fn replicas() -> Vec<Arc<Replica>> {
         revision: String::new(),
         ready_since: "t0".to_owned(),
         address: format!("10.0.0.{number}:8000").parse().unwrap(),
+        tls: None,
     });
     let snapshot = Snapshot::build(&Snapshot::empty(names), [service], pods);
     snapshot.service("a", "s").unwrap().replicas.clone()

@@ -103,6 +103,7 @@ async fn gateway(listener: TcpListener, upstream: SocketAddr) {
         revision: String::new(),
         ready_since: "t0".to_owned(),
         address: upstream,
+        tls: None,
     };
     let snapshot = Snapshot::build(&Snapshot::empty(names), [service], [replica]);
     let metrics = Arc::new(Metrics::new());
@@ -126,6 +127,7 @@ async fn gateway(listener: TcpListener, upstream: SocketAddr) {
             connect_timeout: Duration::from_secs(2),
             request_timeout: Duration::from_secs(3600),
         },
+        ashlar_operator::model_tls::Trust::none(),
     );
     let server = Server {
         proxy: Arc::new(proxy),

@@ -20,7 +20,7 @@ pub mod signal;
 pub mod simulate;
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,7 @@ use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use crate::controller::pods;
+use crate::model_tls::{Trust, server_name_of};
 use decide::{Decision, History, Observation, Policy, Replica};
 use scrape::{GatewayLoads, Kind, ScrapeMetrics, Scraper, Target};
 use signal::{GatewayLoad, Signal};
@@ -105,15 +106,19 @@ pub fn initial(service: &InferenceService) -> i32 {
 }
 
 impl Autoscaler {
-    /// Registers its metrics; `gateway_port` is where gateways serve theirs.
+    /// Registers its metrics; `gateway_port` is where gateways serve theirs, `trust` knows pods with TLS.
     ///
     /// # Errors
     /// When a name is registered already.
-    pub fn new(registry: &Registry, gateway_port: u16) -> prometheus::Result<Self> {
+    pub fn new(
+        registry: &Registry,
+        gateway_port: u16,
+        trust: Arc<Trust>,
+    ) -> prometheus::Result<Self> {
         let (metrics, scrapes) = Metrics::new(registry)?;
         Ok(Self {
             services: Mutex::default(),
-            scraper: Arc::new(Scraper::new(scrapes)),
+            scraper: Arc::new(Scraper::new(scrapes, trust)),
             metrics,
             gateway_port,
             began: Instant::now(),
@@ -256,7 +261,8 @@ impl Autoscaler {
                     .addresses
                     .iter()
                     .filter_map(|address| address.parse::<IpAddr>().ok())
-                    .map(|address| Target::new(Kind::Gateway, &name, address, self.gateway_port))
+                    .map(|address| SocketAddr::new(address, self.gateway_port))
+                    .map(|address| Target::new(Kind::Gateway, &name, address, None))
                     .collect::<Vec<_>>()
             })
             .collect();
@@ -320,8 +326,8 @@ fn pod_target(pod: &Pod) -> Option<Target> {
     Some(Target::new(
         Kind::Pod,
         pod.metadata.uid.as_deref()?,
-        address,
-        port,
+        SocketAddr::new(address, port),
+        server_name_of(pod).as_deref(),
     ))
 }
 

@@ -5,12 +5,13 @@
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::Uri;
+use http::uri::PathAndQuery;
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -20,6 +21,7 @@ use tokio::sync::Semaphore;
 use tokio::time::MissedTickBehavior;
 
 use super::signal::{self, GatewayLoad, PodLoad};
+use crate::model_tls::{self, PodConnector, Trust};
 
 /// Longest scrape.
 const TIMEOUT: Duration = Duration::from_millis(800);
@@ -66,25 +68,20 @@ pub struct Target {
 }
 
 impl Target {
-    /// `name` tells this process from an earlier one at the same address.
-    ///
-    /// # Panics
-    /// Never: an address and a fixed path make a URI.
+    /// `name` tells this process from an earlier one at the same address; `tls` is the name that its certificate has to be
+    /// for, none without TLS.
     #[must_use]
-    pub fn new(kind: Kind, name: &str, address: IpAddr, port: u16) -> Self {
+    pub fn new(kind: Kind, name: &str, address: SocketAddr, tls: Option<&str>) -> Self {
         let query = match kind {
             Kind::Pod => signal::POD_QUERY,
             Kind::Gateway => signal::GATEWAY_QUERY,
         };
-        let uri = format!("http://{}{query}", std::net::SocketAddr::new(address, port));
         let mut hasher = DefaultHasher::new();
-        (name, address, port).hash(&mut hasher);
+        (name, address).hash(&mut hasher);
         Self {
             id: hasher.finish(),
             kind,
-            uri: uri
-                .parse()
-                .expect("an address and a path make a URI: this is a bug"),
+            uri: model_tls::uri(address, tls, PathAndQuery::from_static(query)),
         }
     }
 }
@@ -115,17 +112,15 @@ pub struct ScrapeMetrics {
 pub struct Scraper {
     state: Mutex<State>,
     slots: Arc<Semaphore>,
-    client: Client<HttpConnector, Empty<Bytes>>,
+    client: Client<PodConnector, Empty<Bytes>>,
     metrics: ScrapeMetrics,
 }
 
 impl Scraper {
     /// Nothing to ask yet.
     #[must_use]
-    pub fn new(metrics: ScrapeMetrics) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(TIMEOUT));
+    pub fn new(metrics: ScrapeMetrics, trust: Arc<Trust>) -> Self {
+        let connector = PodConnector::new(HttpConnector::new(), trust, TIMEOUT);
         let client = Client::builder(TokioExecutor::new())
             .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(1)

@@ -48,6 +48,7 @@ use kube::{
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::autoscaler::{Autoscaler, World};
+use crate::model_tls::{ModelTlsArgs, Trust, TrustError};
 use build::Defaults;
 use fetch::Caches;
 use metrics::Metrics;
@@ -132,6 +133,9 @@ pub struct ControllerArgs {
         value_name = "PORT"
     )]
     pub gateway_metrics_port: u16,
+    /// How pods with TLS are known.
+    #[command(flatten)]
+    pub model_tls: ModelTlsArgs,
     /// Name of the Lease by which operators agree on a leader.
     #[arg(long, env = "ASHLAR_LEASE_NAME", default_value = "ashlar-operator")]
     pub lease_name: String,
@@ -185,6 +189,9 @@ pub enum ControllerError {
     /// Signals cannot be received.
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
+    /// The CAs of model pods.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// Another leads now.
     #[error(transparent)]
     LeadershipLost(#[from] leader::LeadershipLost),
@@ -248,6 +255,8 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
         })?;
     check_crd(&client).await?;
 
+    let trust = Trust::load(&args.model_tls)?;
+    tokio::spawn(Arc::clone(&trust).follow());
     let watched = args.watch_namespace.as_deref();
     let (caches, triggers) =
         Caches::start(&client, watched, (&args.namespace, &args.gateway_service));
@@ -279,7 +288,8 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
             .await
             .expect("waiting for caches does not panic: this is a bug");
         caches.listen();
-        control(client, args, caches.clone(), capacity, triggers, metrics).await;
+        let caches = caches.clone();
+        control(client, args, caches, capacity, triggers, metrics, trust).await;
     };
     let ended = tokio::select! {
         lost = elector.hold() => return Err(lost.into()),
@@ -298,6 +308,7 @@ async fn control(
     capacity: capacity::Capacity,
     triggers: impl futures::Stream<Item = fetch::Trigger> + Send + 'static,
     metrics: Arc<Metrics>,
+    trust: Arc<Trust>,
 ) {
     let services: Api<InferenceService> = match &args.watch_namespace {
         Some(namespace) => Api::namespaced(client.clone(), namespace),
@@ -329,7 +340,7 @@ async fn control(
         events: kube::runtime::events::Recorder::new(client.clone(), reporter),
         services: store.clone(),
         capacity,
-        victims: victims::Victims::default(),
+        victims: victims::Victims::new(Arc::clone(&trust)),
         downloads: probe::Downloads::default(),
         key_answers: endpoint::KeyAnswers::default(),
         failures: backoff::Failures::default(),
@@ -349,7 +360,7 @@ async fn control(
         gateway_account: args.gateway_service_account,
         gateway_metrics_port: args.gateway_metrics_port,
         autoscaler: Arc::new(
-            Autoscaler::new(metrics.registry(), args.gateway_metrics_port)
+            Autoscaler::new(metrics.registry(), args.gateway_metrics_port, trust)
                 .expect("each name once: this is a bug"),
         ),
         metrics,

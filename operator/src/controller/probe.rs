@@ -1,4 +1,4 @@
-//! Questions to pods by plain HTTP: how busy they are, how far a download is. Bounded in time and size, never repeated here.
+//! Questions to pods: how busy they are, how far a download is. Bounded in time and size, never repeated here.
 
 use std::{
     collections::HashMap,
@@ -13,6 +13,9 @@ use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::Pod;
 use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::model_tls::{Trust, server_name_of};
 
 /// Longest wait for a whole answer.
 const TIMEOUT: Duration = Duration::from_millis(800);
@@ -37,14 +40,16 @@ pub struct Download {
 }
 
 /// Requests that a pod works on; none when it does not say.
-pub(super) async fn in_flight(pod: &Pod) -> Option<f64> {
-    let text = get(pod, IN_FLIGHT_QUERY).await?;
+pub(super) async fn in_flight(pod: &Pod, trust: &Trust) -> Option<f64> {
+    let name = server_name_of(pod);
+    let tls = name.as_deref().map(|name| (trust, name));
+    let text = get(pod, IN_FLIGHT_QUERY, tls).await?;
     sum_of(std::str::from_utf8(&text).ok()?)
 }
 
-/// How far the pod's download is; none when it does not say.
+/// How far the pod's download is; none when it does not say. What downloads speaks no TLS, whatever the runtime will.
 async fn download(pod: &Pod) -> Option<Download> {
-    serde_json::from_slice(&get(pod, "/status").await?).ok()
+    serde_json::from_slice(&get(pod, "/status", None).await?).ok()
 }
 
 /// Downloads as last seen, by service. Bounded by the services that download at one time.
@@ -110,20 +115,33 @@ fn sum_of(exposition: &str) -> Option<f64> {
 
 /// What a server of our own says, as text; none when it does not answer in time.
 pub(super) async fn get_text(address: (IpAddr, u16), path: &str) -> Option<String> {
-    let answer = tokio::time::timeout(TIMEOUT, ask(address, path)).await;
+    let answer = tokio::time::timeout(TIMEOUT, ask(address, path, None)).await;
     String::from_utf8(answer.ok()??.to_vec()).ok()
 }
 
-async fn get(pod: &Pod, path: &str) -> Option<Bytes> {
+/// Who has to be at the other end of a connection with TLS.
+type Tls<'a> = Option<(&'a Trust, &'a str)>;
+
+async fn get(pod: &Pod, path: &str, tls: Tls<'_>) -> Option<Bytes> {
     let address: IpAddr = pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()?;
     let port = u16::try_from(RUNTIME_PORT).ok()?;
-    tokio::time::timeout(TIMEOUT, ask((address, port), path))
+    tokio::time::timeout(TIMEOUT, ask((address, port), path, tls))
         .await
         .ok()?
 }
 
-async fn ask(address: (IpAddr, u16), path: &str) -> Option<Bytes> {
+async fn ask(address: (IpAddr, u16), path: &str, tls: Tls<'_>) -> Option<Bytes> {
     let socket = tokio::net::TcpStream::connect(address).await.ok()?;
+    match tls {
+        None => ask_on(socket, path).await,
+        Some((trust, name)) => ask_on(trust.secure(socket, name).await.ok()?, path).await,
+    }
+}
+
+async fn ask_on<S>(socket: S, path: &str) -> Option<Bytes>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket))
         .await
         .ok()?;

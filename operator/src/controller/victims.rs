@@ -17,6 +17,7 @@ use kube::{
 };
 
 use super::{pods, probe, timed};
+use crate::model_tls::Trust;
 
 /// By which the ReplicaSet controller chooses.
 pub(super) const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
@@ -49,8 +50,10 @@ enum Step {
 }
 
 /// Decisions whose costs have been written, by Deployment.
-#[derive(Default)]
-pub(super) struct Victims(Mutex<HashMap<String, Decision>>);
+pub(super) struct Victims {
+    decisions: Mutex<HashMap<String, Decision>>,
+    trust: Arc<Trust>,
+}
 
 /// A Deployment that is to have fewer replicas.
 pub(super) struct Lowering<'a> {
@@ -73,6 +76,14 @@ impl Lowering<'_> {
 }
 
 impl Victims {
+    /// Nothing decided yet; `trust` knows pods with TLS.
+    pub(super) fn new(trust: Arc<Trust>) -> Self {
+        Self {
+            decisions: Mutex::default(),
+            trust,
+        }
+    }
+
     /// True when the replica count may be lowered now; false when costs have just been written and are not seen yet.
     pub(super) async fn chosen(&self, client: &Client, lowering: &Lowering<'_>) -> bool {
         match self.step(lowering, Instant::now()) {
@@ -81,7 +92,9 @@ impl Victims {
             Step::Ask => {
                 let api: Api<Pod> = Api::namespaced(client.clone(), lowering.namespace);
                 let made = Instant::now();
-                let costs = join_all(lowering.ready().map(|pod| write_cost(&api, pod))).await;
+                let asked = lowering.ready();
+                let costs = asked.map(|pod| write_cost(&api, pod, &self.trust));
+                let costs = join_all(costs).await;
                 self.remember(lowering, made, costs);
                 false
             }
@@ -94,7 +107,10 @@ impl Victims {
         if staying == 0 || lowering.ready().count() <= staying {
             return Step::Lower;
         }
-        let decisions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let decisions = self
+            .decisions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let Some(decision) = decisions.get(&key(lowering)) else {
             return Step::Ask;
         };
@@ -119,7 +135,10 @@ impl Victims {
     }
 
     fn remember(&self, lowering: &Lowering<'_>, made: Instant, costs: Vec<(String, Option<i32>)>) {
-        let mut decisions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut decisions = self
+            .decisions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if decisions.len() >= MAX_DECISIONS {
             decisions.retain(|_, decision| decision.made.elapsed() <= FRESH);
         }
@@ -142,8 +161,8 @@ fn cost_of(pod: &Pod) -> Option<i32> {
 }
 
 /// Asks one pod and writes what it says: its uid, and the cost; no cost when the write failed, so that it is not waited for.
-async fn write_cost(api: &Api<Pod>, pod: &Pod) -> (String, Option<i32>) {
-    let busy = probe::in_flight(pod).await;
+async fn write_cost(api: &Api<Pod>, pod: &Pod, trust: &Trust) -> (String, Option<i32>) {
+    let busy = probe::in_flight(pod, trust).await;
     #[allow(
         clippy::cast_possible_truncation,
         reason = "clamped to the range of costs"
@@ -203,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_decision_is_acted_upon_once_it_is_seen_and_only_for_its_own_lowering() {
-        let (victims, now) = (Victims::default(), Instant::now());
+        let (victims, now) = (Victims::new(Trust::none()), Instant::now());
         let blank = lowering(7, &[("x", None), ("y", None), ("z", None)]);
         assert_eq!(victims.step(&blank, now), Step::Ask);
         victims.remember(&blank, now, wrote(&[("x", 1), ("y", 0), ("z", 2)]));
@@ -228,7 +247,7 @@ mod tests {
 
     #[test]
     fn there_is_no_choice_when_all_go_or_no_ready_one_has_to() {
-        let (victims, now) = (Victims::default(), Instant::now());
+        let (victims, now) = (Victims::new(Trust::none()), Instant::now());
         let two = lowering(1, &[("x", None), ("y", None)]);
         assert_eq!(victims.step(&two, now), Step::Lower);
         let none_stay = Lowering {
@@ -245,7 +264,7 @@ mod tests {
         fn the_victim_is_the_least_busy_however_late_watches_are(
             rounds in prop::collection::vec((prop::array::uniform3(0..9i32), prop::collection::vec(any::<u8>(), 1..12)), 1..8),
         ) {
-            let (victims, now) = (Victims::default(), Instant::now());
+            let (victims, now) = (Victims::new(Trust::none()), Instant::now());
             let mut costs: Vec<(String, Option<i32>)> = (0..3).map(|n| (format!("p{n}"), None)).collect();
             for (round, (loads, lags)) in rounds.iter().enumerate() {
                 let generation = i64::try_from(round).unwrap() * 2 + 1;

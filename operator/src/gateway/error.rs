@@ -66,12 +66,14 @@ pub enum GatewayError {
         reason: String,
     },
     /// No replica became ready within the time the gateway holds a request.
-    #[error("{service} has no ready replica; the request was held for {}: try again later", seconds(.held))]
+    #[error("{service} has no ready replica{}; the request was held for {}: try again later", but(.failed), seconds(.held))]
     NoReplica {
         /// The service.
         service: ServiceId,
         /// How long the request was held.
         held: Duration,
+        /// What was wrong with the replica that it was sent to before, if it was.
+        failed: Option<String>,
     },
     /// Too many requests wait for a replica already.
     #[error(
@@ -116,6 +118,12 @@ pub enum GatewayError {
     /// The picture of the cluster is not there yet.
     #[error("the gateway is starting: try again in a moment")]
     Starting,
+}
+
+/// The part of a message that says what was wrong with the last replica.
+fn but(failed: &Option<String>) -> String {
+    let failed = failed.as_ref();
+    failed.map_or_else(String::new, |why| format!(" but one that failed ({why})"))
 }
 
 /// `30 s` or `0.2 s`.
@@ -235,8 +243,22 @@ mod tests {
     fn unavailable_says_when_to_come_back_and_unauthorized_how() {
         let service = ServiceId::new("chat", "mistral");
         let held = Duration::from_secs(30);
-        let busy = GatewayError::NoReplica { service, held };
-        assert!(busy.to_string().contains("held for 30 s"));
+        let mut busy = GatewayError::NoReplica {
+            service,
+            held,
+            failed: None,
+        };
+        assert!(
+            busy.to_string()
+                .contains("replica; the request was held for 30 s")
+        );
+        if let GatewayError::NoReplica { failed, .. } = &mut busy {
+            *failed = Some("no route".to_owned());
+        }
+        assert!(
+            busy.to_string()
+                .contains("replica but one that failed (no route);")
+        );
         let busy = busy.response();
         assert_eq!(busy.status(), 503);
         assert_eq!(busy.headers()[RETRY_AFTER], "5");

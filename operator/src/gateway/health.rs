@@ -1,7 +1,8 @@
 //! Outlier ejection: a replica whose answers fail one after another gets no new requests for a while. Pure but for atomics.
 //!
-//! A failure is a connection that cannot be opened or breaks before the head of an answer, or a 500 or 502 of the
-//! replica's own. Other codes, 503 and 429 included, are answers of a replica that works.
+//! A failure is a connection that cannot be opened or breaks before the answer's end, or a 500 or 502 of the replica's own.
+//! Other codes, 503 and 429 included, are answers of a replica that works. While it is left out its failures count no more:
+//! a hundred answers that break off at once are one event.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -42,6 +43,9 @@ impl Health {
 
     /// It has failed; true if that ejects it.
     pub fn failed(&self, now: Duration) -> bool {
+        if self.is_ejected(now) {
+            return false;
+        }
         let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
         if failures < FAILURES {
             return false;
@@ -77,6 +81,15 @@ mod tests {
             assert!(!health.is_ejected(now + time));
             now += time;
         }
+    }
+
+    #[test]
+    fn many_failures_at_once_eject_as_few_do() {
+        let (health, now) = (Health::default(), Duration::ZERO);
+        let ejections = (0..100).filter(|_| health.failed(now)).count();
+        assert_eq!(ejections, 1);
+        assert!(!health.is_ejected(now + EJECTED_FOR));
+        assert!(!health.failed(now + EJECTED_FOR), "it starts anew");
     }
 
     #[test]

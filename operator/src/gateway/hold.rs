@@ -3,8 +3,8 @@
 //!
 //! A held request costs a task and its head; its body stays unread in the socket, apart from the prefix that was
 //! read to find `model` or the prompt. Requests of a service form one line: the first takes the first replica, and the
-//! next one follows when the first has its connection, so that replicas see them in order too. Who comes while others
-//! wait goes behind them. Only a request that is tried again waits beside the line: what it may not use others may.
+//! next one follows when the first has left for it ([`super::connect`]), so that replicas see them in order too. Who comes
+//! while others wait goes behind them. Only a request that is tried again waits beside the line: what it may not use others may.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -67,7 +67,7 @@ pub struct Picked {
     pub replica: Arc<Replica>,
     /// Keeps it counted.
     pub in_flight: InFlight,
-    /// Its place in the line, to be given up when it has its connection.
+    /// Its place in the line, to be given up when it has left for the replica.
     pub turn: Option<Turn>,
 }
 
@@ -129,6 +129,7 @@ impl Holds {
         let late = || GatewayError::NoReplica {
             service: ask.id.clone(),
             held: self.limit,
+            failed: None,
         };
         let _held = meter.hold();
         let mut turn = (!again).then(|| Turn::join(line));
@@ -304,7 +305,7 @@ mod tests {
                     .replica(&mut receiver, &ask(holds, id, &[]), &meter)
                     .await;
                 order.lock().unwrap().push(number);
-                // The next one waits until this one has its connection, however long that takes.
+                // The next one waits until this one has left, however long that takes.
                 for _ in 0..number % 3 {
                     tokio::task::yield_now().await;
                 }

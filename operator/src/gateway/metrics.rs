@@ -273,7 +273,6 @@ impl Metrics {
             first_byte: false,
             in_flight,
             permit: None,
-            trial: None,
             counts: true,
         }
     }
@@ -398,8 +397,6 @@ pub struct Meter {
     in_flight: IntGauge,
     /// Counts the request for its client's limits as long as it lasts.
     permit: Option<Permit>,
-    /// Counts the answer for the revision on trial that gives it.
-    trial: Option<Trial>,
     counts: bool,
 }
 
@@ -407,11 +404,6 @@ impl Meter {
     /// Keeps the client's permit until the request ends.
     pub fn keep(&mut self, permit: Option<Permit>) {
         self.permit = permit;
-    }
-
-    /// The answer that follows is one of a revision on trial.
-    pub fn on_trial(&mut self, trial: Option<Trial>) {
-        self.trial = trial;
     }
 
     /// Ends the accounting without counting the request.
@@ -446,20 +438,11 @@ impl Meter {
 
     /// The response ends before its last byte.
     pub fn cut(&mut self, by: CutBy) {
-        if by == CutBy::Upstream {
-            self.end_trial(Outcome::Failed);
-        }
         let [namespace, name] = self.labels();
         self.metrics
             .cut
             .with_label_values(&[namespace, name, by.label()])
             .inc();
-    }
-
-    fn end_trial(&mut self, outcome: Outcome) {
-        if let Some(trial) = self.trial.take() {
-            trial.end(outcome);
-        }
     }
 
     /// The request waits for a replica until the guard is dropped.
@@ -484,7 +467,6 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         self.in_flight.dec();
-        self.end_trial(Outcome::Answered);
         if !self.counts {
             return;
         }

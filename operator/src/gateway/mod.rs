@@ -8,7 +8,8 @@
 //! ```
 //!
 //! - `resolve`, `route`, `canary`, `affinity`, `health`, `auth`, `headers`, `model_field`, `models`, `snapshot`: pure.
-//! - `limits`: what one client may ask. `keys`: the cache of users' keys. `hold`: waiting for a replica. `request_body`: sending again.
+//! - `limits`: what one client may ask. `keys`: the cache of users' keys. `hold`: waiting for a replica.
+//! - `connect`: connections to replicas. `attempt`: what one at a replica says of it. `request_body`: sending again.
 //! - `watch`: the only place that talks to the API server. `server`: sockets, probes, draining. `tls`: certificates.
 //!
 //! Invariants: routing looks at one immutable snapshot and never waits for the API server; nothing is forwarded
@@ -16,8 +17,10 @@
 //! bound; the gateway keeps no state that another gateway would need.
 
 pub mod affinity;
+pub mod attempt;
 pub mod auth;
 pub mod canary;
+pub mod connect;
 pub mod error;
 pub mod grant;
 pub mod headers;
@@ -47,6 +50,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch as channel;
 
+use crate::model_tls::{ModelTlsArgs, Trust, TrustError};
 use hold::Holds;
 use keys::{KeyPolicy, KeyStore};
 use metrics::Metrics;
@@ -90,6 +94,9 @@ pub struct GatewayArgs {
         value_name = "FILE"
     )]
     pub tls_key: Option<PathBuf>,
+    /// How pods with TLS are known.
+    #[command(flatten)]
+    pub model_tls: ModelTlsArgs,
     /// Where /healthz, /readyz and /metrics are served.
     #[arg(
         long,
@@ -220,6 +227,9 @@ pub enum GatewayRunError {
     /// Certificate or key.
     #[error(transparent)]
     Tls(#[from] tls::TlsError),
+    /// The CAs of model pods.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// Signals cannot be received.
     #[error("cannot listen for signals")]
     Signals(#[source] std::io::Error),
@@ -236,6 +246,7 @@ pub async fn run(args: GatewayArgs) -> Result<(), GatewayRunError> {
     let traffic = listen(args.listen, "--listen").await?;
     let admin = listen(args.admin_listen, "--admin-listen").await?;
     let secure = secure(&args).await?;
+    let trust = Trust::load(&args.model_tls)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(GatewayRunError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(GatewayRunError::Signals)?;
 
@@ -262,7 +273,9 @@ pub async fn run(args: GatewayArgs) -> Result<(), GatewayRunError> {
         ),
         Arc::clone(&metrics),
         args.limits(),
+        Arc::clone(&trust),
     ));
+    tokio::spawn(trust.follow());
     let server = Server {
         proxy,
         metrics: Arc::clone(&metrics),

@@ -15,35 +15,27 @@ use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, request};
 use hyper::body::Incoming;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::sync::watch;
 
 use super::affinity::{self, Prefix};
+use super::attempt::Attempt;
 use super::auth::{self, KeyDigest};
+use super::connect::{Replicas, SendError};
 use super::error::GatewayError;
 use super::headers;
-use super::hold::{Ask, Holds, Picked};
+use super::hold::{Ask, Holds, Picked, Turn};
 use super::keys::{KeyStore, OnMiss, Verdict};
 use super::limits::Refusal;
-use super::metrics::{Cause, Meter, Metrics, Outcome, Trial};
+use super::metrics::{Cause, Meter, Metrics};
 use super::models;
 use super::request_body::{AttemptBody, BodyLimits, ReplayBody};
 use super::resolve::{self, ModelMatch, Target};
 use super::response_body::{GatewayBody, Tracked};
 use super::snapshot::{Access, Replica, Service, Snapshot};
+use crate::model_tls::Trust;
 
 /// Attempts on different replicas before giving up; draining and restarting ones are passed over quickly.
 const MAX_ATTEMPTS: usize = 8;
-/// Idle connections to a replica close before the runtime closes them.
-const POOL_IDLE: Duration = Duration::from_secs(20);
-/// Read from a replica at once: some dozens of events, and not much for ten thousand streams that wait for theirs.
-const READ_BYTES: usize = 4096;
-/// A replica's node that is gone is noticed in about `KEEPALIVE + 3 × KEEPALIVE_INTERVAL`.
-const KEEPALIVE: Duration = Duration::from_secs(15);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-
 /// A response of the gateway.
 pub type GatewayResponse = Response<GatewayBody<Incoming>>;
 
@@ -67,7 +59,7 @@ pub struct Proxy {
     holds: Holds,
     metrics: Arc<Metrics>,
     limits: ProxyLimits,
-    client: Client<HttpConnector, AttemptBody<Incoming>>,
+    replicas: Replicas,
 }
 
 /// An error, and the meter of the service it concerns.
@@ -111,26 +103,16 @@ impl Proxy {
         holds: Holds,
         metrics: Arc<Metrics>,
         limits: ProxyLimits,
+        trust: Arc<Trust>,
     ) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(limits.connect_timeout));
-        connector.set_keepalive(Some(KEEPALIVE));
-        connector.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
-        connector.set_keepalive_retries(Some(3));
-        let client = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(POOL_IDLE)
-            .pool_timer(TokioTimer::new())
-            .http1_read_buf_exact_size(READ_BYTES)
-            .build(connector);
         Self {
             snapshots,
             synced,
             keys,
             holds,
             metrics,
+            replicas: Replicas::new(limits.connect_timeout, trust),
             limits,
-            client,
         }
     }
 
@@ -381,7 +363,7 @@ impl Proxy {
         let Admitted {
             service,
             body,
-            mut meter,
+            meter,
             ..
         } = admitted;
         let id = &service.spec.id;
@@ -418,10 +400,16 @@ impl Proxy {
                 {
                     return Err(Failure(late(), Some(meter)));
                 }
-                Err(error) => return Err(Failure(error, Some(meter))),
+                Err(mut error) => {
+                    if let GatewayError::NoReplica { failed, .. } = &mut error {
+                        *failed = (!reason.is_empty()).then_some(reason);
+                    }
+                    return Err(Failure(error, Some(meter)));
+                }
             };
-            let body_of_attempt = body.attempt(outgoing.length, turn);
-            let sent = self.send(outgoing, &replica, body_of_attempt);
+            let mut attempt = Attempt::new(&self.metrics, &service, replica, in_flight);
+            let body_of_attempt = body.attempt(outgoing.length);
+            let sent = self.send(outgoing, attempt.replica(), body_of_attempt, turn);
             let Ok(sent) = tokio::time::timeout_at(outgoing.deadline, sent).await else {
                 return Err(Failure(late(), Some(meter)));
             };
@@ -431,21 +419,14 @@ impl Proxy {
                     Cause::Draining
                 }
                 Ok(response) => {
-                    self.judge(&service, &replica, !is_fault(response.status()));
-                    let trial = self.metrics.trial(&service, &replica.revision);
-                    if response.status().is_server_error() {
-                        end_failed(trial);
-                    } else {
-                        meter.on_trial(trial);
-                    }
-                    return Ok(respond(response, meter, in_flight));
+                    attempt.head(response.status());
+                    return Ok(respond(response, meter, attempt));
                 }
                 Err(error) => {
                     if let Some(failure) = body.failure() {
                         return Err(Failure(failure, Some(meter)));
                     }
-                    self.judge(&service, &replica, false);
-                    end_failed(self.metrics.trial(&service, &replica.revision));
+                    attempt.failed();
                     reason = root_cause(&error);
                     if error.is_connect() {
                         Cause::Connect
@@ -455,6 +436,7 @@ impl Proxy {
                     }
                 }
             };
+            let replica = attempt.replica();
             tracing::debug!(service = %id, replica = %replica.address, ?cause, reason, "attempt failed");
             if !body.can_replay() || resets > 1 {
                 break;
@@ -469,50 +451,19 @@ impl Proxy {
         ))
     }
 
-    /// Takes an attempt into the replica's record.
-    fn judge(&self, service: &Service, replica: &Replica, good: bool) {
-        if good {
-            replica.succeeded();
-        } else if replica.failed() {
-            let service = &service.spec.id;
-            tracing::warn!(%service, replica = %replica.address, "ejected: its answers fail one after another");
-            self.metrics.ejected(service);
-        }
-    }
-
     async fn send(
         &self,
         outgoing: &Outgoing,
         replica: &Replica,
         body: AttemptBody<Incoming>,
-    ) -> Result<Response<Incoming>, hyper_util::client::legacy::Error> {
-        let uri = Uri::builder()
-            .scheme("http")
-            .authority(replica.address.to_string())
-            .path_and_query(outgoing.path.clone())
-            .build()
-            .expect("an address and a path make a URI: this is a bug");
+        turn: Option<Turn>,
+    ) -> Result<Response<Incoming>, SendError> {
         let mut request = Request::new(body);
         *request.method_mut() = outgoing.method.clone();
-        *request.uri_mut() = uri;
+        *request.uri_mut() = Uri::from(outgoing.path.clone());
         *request.headers_mut() = outgoing.headers.clone();
-        self.client.request(request).await
+        self.replicas.send(replica, request, turn).await
     }
-}
-
-/// What the revision on trial did not answer.
-fn end_failed(trial: Option<Trial>) {
-    if let Some(trial) = trial {
-        trial.end(Outcome::Failed);
-    }
-}
-
-/// Answers that speak against the replica, not against the request.
-fn is_fault(status: StatusCode) -> bool {
-    matches!(
-        status,
-        StatusCode::INTERNAL_SERVER_ERROR | StatusCode::BAD_GATEWAY
-    )
 }
 
 /// The request's prompt, where there is a choice between replicas to make by it.
@@ -538,11 +489,7 @@ fn is_draining(response: &Response<Incoming>) -> bool {
 }
 
 /// The replica's response as the client's.
-fn respond(
-    response: Response<Incoming>,
-    mut meter: Meter,
-    in_flight: super::snapshot::InFlight,
-) -> GatewayResponse {
+fn respond(response: Response<Incoming>, mut meter: Meter, attempt: Attempt) -> GatewayResponse {
     meter.head(response.status().as_u16());
     let headers = response.headers();
     let events = !headers.contains_key(CONTENT_LENGTH)
@@ -550,7 +497,7 @@ fn respond(
             .get(CONTENT_TYPE)
             .and_then(|kind| kind.to_str().ok())
             .is_some_and(|kind| kind.starts_with("text/event-stream"));
-    response.map(|body| GatewayBody::Replica(Tracked::new(body, meter, in_flight, events)))
+    response.map(|body| GatewayBody::Replica(Tracked::new(body, meter, attempt, events)))
 }
 
 fn own_json(json: String) -> GatewayResponse {

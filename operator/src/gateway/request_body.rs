@@ -17,7 +17,6 @@ use hyper::body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
 
 use super::error::GatewayError;
-use super::hold::Turn;
 use super::model_field::{ModelScanner, Scan};
 
 /// The error type of bodies.
@@ -60,8 +59,6 @@ pub struct AttemptBody<B> {
     next: usize,
     done: bool,
     length: Option<u64>,
-    /// The place in the line of held requests, given up when the replica's connection asks for the body.
-    turn: Option<Turn>,
 }
 
 impl<B> ReplayBody<B>
@@ -102,7 +99,7 @@ where
 
     /// The body for the next attempt, whose `Content-Length` is `length`; earlier attempts end.
     #[must_use]
-    pub fn attempt(&self, length: Option<u64>, turn: Option<Turn>) -> AttemptBody<B> {
+    pub fn attempt(&self, length: Option<u64>) -> AttemptBody<B> {
         let mut inner = lock(&self.0);
         inner.attempt += 1;
         AttemptBody {
@@ -110,7 +107,6 @@ where
             next: 0,
             done: false,
             length,
-            turn,
             shared: Arc::clone(&self.0),
         }
     }
@@ -272,7 +268,6 @@ where
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = self.get_mut();
-        this.turn = None;
         if this.done {
             return Poll::Ready(None);
         }

@@ -11,9 +11,9 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::{Body, Frame, SizeHint};
 
+use super::attempt::Attempt;
 use super::metrics::{CutBy, Meter};
 use super::request_body::BoxError;
-use super::snapshot::InFlight;
 
 /// What follows the events of a stream that broke off: the envelope, then the usual end.
 const BROKEN_STREAM: &str = concat!(
@@ -34,7 +34,7 @@ pub enum GatewayBody<B: Body> {
 pub struct Tracked<B: Body> {
     source: B,
     meter: Meter,
-    _in_flight: InFlight,
+    attempt: Attempt,
     /// A stream of events can carry an error of the gateway's.
     events: bool,
     /// The last byte passed on was the end of an event.
@@ -44,12 +44,12 @@ pub struct Tracked<B: Body> {
 
 impl<B: Body> Tracked<B> {
     /// Follows `source`; `events` says that it is `text/event-stream`.
-    pub fn new(source: B, meter: Meter, in_flight: InFlight, events: bool) -> Self {
+    pub fn new(source: B, meter: Meter, attempt: Attempt, events: bool) -> Self {
         Self {
             ended: source.is_end_stream(),
             source,
             meter,
-            _in_flight: in_flight,
+            attempt,
             events,
             at_boundary: true,
         }
@@ -76,6 +76,7 @@ where
             Some(Err(error)) => {
                 self.ended = true;
                 self.meter.cut(CutBy::Upstream);
+                self.attempt.failed();
                 Poll::Ready(Some(if self.events && self.at_boundary {
                     Ok(Frame::data(Bytes::from_static(BROKEN_STREAM.as_bytes())))
                 } else {
@@ -149,9 +150,10 @@ mod tests {
 
     use http_body_util::{BodyExt as _, StreamBody};
 
+    use super::super::health::FAILURES;
     use super::super::metrics::Metrics;
+    use super::super::snapshot::Snapshot;
     use super::super::snapshot::testing::{replica, service, snapshot};
-    use super::super::snapshot::{ServiceId, Snapshot};
     use super::*;
 
     type Item = Result<Frame<Bytes>, BoxError>;
@@ -162,10 +164,14 @@ mod tests {
         items: Vec<Item>,
         events: bool,
     ) -> GatewayBody<impl Body<Data = Bytes, Error = BoxError> + Unpin> {
-        let replica = &snapshot.service("a", "s").unwrap().replicas[0];
-        let meter = metrics.meter(&ServiceId::new("a", "s"), Instant::now());
+        let service = snapshot.service("a", "s").unwrap();
+        let replica = Arc::clone(&service.replicas[0]);
+        let in_flight = replica.enter();
+        let mut attempt = Attempt::new(metrics, service, replica, in_flight);
+        attempt.head(http::StatusCode::OK);
+        let meter = metrics.meter(&service.spec.id, Instant::now());
         let source = StreamBody::new(futures::stream::iter(items));
-        GatewayBody::Replica(Tracked::new(source, meter, replica.enter(), events))
+        GatewayBody::Replica(Tracked::new(source, meter, attempt, events))
     }
 
     fn world() -> (Arc<Metrics>, Snapshot) {
@@ -221,40 +227,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_of_a_revision_on_trial_counts_when_it_has_ended() {
-        use super::super::canary::Canary;
-        let mut spec = service("a", "s", "m");
-        spec.canary = Some(Canary {
-            revision: "new".into(),
-            percent: 10,
-        });
-        let world = snapshot([spec], [replica("a", "s", "u", "10.0.0.1:8000")]);
-        let whole = || vec![data("data: x\n\n"), data("data: [DONE]\n\n")];
+    async fn a_replica_that_breaks_off_is_ejected_unless_the_client_left() {
         let cut = || vec![data("data: x\n\n"), broken()];
-        for (items, frames, answered, failed) in
-            [(whole(), 9, 1, 0), (whole(), 1, 1, 0), (cut(), 9, 0, 1)]
-        {
-            let metrics = Arc::new(Metrics::new());
-            let counts = || {
-                let text = metrics.render_only(&["ashlar_gateway_canary_requests_total"]);
-                ["answered", "failed"].map(|outcome| {
-                    let mut lines = text.lines();
-                    let line = lines.find(|line| line.contains(&format!("\"{outcome}\"")));
-                    line.and_then(|line| line.rsplit(' ').next()?.parse().ok())
-                })
-            };
-            let service = world.service("a", "s").unwrap();
-            let mut meter = metrics.meter(&service.spec.id, Instant::now());
-            meter.on_trial(metrics.trial(service, "new"));
-            let source = StreamBody::new(futures::stream::iter(items));
-            let in_flight = service.replicas[0].enter();
-            let mut body = GatewayBody::Replica(Tracked::new(source, meter, in_flight, true));
-            assert_eq!(counts(), [Some(0), Some(0)], "nothing has ended");
-            for _ in 0..frames {
-                body.frame().await;
+        for (frames, ejected) in [(1, false), (9, true)] {
+            let (metrics, world) = world();
+            for _ in 0..FAILURES {
+                let mut body = tracked(&metrics, &world, cut(), true);
+                for _ in 0..frames {
+                    body.frame().await;
+                }
             }
-            drop(body);
-            assert_eq!(counts(), [Some(answered), Some(failed)]);
+            let replica = &world.service("a", "s").unwrap().replicas[0];
+            assert_eq!(replica.is_ejected(), ejected);
         }
     }
 

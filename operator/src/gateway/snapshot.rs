@@ -93,6 +93,8 @@ pub struct ReplicaSpec {
     pub ready_since: String,
     /// Where its runtime listens.
     pub address: SocketAddr,
+    /// The name that its certificate has to be for; none without TLS.
+    pub tls: Option<String>,
 }
 
 /// A ready replica, with the number of requests this gateway has open on it.
@@ -106,6 +108,8 @@ pub struct Replica {
     pub revision: String,
     /// Where its runtime listens.
     pub address: SocketAddr,
+    /// The name that its certificate has to be for; none without TLS.
+    pub tls: Option<String>,
     state: Arc<ReplicaState>,
     epoch: Instant,
 }
@@ -252,6 +256,7 @@ impl Snapshot {
                     incarnation: format!("{}@{}", replica.uid, replica.ready_since),
                     revision: replica.revision,
                     address: replica.address,
+                    tls: replica.tls,
                     state,
                     epoch: next.epoch,
                 }));
@@ -409,6 +414,7 @@ pub(super) mod testing {
             uid: uid.to_owned(),
             ready_since: "t0".to_owned(),
             address: address.parse().expect("a socket address"),
+            tls: None,
         }
     }
 

@@ -28,6 +28,7 @@ use super::canary::Canary;
 use super::keys::{ReadError, SecretSource};
 use super::limits::Limits;
 use super::snapshot::{Access, ReplicaSpec, ServiceId, ServiceSpec, Snapshot};
+use crate::model_tls::server_name_of;
 
 /// Changes that come within this time make one snapshot.
 const SETTLE: Duration = Duration::from_millis(5);
@@ -160,6 +161,7 @@ pub fn replica_spec(pod: &Pod, port: u16) -> Option<ReplicaSpec> {
         uid: pod.metadata.uid.clone()?,
         ready_since: ready_since.map_or_else(String::new, |time| time.0.to_string()),
         address: SocketAddr::new(address, port),
+        tls: server_name_of(pod),
     })
 }
 

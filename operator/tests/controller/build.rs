@@ -266,3 +266,66 @@ fn gpus_by_claims_are_not_asked_for_twice() {
     }}));
     assert_eq!(limit(&service), (None, 1));
 }
+
+/// With a certificate a pod serves by it, is probed by it, and says so; nothing else of it changes.
+#[test]
+fn a_certificate_changes_what_it_has_to() {
+    for (name, refresh) in [("valid-smollm2", false), ("valid-pvc-vllm", true)] {
+        let mut service = example(name);
+        let render = |service: &ashlar_crds::InferenceService| {
+            let template = template::pod_template(&validated(service), &defaults()).unwrap();
+            serde_json::to_value(template).unwrap()
+        };
+        let (plain, hash) = (render(&service), revision::hash(&service));
+        service.spec.runtime.tls_secret_name = Some("chat-tls".into());
+        assert_ne!(revision::hash(&service), hash);
+        let mut tls = render(&service);
+
+        let metadata = tls["metadata"].as_object_mut().unwrap();
+        let label = metadata["labels"]["serving.ashlar.dev/tls"].take();
+        let scheme = metadata["annotations"]["prometheus.io/scheme"].take();
+        assert_eq!((label, scheme), (json!("true"), json!("https")));
+        for (map, key) in [
+            ("labels", "serving.ashlar.dev/tls"),
+            ("annotations", "prometheus.io/scheme"),
+        ] {
+            metadata[map].as_object_mut().unwrap().remove(key);
+        }
+        let volumes = tls["spec"]["volumes"].as_array_mut().unwrap();
+        assert_eq!(
+            volumes.pop().unwrap(),
+            json!({"name": "tls", "secret": {
+                "secretName": "chat-tls", "defaultMode": 0o440,
+                "items": [{"key": "tls.crt", "path": "tls.crt"}, {"key": "tls.key", "path": "tls.key"}],
+            }})
+        );
+        let runtime = &mut tls["spec"]["containers"][0];
+        assert_eq!(
+            runtime["volumeMounts"]
+                .as_array_mut()
+                .unwrap()
+                .pop()
+                .unwrap(),
+            json!({"name": "tls", "mountPath": "/etc/ashlar/tls", "readOnly": true})
+        );
+        let mut flags = vec![
+            "--ssl-certfile=/etc/ashlar/tls/tls.crt",
+            "--ssl-keyfile=/etc/ashlar/tls/tls.key",
+        ];
+        flags.extend(refresh.then_some("--enable-ssl-refresh"));
+        let args = runtime["args"].as_array_mut().unwrap();
+        for flag in flags {
+            let at = args.iter().position(|arg| arg == flag).unwrap();
+            args.remove(at);
+        }
+        for probe in ["startupProbe", "readinessProbe", "livenessProbe"] {
+            if let Some(get) = runtime.pointer_mut(&format!("/{probe}/httpGet")) {
+                assert_eq!(
+                    get.as_object_mut().unwrap().remove("scheme"),
+                    Some(json!("HTTPS"))
+                );
+            }
+        }
+        assert_eq!(tls, plain);
+    }
+}

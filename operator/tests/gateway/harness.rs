@@ -16,6 +16,7 @@ use ashlar_operator::gateway::server::{Admin, Phase, Server};
 use ashlar_operator::gateway::snapshot::{
     Access, GatewayNames, ReplicaSpec, ServiceId, ServiceSpec, Snapshot,
 };
+use ashlar_operator::model_tls::Trust;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{Request, Response};
@@ -81,6 +82,15 @@ where
     F: Fn(Request<Incoming>) -> R + Clone + Send + 'static,
     R: Future<Output = Result<Response<TestBody>, BoxError>> + Send + 'static,
 {
+    replica_with(None, handler).await
+}
+
+/// The same, speaking TLS if it is given any.
+pub(crate) async fn replica_with<F, R>(tls: Option<TlsAcceptor>, handler: F) -> Replica
+where
+    F: Fn(Request<Incoming>) -> R + Clone + Send + 'static,
+    R: Future<Output = Result<Response<TestBody>, BoxError>> + Send + 'static,
+{
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let task = tokio::spawn(async move {
@@ -88,10 +98,16 @@ where
         loop {
             let (stream, _) = listener.accept().await.unwrap();
             let service = service_fn(handler.clone());
+            let tls = tls.clone();
             connections.spawn(async move {
-                let _ = hyper::server::conn::http1::Builder::new()
-                    .serve_connection(TokioIo::new(stream), service)
-                    .await;
+                let server = hyper::server::conn::http1::Builder::new();
+                let _ = match tls {
+                    None => server.serve_connection(TokioIo::new(stream), service).await,
+                    Some(tls) => match tls.accept(stream).await {
+                        Ok(stream) => server.serve_connection(TokioIo::new(stream), service).await,
+                        Err(_) => Ok(()),
+                    },
+                };
             });
         }
     });
@@ -193,6 +209,9 @@ pub(crate) struct Setting {
     pub(crate) body: BodyLimits,
     pub(crate) hold: Duration,
     pub(crate) drain: Duration,
+    /// Whose pods it believes, and the name that all of them have to have.
+    pub(crate) trust: Arc<Trust>,
+    pub(crate) tls_name: Option<&'static str>,
 }
 
 impl Default for Setting {
@@ -206,6 +225,8 @@ impl Default for Setting {
             },
             hold: LONG,
             drain: LONG,
+            trust: Trust::none(),
+            tls_name: None,
         }
     }
 }
@@ -220,6 +241,7 @@ pub(crate) struct Gateway {
     served: tokio::sync::Mutex<JoinHandle<usize>>,
     snapshots: watch::Sender<Arc<Snapshot>>,
     client: Client<HttpConnector, TestBody>,
+    tls_name: Option<&'static str>,
 }
 
 impl Gateway {
@@ -254,6 +276,7 @@ impl Gateway {
                 connect_timeout: LONG,
                 request_timeout: LONG,
             },
+            setting.trust,
         ));
         let traffic = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let admin = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -281,6 +304,7 @@ impl Gateway {
             synced,
             served: tokio::spawn(server.serve(traffic)).into(),
             snapshots,
+            tls_name: setting.tls_name,
             client: Client::builder(TokioExecutor::new())
                 .pool_max_idle_per_host(0)
                 .build_http(),
@@ -296,6 +320,7 @@ impl Gateway {
                 uid: address.to_string(),
                 ready_since: "t0".to_owned(),
                 address: *address,
+                tls: self.tls_name.map(str::to_owned),
             })
         });
         let specs = services.iter().map(|(spec, _)| spec.clone());

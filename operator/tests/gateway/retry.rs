@@ -1,13 +1,15 @@
 //! Another replica is tried as long as nothing has been answered, and only then.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use http::Response;
 use http_body_util::BodyExt as _;
 
-use super::harness::{Gateway, Setting, echo, fed, full, nobody, open_service, replica};
+use super::harness::{
+    Gateway, Setting, chunk, echo, fed, full, nobody, open_service, replica, soon,
+};
 
 const PATH: &str = "/a/s/v1/completions";
 
@@ -216,6 +218,45 @@ async fn a_replica_that_fails_again_and_again_is_left_out() {
     assert_eq!(asked.load(Ordering::SeqCst), 5);
     gateway
         .metric(r#"ashlar_gateway_ejections_total{name="s",namespace="a"} 1"#)
+        .await;
+}
+
+#[tokio::test]
+async fn a_replica_whose_answers_break_off_is_left_out() {
+    // What it has begun to answer, to be broken off once the client has the beginning.
+    let begun = Arc::new(Mutex::new(Vec::new()));
+    let feeds = Arc::clone(&begun);
+    let breaking = replica(move |_| {
+        let (feed, body) = fed();
+        feed.send(Ok("{\"half")).unwrap();
+        feeds.lock().unwrap().push(feed);
+        async move { Ok(Response::new(body)) }
+    })
+    .await;
+    let healthy = echo("healthy").await;
+    let gateway = Gateway::start().await;
+    gateway.publish(&[(
+        open_service("a/s", "m"),
+        &[breaking.address, healthy.address],
+    )]);
+    let mut broken = 0;
+    for _ in 0..200 {
+        let request = gateway.request(PATH).body(full("{}")).unwrap();
+        let mut body = gateway.send(request).await.into_body();
+        chunk(&mut body).await.unwrap().unwrap();
+        for feed in begun.lock().unwrap().drain(..) {
+            feed.send(Err("the replica dies".into())).unwrap();
+            broken += 1;
+        }
+        let _ = soon("the end", body.collect()).await;
+    }
+    // By lot it would have been asked a hundred times.
+    assert_eq!(broken, 5);
+    gateway
+        .metric(r#"ashlar_gateway_ejections_total{name="s",namespace="a"} 1"#)
+        .await;
+    gateway
+        .metric(r#"ashlar_gateway_cut_responses_total{by="upstream",name="s",namespace="a"} 5"#)
         .await;
 }
 

@@ -1,8 +1,10 @@
-//! Clients that speak TLS, and a certificate that is renewed while they do.
+//! Clients and replicas that speak TLS, and certificates that are renewed while they do.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ashlar_operator::gateway::tls::{Certificate, TlsFiles};
+use ashlar_operator::model_tls::{ModelTlsArgs, Trust};
 use bytes::Bytes;
 use http::Request;
 use http_body_util::{BodyExt as _, Full};
@@ -12,7 +14,7 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::harness::{Gateway, Setting, echo, open_service, soon};
+use super::harness::{Gateway, Setting, echo, full, open_service, replica_with, soon};
 
 const NAME: &str = "chat.example.com";
 
@@ -102,4 +104,119 @@ async fn clients_speak_tls_and_a_new_certificate_cuts_nobody() {
     soon("TLS after that", connect(&gateway, &second))
         .await
         .unwrap();
+}
+
+/// A CA, and what it signs.
+struct Authority {
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+    pem: String,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self {
+            issuer: rcgen::Issuer::new(params, key),
+            pem,
+        }
+    }
+
+    /// Writes a certificate for `name`.
+    fn sign(&self, name: &str, files: &TlsFiles) {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        std::fs::write(&files.certificate, certificate.pem()).unwrap();
+        std::fs::write(&files.key, key.serialize_pem()).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_replica_with_tls_is_believed_by_its_ca_and_its_name() {
+    const PODS: &str = "s-pods.a.svc";
+    const PATH: &str = "/a/s/v1/completions";
+    let dir = tempfile::tempdir().unwrap();
+    let files = TlsFiles {
+        certificate: dir.path().join("tls.crt"),
+        key: dir.path().join("tls.key"),
+    };
+    let (ours, other) = (Authority::new(), Authority::new());
+    ours.sign(PODS, &files);
+    let certificate = Certificate::load(files.clone()).unwrap();
+    // One request a connection: each shows who is believed now.
+    let replica = replica_with(Some(certificate.acceptor()), |_| async {
+        let answer = http::Response::builder().header("connection", "close");
+        Ok(answer.body(full("{}"))?)
+    })
+    .await;
+    let ca = dir.path().join("ca.crt");
+    let trusting = async |pem: Option<&str>| {
+        if let Some(pem) = pem {
+            std::fs::write(&ca, pem).unwrap();
+        }
+        let args = ModelTlsArgs {
+            model_ca: pem.map(|_| ca.clone()),
+        };
+        let trust = Trust::load(&args).unwrap();
+        let gateway = Gateway::with(Setting {
+            trust: Arc::clone(&trust),
+            tls_name: Some(PODS),
+            hold: Duration::from_millis(10),
+            ..Setting::default()
+        })
+        .await;
+        gateway.publish(&[(open_service("a/s", "m"), &[replica.address])]);
+        (gateway, trust)
+    };
+    let refused = async |gateway: &Gateway, words: &str| {
+        let (status, body) = gateway.post(PATH, None, "{}").await;
+        let message = body["error"]["message"].as_str().unwrap();
+        assert_eq!(status, 503);
+        assert!(message.contains(words), "{message}");
+    };
+
+    let (gateway, _) = trusting(None).await;
+    refused(&gateway, "modelTls.caSecretName").await;
+    let (gateway, trust) = trusting(Some(&other.pem)).await;
+    refused(&gateway, "invalid peer certificate").await;
+    // The right CA comes while the gateway runs.
+    std::fs::write(&ca, format!("{}{}", other.pem, ours.pem)).unwrap();
+    assert!(trust.renew().unwrap());
+    assert_eq!(gateway.post(PATH, None, "{}").await.0, 200);
+    // A renewed certificate, and then one that is another service's.
+    ours.sign(PODS, &files);
+    assert!(certificate.renew().unwrap());
+    assert_eq!(gateway.post(PATH, None, "{}").await.0, 200);
+    ours.sign("other-pods.a.svc", &files);
+    assert!(certificate.renew().unwrap());
+    refused(&gateway, PODS).await;
+}
+
+#[tokio::test]
+async fn a_replica_that_should_speak_tls_and_does_not_is_not_sent_the_request() {
+    let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let plain = super::harness::replica(move |_| {
+        count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        async { Ok(http::Response::new(full("{}"))) }
+    })
+    .await;
+    let dir = tempfile::tempdir().unwrap();
+    let ca = dir.path().join("ca.crt");
+    std::fs::write(&ca, Authority::new().pem).unwrap();
+    let args = ModelTlsArgs { model_ca: Some(ca) };
+    let gateway = Gateway::with(Setting {
+        trust: Trust::load(&args).unwrap(),
+        tls_name: Some("s-pods.a.svc"),
+        hold: Duration::from_millis(10),
+        ..Setting::default()
+    })
+    .await;
+    gateway.publish(&[(open_service("a/s", "m"), &[plain.address])]);
+    let (status, body) = gateway.post("/a/s/v1/completions", None, "{}").await;
+    assert_eq!(status, 503, "{body}");
+    assert_eq!(asked.load(std::sync::atomic::Ordering::SeqCst), 0);
 }

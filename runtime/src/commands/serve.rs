@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,6 +15,7 @@ use ashlar::{
     http::{
         self, ApiConfig, ApiKeys, ReasoningParser, ToolCallParser,
         server::{self, Connections, Site},
+        tls::{Certificate, TlsError, TlsFiles},
     },
     hub::Progress,
     llm::LoadedModel,
@@ -54,6 +56,23 @@ struct ServerArgs {
     /// Names of the model in requests; answers carry the first [default: MODEL]
     #[arg(long, env = "ASHLAR_SERVED_MODEL_NAME", value_name = "NAME", num_args = 1.., value_delimiter = ',')]
     served_model_name: Vec<String>,
+    /// File with the server's certificate and those that it was signed with, in PEM: with it clients speak TLS. A new one is
+    /// taken without a restart
+    #[arg(
+        long,
+        env = "ASHLAR_SSL_CERTFILE",
+        value_name = "FILE",
+        requires = "ssl_keyfile"
+    )]
+    ssl_certfile: Option<PathBuf>,
+    /// File with the certificate's key, in PEM
+    #[arg(
+        long,
+        env = "ASHLAR_SSL_KEYFILE",
+        value_name = "FILE",
+        requires = "ssl_certfile"
+    )]
+    ssl_keyfile: Option<PathBuf>,
     /// Key that clients must send; may be given several times
     #[arg(
         long,
@@ -172,6 +191,7 @@ async fn serve(args: ServeArgs, started: Instant) -> anyhow::Result<()> {
         Some(endpoint) => Some(Traces::new(endpoint)?),
         None => None,
     };
+    let certificate = certificate(&args.server)?;
     let address = SocketAddr::new(args.server.host, args.server.port);
     let listener = TcpListener::bind(address)
         .await
@@ -185,6 +205,7 @@ async fn serve(args: ServeArgs, started: Instant) -> anyhow::Result<()> {
         site.clone(),
         lifecycle.clone(),
         connections.clone(),
+        certificate.as_ref().map(Certificate::acceptor),
     ));
     tracing::info!(%address, model = %args.engine.model, "loading");
     // A cache that needs room sees by this that the model is in use.
@@ -238,6 +259,19 @@ async fn serve(args: ServeArgs, started: Instant) -> anyhow::Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What clients that speak TLS are shown; none without the flags.
+fn certificate(args: &ServerArgs) -> Result<Option<Arc<Certificate>>, TlsError> {
+    let (Some(certificate), Some(key)) = (&args.ssl_certfile, &args.ssl_keyfile) else {
+        return Ok(None);
+    };
+    let certificate = Certificate::load(TlsFiles {
+        certificate: certificate.clone(),
+        key: key.clone(),
+    })?;
+    tokio::spawn(Arc::clone(&certificate).follow());
+    Ok(Some(certificate))
 }
 
 fn api_config(

@@ -31,6 +31,7 @@ pub mod sampling;
 pub mod server;
 mod sse;
 pub mod structured;
+pub mod tls;
 mod tokenize;
 mod tools;
 

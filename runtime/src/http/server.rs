@@ -13,9 +13,11 @@ use http::Request;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
 };
+use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 
 use super::{error::ApiError, loading_router};
@@ -30,6 +32,8 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 /// Longest wait for a request's head, idle time between requests included. Above what pooling clients keep
 /// connections for (90 s is common), so that the client ends an idle connection first.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
+/// A client has this long to agree on TLS.
+const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after `accept` failed (no file descriptors left): the next attempt would fail as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -126,12 +130,13 @@ impl Drop for Place {
     }
 }
 
-/// Accepts connections for ever. Once the lifecycle is refusing, connections end after the answer they are in.
+/// Accepts connections for ever, with `tls` if there is one. Once the lifecycle is refusing, connections end after the answer they are in.
 pub async fn serve(
     listener: TcpListener,
     site: Site,
     lifecycle: Lifecycle,
     connections: Connections,
+    tls: Option<TlsAcceptor>,
 ) {
     loop {
         let stream = match listener.accept().await {
@@ -147,18 +152,39 @@ pub async fn serve(
         };
         let site = site.clone();
         let lifecycle = lifecycle.clone();
+        let tls = tls.clone();
         tokio::spawn(async move {
-            serve_connection(stream, site, lifecycle).await;
+            set_nodelay(&stream);
+            match tls {
+                None => serve_connection(stream, site, lifecycle).await,
+                // Apart, so that connections without TLS keep no room for it.
+                Some(tls) => Box::pin(serve_secured(&tls, stream, site, lifecycle)).await,
+            }
             drop(place);
         });
     }
 }
 
-async fn serve_connection(stream: TcpStream, site: Site, lifecycle: Lifecycle) {
+/// Agrees on TLS with one client, then answers it.
+async fn serve_secured(tls: &TlsAcceptor, stream: TcpStream, site: Site, lifecycle: Lifecycle) {
+    match tokio::time::timeout(TLS_TIMEOUT, tls.accept(stream)).await {
+        Ok(Ok(stream)) => serve_connection(stream, site, lifecycle).await,
+        Ok(Err(error)) => tracing::debug!(%error, "no TLS with this client"),
+        Err(_) => tracing::debug!("the client took too long to agree on TLS"),
+    }
+}
+
+fn set_nodelay(stream: &TcpStream) {
     // Each token is a small write that must not wait for the next.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
+}
+
+async fn serve_connection<S>(stream: S, site: Site, lifecycle: Lifecycle)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let service = service_fn(move |request| site.clone().answer(request));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -124,6 +124,7 @@ impl Setup {
             site,
             lifecycle.clone(),
             connections.clone(),
+            None,
         ));
         Server {
             address,

@@ -52,7 +52,7 @@ fn a_new_leader_goes_on_where_the_old_one_was() {
     );
     assert_eq!(initial(&asleep), 0);
 
-    let autoscaler = Autoscaler::new(&Registry::new(), 8081).unwrap();
+    let autoscaler = Autoscaler::new(&Registry::new(), 8081, Trust::none()).unwrap();
     autoscaler.tick(&world(&scaled));
     assert_eq!(autoscaler.outcome(&scaled).unwrap().desired, 5);
 }
@@ -60,7 +60,7 @@ fn a_new_leader_goes_on_where_the_old_one_was() {
 #[test]
 fn without_metrics_the_outcome_says_so_once() {
     let scaled = service(json!({"minReplicas": 1, "maxReplicas": 8}), json!({}));
-    let mut autoscaler = Autoscaler::new(&Registry::new(), 8081).unwrap();
+    let mut autoscaler = Autoscaler::new(&Registry::new(), 8081, Trust::none()).unwrap();
     assert_eq!(
         autoscaler.tick(&world(&scaled)).len(),
         0,
@@ -85,7 +85,7 @@ fn without_metrics_the_outcome_says_so_once() {
 #[test]
 fn what_is_gone_is_forgotten() {
     let registry = Registry::new();
-    let autoscaler = Autoscaler::new(&registry, 8081).unwrap();
+    let autoscaler = Autoscaler::new(&registry, 8081, Trust::none()).unwrap();
     let scaled = service(json!({"minReplicas": 1, "maxReplicas": 8}), json!({}));
     autoscaler.tick(&world(&scaled));
     let shown = |registry: &Registry| {
@@ -116,7 +116,7 @@ fn gateways_are_asked_while_they_serve() {
         ],
     }))
     .unwrap();
-    let autoscaler = Autoscaler::new(&Registry::new(), 8081).unwrap();
+    let autoscaler = Autoscaler::new(&Registry::new(), 8081, Trust::none()).unwrap();
     assert_eq!(autoscaler.gateway_targets(&[Arc::new(slice)]).len(), 2);
 }
 

@@ -30,11 +30,11 @@ fn scraper() -> Arc<Scraper> {
         scrapes: IntCounterVec::new(Opts::new("s", "s"), &["kind", "result"]).unwrap(),
         seconds: Histogram::with_opts(HistogramOpts::new("t", "t")).unwrap(),
     };
-    Arc::new(Scraper::new(metrics))
+    Arc::new(Scraper::new(metrics, Trust::none()))
 }
 
 fn target(name: &str, address: SocketAddr) -> Target {
-    Target::new(Kind::Pod, name, address.ip(), address.port())
+    Target::new(Kind::Pod, name, address, None)
 }
 
 async fn until(what: &str, holds: impl Fn() -> bool) {

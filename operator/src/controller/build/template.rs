@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 
 use ashlar_crds::{
     Device, Engine,
-    names::{RESTART_ANNOTATION, RUNTIME_CONTAINER, RUNTIME_PORT, RUNTIME_PORT_NAME},
+    names::{RESTART_ANNOTATION, RUNTIME_CONTAINER, RUNTIME_PORT, RUNTIME_PORT_NAME, TLS_LABEL},
 };
 use k8s_openapi::{
     DeepMerge as _,
     api::core::v1::{
         Affinity, Capabilities, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
-        HTTPGetAction, Lifecycle, LifecycleHandler, PodSecurityContext, PodSpec, PodTemplateSpec,
-        Probe, ResourceRequirements, SeccompProfile, SecurityContext, SleepAction,
-        TopologySpreadConstraint, Volume, VolumeMount,
+        HTTPGetAction, KeyToPath, Lifecycle, LifecycleHandler, PodSecurityContext, PodSpec,
+        PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile, SecretVolumeSource,
+        SecurityContext, SleepAction, TopologySpreadConstraint, Volume, VolumeMount,
     },
     apimachinery::pkg::{
         api::resource::Quantity,
@@ -32,6 +32,11 @@ const USER: i64 = 65532;
 const KILL_MARGIN_SECONDS: i64 = 15;
 /// Memory-backed share for tensor parallelism.
 const SHARED_MEMORY: &str = "/dev/shm";
+/// Where the pod's certificate and key are, under the names that a Secret of type `kubernetes.io/tls` has for them. A folder
+/// and not single files: a renewed Secret reaches the pod.
+const TLS_FOLDER: &str = "/etc/ashlar/tls";
+const TLS_CERT_KEY: &str = "tls.crt";
+const TLS_PRIVATE_KEY_KEY: &str = "tls.key";
 
 /// Renders the pods of a revision.
 ///
@@ -54,6 +59,10 @@ pub fn pod_template(
             RUNTIME_CONTAINER.to_owned(),
         ),
     ]);
+    if spec.runtime.tls_secret_name.is_some() {
+        pod_labels.insert(TLS_LABEL.into(), "true".into());
+        annotations.insert("prometheus.io/scheme".into(), "https".into());
+    }
     if let Some(restart) = service
         .service
         .metadata
@@ -186,6 +195,11 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
         http_get: Some(HTTPGetAction {
             path: Some(path.to_owned()),
             port: IntOrString::String(RUNTIME_PORT_NAME.to_owned()),
+            scheme: spec
+                .runtime
+                .tls_secret_name
+                .as_ref()
+                .map(|_| "HTTPS".to_owned()),
             ..HTTPGetAction::default()
         }),
         period_seconds: Some(period),
@@ -201,6 +215,14 @@ fn runtime(service: &ValidatedService, image: String) -> Container {
             ..VolumeMount::default()
         },
     ];
+    if spec.runtime.tls_secret_name.is_some() {
+        mounts.push(VolumeMount {
+            name: "tls".into(),
+            mount_path: TLS_FOLDER.into(),
+            read_only: Some(true),
+            ..VolumeMount::default()
+        });
+    }
     if service.gpus > 1 {
         mounts.push(VolumeMount {
             name: "shm".into(),
@@ -293,6 +315,13 @@ fn arguments(service: &ValidatedService) -> Vec<String> {
     if let Some(quantization) = spec.model.quantization.flag() {
         args.push(format!("--quantization={quantization}"));
     }
+    if spec.runtime.tls_secret_name.is_some() {
+        args.push(format!("--ssl-certfile={TLS_FOLDER}/{TLS_CERT_KEY}"));
+        args.push(format!("--ssl-keyfile={TLS_FOLDER}/{TLS_PRIVATE_KEY_KEY}"));
+        if spec.runtime.engine == Engine::Vllm {
+            args.push("--enable-ssl-refresh".to_owned());
+        }
+    }
     args.extend(spec.runtime.args.iter().cloned());
     args
 }
@@ -333,10 +362,32 @@ fn volumes(service: &ValidatedService) -> Vec<Volume> {
         model::volume(service, !model::is_filled_by_job(service)),
         scratch("tmp", None),
     ];
+    if let Some(secret) = &service.service.spec.runtime.tls_secret_name {
+        volumes.push(tls(secret));
+    }
     if service.gpus > 1 {
         volumes.push(scratch("shm", Some("Memory".into())));
     }
     volumes
+}
+
+/// The pod's certificate and key, and nothing else that the Secret may hold.
+fn tls(secret: &str) -> Volume {
+    let item = |key: &str| KeyToPath {
+        key: key.to_owned(),
+        path: key.to_owned(),
+        mode: None,
+    };
+    Volume {
+        name: "tls".into(),
+        secret: Some(SecretVolumeSource {
+            secret_name: Some(secret.to_owned()),
+            default_mode: Some(0o440),
+            items: Some(vec![item(TLS_CERT_KEY), item(TLS_PRIVATE_KEY_KEY)]),
+            optional: None,
+        }),
+        ..Volume::default()
+    }
 }
 
 /// A folder that ends with the pod.

@@ -35,24 +35,24 @@ async fn text(body: AttemptBody<Source>) -> String {
 #[tokio::test]
 async fn each_attempt_sends_the_whole_body() {
     let body = ReplayBody::new(source(&["hel", "", "lo"]), LIMITS);
-    let mut first = body.attempt(None, None);
+    let mut first = body.attempt(None);
     let frame = first.frame().await.unwrap().unwrap();
     assert_eq!(frame.into_data().unwrap(), "hel");
-    let second = body.attempt(None, None);
+    let second = body.attempt(None);
     assert!(
         first.frame().await.unwrap().is_err(),
         "the first attempt is over"
     );
     assert_eq!(text(second).await, "hello");
     assert!(body.can_replay());
-    assert_eq!(text(body.attempt(Some(5), None)).await, "hello");
+    assert_eq!(text(body.attempt(Some(5))).await, "hello");
 }
 
 #[tokio::test]
 async fn a_body_beyond_the_bound_is_sent_whole_and_once() {
     let big = "x".repeat(60);
     let body = ReplayBody::new(source(&[&big, &big, &big]), LIMITS);
-    assert_eq!(text(body.attempt(None, None)).await.len(), 180);
+    assert_eq!(text(body.attempt(None)).await.len(), 180);
     assert!(!body.can_replay());
     assert!(lock(&body.0).kept.is_empty(), "nothing is kept in vain");
 }
@@ -61,7 +61,7 @@ async fn a_body_beyond_the_bound_is_sent_whole_and_once() {
 async fn more_than_the_total_is_refused() {
     let big = "x".repeat(600);
     let body = ReplayBody::new(source(&[&big, &big]), LIMITS);
-    let mut attempt = body.attempt(None, None);
+    let mut attempt = body.attempt(None);
     assert!(attempt.frame().await.unwrap().is_ok());
     assert!(attempt.frame().await.unwrap().is_err());
     assert_eq!(
@@ -78,7 +78,7 @@ async fn a_body_that_stands_still_ends() {
         ..LIMITS
     };
     let body = ReplayBody::new(never(), limits);
-    assert!(body.attempt(None, None).frame().await.unwrap().is_err());
+    assert!(body.attempt(None).frame().await.unwrap().is_err());
     assert_eq!(body.failure(), Some(GatewayError::BodyTimeout));
     assert_eq!(body.model().await, Err(GatewayError::BodyTimeout));
 }
@@ -87,7 +87,7 @@ async fn a_body_that_stands_still_ends() {
 async fn an_empty_body_is_at_its_end_from_the_start() {
     let empty = http_body_util::Empty::<Bytes>::new();
     let body = ReplayBody::new(empty, LIMITS);
-    assert!(body.attempt(None, None).is_end_stream());
+    assert!(body.attempt(None).is_end_stream());
 }
 
 #[tokio::test]
@@ -119,7 +119,7 @@ async fn replacing_the_model_keeps_everything_else() {
     assert_eq!(grown, -3);
     for _ in 0..2 {
         assert_eq!(
-            text(body.attempt(None, None)).await,
+            text(body.attempt(None)).await,
             "{\"model\":\"a\\\"b\",\"n\":1}"
         );
     }
@@ -138,7 +138,7 @@ proptest! {
         let outcome = runtime.block_on(async {
             let body = ReplayBody::new(source(&pieces), BodyLimits { replay: 80, ..LIMITS });
             for frames in breaks {
-                let mut attempt = body.attempt(None, None);
+                let mut attempt = body.attempt(None);
                 for _ in 0..frames {
                     if attempt.frame().await.is_none() {
                         break;
@@ -148,7 +148,7 @@ proptest! {
                     return None;
                 }
             }
-            Some(text(body.attempt(None, None)).await)
+            Some(text(body.attempt(None)).await)
         });
         match outcome {
             Some(sent) => prop_assert_eq!(sent, whole),

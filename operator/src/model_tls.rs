@@ -1,0 +1,444 @@
+//! Connections to model pods: plain, or TLS to pods that a certificate of their own was given (`spec.runtime.tlsSecretName`).
+//!
+//! Pods have no name that lasts, so all pods of a service show a certificate for the service's headless name
+//! ([`server_name`]), signed by one of the installation's CAs ([`Trust`]). A pod says by its label that it speaks TLS: pods of
+//! the revision before may still do without.
+
+use std::fmt::Write as _;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use ashlar_crds::names::{SERVICE_LABEL, TLS_LABEL};
+use http::Uri;
+use http::uri::PathAndQuery;
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::client::legacy::connect::{Connected, Connection, HttpConnector};
+use hyper_util::rt::TokioIo;
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+use rustls::client::Resumption;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tower::Service;
+
+/// How often the file is looked at; the kubelet needs about a minute to bring a new Secret.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// The flag of operator and gateway.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct ModelTlsArgs {
+    /// Certificates, as PEM, of the CAs that sign those of model pods (spec.runtime.tlsSecretName); a new file is taken
+    /// without a restart.
+    #[arg(long, env = "ASHLAR_MODEL_CA", value_name = "FILE")]
+    pub model_ca: Option<PathBuf>,
+}
+
+/// Why the CAs cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TrustError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: is the Secret of --model-ca mounted there?")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file has no certificate that can be used.
+    #[error("{path} holds no certificate of a CA as PEM")]
+    Pem {
+        /// Which.
+        path: PathBuf,
+    },
+}
+
+/// Why there is no TLS with a pod. The words are for whoever reads the gateway's answer or log.
+#[derive(Debug, thiserror::Error)]
+enum TlsFailure {
+    #[error(
+        "the pod speaks TLS, and no CA is configured for model pods: set the chart's modelTls.caSecretName"
+    )]
+    NoCa,
+    #[error("no TLS with the pod as {name}: {reason}")]
+    Refused { name: String, reason: String },
+}
+
+struct Roots {
+    config: Arc<ClientConfig>,
+    pem: Vec<u8>,
+}
+
+/// The CAs that certificates of model pods are signed by, as the file has them.
+pub struct Trust {
+    file: Option<PathBuf>,
+    roots: RwLock<Option<Roots>>,
+}
+
+impl Trust {
+    /// Trusts nobody: pods with TLS cannot be reached.
+    #[must_use]
+    pub fn none() -> Arc<Self> {
+        Arc::new(Self {
+            file: None,
+            roots: RwLock::new(None),
+        })
+    }
+
+    /// Reads the file, if there is one.
+    ///
+    /// # Errors
+    /// [`TrustError`] when it cannot be used.
+    pub fn load(args: &ModelTlsArgs) -> Result<Arc<Self>, TrustError> {
+        let roots = args.model_ca.as_deref().map(read).transpose()?;
+        Ok(Arc::new(Self {
+            file: args.model_ca.clone(),
+            roots: RwLock::new(roots),
+        }))
+    }
+
+    /// Looks at the file again; true when it has changed.
+    ///
+    /// # Errors
+    /// [`TrustError`] when the new file cannot be used; the CAs before stay.
+    pub fn renew(&self) -> Result<bool, TrustError> {
+        let Some(file) = &self.file else {
+            return Ok(false);
+        };
+        let new = read(file)?;
+        let mut roots = self.roots.write().unwrap_or_else(PoisonError::into_inner);
+        let changed = roots.as_ref().is_none_or(|roots| roots.pem != new.pem);
+        if changed {
+            *roots = Some(new);
+        }
+        Ok(changed)
+    }
+
+    /// Looks at the file again and again, for ever; returns at once without one.
+    pub async fn follow(self: Arc<Self>) {
+        if self.file.is_none() {
+            return;
+        }
+        let mut said = String::new();
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let problem = match self.renew() {
+                Ok(changed) => {
+                    if changed {
+                        tracing::info!("new CAs of model pods are trusted");
+                    }
+                    String::new()
+                }
+                Err(error) => error.to_string(),
+            };
+            // Once: a Secret that stays broken is not told every few seconds.
+            if !problem.is_empty() && problem != said {
+                tracing::error!(problem, "the CAs before are kept");
+            }
+            said = problem;
+        }
+    }
+
+    /// Agrees on TLS with the pod at the other end, which has to be of the service that `name` names.
+    ///
+    /// # Errors
+    /// There is no CA, or the pod's certificate is not for `name` or not signed by one of the CAs.
+    pub async fn secure(&self, stream: TcpStream, name: &str) -> io::Result<TlsStream<TcpStream>> {
+        let config = {
+            let roots = self.roots.read().unwrap_or_else(PoisonError::into_inner);
+            roots.as_ref().map(|roots| Arc::clone(&roots.config))
+        };
+        let config = config.ok_or_else(|| io::Error::other(TlsFailure::NoCa))?;
+        let refused = |error: &dyn std::error::Error| {
+            io::Error::other(TlsFailure::Refused {
+                name: name.to_owned(),
+                reason: with_causes(error),
+            })
+        };
+        let server = ServerName::try_from(name.to_owned()).map_err(|error| refused(&error))?;
+        let connected = TlsConnector::from(config).connect(server, stream).await;
+        connected.map_err(|error| refused(&error))
+    }
+}
+
+/// An error with its causes, in one text.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let _ = write!(text, ": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn read(path: &Path) -> Result<Roots, TrustError> {
+    let pem = std::fs::read(path).map_err(|source| TrustError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    let bad = || TrustError::Pem {
+        path: path.to_owned(),
+    };
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(&pem) {
+        let certificate = certificate.map_err(|_| bad())?;
+        roots.add(certificate).map_err(|_| bad())?;
+    }
+    if roots.is_empty() {
+        return Err(bad());
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("ring has the default versions: this is a bug")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // A resumed session would not look at the certificate; connections are kept anyway.
+    config.resumption = Resumption::disabled();
+    Ok(Roots {
+        config: Arc::new(config),
+        pem,
+    })
+}
+
+/// The name that the certificates of a service's pods are for.
+#[must_use]
+pub fn server_name(namespace: &str, service: &str) -> String {
+    format!("{service}-pods.{namespace}.svc")
+}
+
+/// The name that the pod's certificate has to be for; none for a pod that speaks no TLS.
+#[must_use]
+pub fn server_name_of(pod: &Pod) -> Option<String> {
+    let labels = pod.labels();
+    let service = labels.get(SERVICE_LABEL)?;
+    labels.get(TLS_LABEL).filter(|value| *value == "true")?;
+    Some(server_name(pod.metadata.namespace.as_deref()?, service))
+}
+
+/// Where a pod is asked. The name that its certificate has to be for travels as the user part, which no server sees: it
+/// keeps connections apart that were made for different names.
+///
+/// # Panics
+/// Never: an address, a DNS name and a path make a URI.
+#[must_use]
+pub fn uri(address: SocketAddr, server_name: Option<&str>, path: PathAndQuery) -> Uri {
+    let uri = Uri::builder().path_and_query(path);
+    let uri = match server_name {
+        None => uri.scheme("http").authority(address.to_string()),
+        Some(name) => uri.scheme("https").authority(format!("{name}@{address}")),
+    };
+    uri.build()
+        .expect("an address and a path make a URI: this is a bug")
+}
+
+/// Opens connections to the URIs that [`uri`] makes.
+#[derive(Clone)]
+pub struct PodConnector {
+    tcp: HttpConnector,
+    trust: Arc<Trust>,
+    timeout: Duration,
+}
+
+impl PodConnector {
+    /// Connects by `tcp`, and waits at most `timeout` for a connection and for TLS.
+    #[must_use]
+    pub fn new(mut tcp: HttpConnector, trust: Arc<Trust>, timeout: Duration) -> Self {
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        tcp.set_connect_timeout(Some(timeout));
+        Self {
+            tcp,
+            trust,
+            timeout,
+        }
+    }
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+impl Service<Uri> for PodConnector {
+    type Response = PodStream;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<PodStream, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.tcp.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let authority = uri.authority().map(http::uri::Authority::as_str);
+        let name = authority.and_then(|authority| authority.split_once('@'));
+        let name = name.map(|(name, _)| name.to_owned());
+        let connecting = self.tcp.call(uri);
+        let (trust, timeout) = (Arc::clone(&self.trust), self.timeout);
+        Box::pin(async move {
+            let stream = connecting.await?;
+            let Some(name) = name else {
+                return Ok(PodStream::Plain(stream));
+            };
+            let secured = trust.secure(stream.into_inner(), &name);
+            let secured = tokio::time::timeout(timeout, secured).await;
+            let secured = secured.map_err(|_| "the pod took too long to agree on TLS")??;
+            Ok(PodStream::Tls(Box::new(TokioIo::new(secured))))
+        })
+    }
+}
+
+/// A connection to a pod.
+pub enum PodStream {
+    /// Without TLS.
+    Plain(TokioIo<TcpStream>),
+    /// With it. Apart, so that connections without keep no room for it.
+    Tls(Box<TokioIo<TlsStream<TcpStream>>>),
+}
+
+impl Connection for PodStream {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl Read for PodStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+        }
+    }
+}
+
+impl Write for PodStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, parts),
+            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, parts),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Plain(stream) => stream.is_write_vectored(),
+            Self::Tls(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a panic is a test's way to fail")]
+    use super::*;
+
+    #[test]
+    fn only_a_pod_that_says_so_speaks_tls() {
+        let pod = |labels: serde_json::Value| -> Pod {
+            serde_json::from_value(serde_json::json!({
+                "metadata": {"name": "p", "namespace": "team-a", "labels": labels},
+            }))
+            .unwrap()
+        };
+        let name = |labels| server_name_of(&pod(labels));
+        let service = serde_json::json!({SERVICE_LABEL: "chat"});
+        assert_eq!(name(service), None);
+        let secured = serde_json::json!({SERVICE_LABEL: "chat", TLS_LABEL: "true"});
+        assert_eq!(name(secured).as_deref(), Some("chat-pods.team-a.svc"));
+    }
+
+    #[test]
+    fn the_name_of_the_certificate_keeps_connections_apart() {
+        for (address, plain, secured) in [
+            (
+                "10.0.0.1:8000",
+                "http://10.0.0.1:8000/m?a=1",
+                "https://n@10.0.0.1:8000/m?a=1",
+            ),
+            (
+                "[fd00::1]:8000",
+                "http://[fd00::1]:8000/m?a=1",
+                "https://n@[fd00::1]:8000/m?a=1",
+            ),
+        ] {
+            let address: SocketAddr = address.parse().unwrap();
+            let path = PathAndQuery::from_static("/m?a=1");
+            assert_eq!(uri(address, None, path.clone()).to_string(), plain);
+            let uri = uri(address, Some("n"), path);
+            assert_eq!(uri.to_string(), secured);
+            assert_eq!(
+                uri.host().unwrap().trim_matches(['[', ']']),
+                address.ip().to_string()
+            );
+        }
+    }
+
+    #[test]
+    fn a_new_file_is_taken_and_a_broken_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let args = ModelTlsArgs {
+            model_ca: Some(folder.path().join("ca.crt")),
+        };
+        let file = args.model_ca.clone().unwrap();
+        assert!(matches!(Trust::load(&args), Err(TrustError::Read { .. })));
+        let write = || {
+            let made = rcgen::generate_simple_self_signed(vec!["ca".into()]).unwrap();
+            std::fs::write(&file, made.cert.pem()).unwrap();
+        };
+        write();
+        let trust = Trust::load(&args).unwrap();
+        assert!(!trust.renew().unwrap());
+        write();
+        assert!(trust.renew().unwrap());
+        for broken in ["", "no certificate"] {
+            std::fs::write(&file, broken).unwrap();
+            assert!(matches!(trust.renew(), Err(TrustError::Pem { .. })));
+        }
+        assert!(
+            trust.roots.read().unwrap().is_some(),
+            "the one before stays"
+        );
+    }
+}
