@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests of the chart. Needs helm (PATH or HELM) and promtool (PATH or PROMTOOL); UPDATE=1 writes the snapshots anew, for review
 # in the diff.
-#   values     every value has a comment
+#   values     every value has a comment and is in the schema
 #   dashboards they are what dashboards/build.py writes, complete, and whole in their ConfigMaps
 #   docs       links, pages and reasons
 #   alerts     promtool takes the rules, and tests/alerts show each alert fire and stay quiet; each has a runbook
@@ -71,7 +71,7 @@ crd_can_go() {
 }
 crd_can_be_left_out() { ! render --set crds.enabled=false | grep -q '^kind: CustomResourceDefinition'; }
 
-values_are_commented() { python3 tests/values.py "$chart/values.yaml"; }
+values_are_explained() { python3 tests/values.py "$chart/values.yaml" "$chart/values.schema.json"; }
 
 dashboards_are_fresh() {
     PYTHONDONTWRITEBYTECODE=1 python3 dashboards/build.py "$tmp/dashboards"
@@ -183,7 +183,7 @@ for values in "$chart"/tests/values/*.yaml; do
     check "render $name" matches_snapshot "$name"
     check "rights $name" grants_nothing_more "$name"
 done
-check "values are commented" values_are_commented
+check "values are explained and in the schema" values_are_explained
 check "dashboards are fresh" dashboards_are_fresh
 check "dashboards are complete" dashboards_are_complete
 check "dashboards are rendered whole" dashboards_are_rendered_whole
@@ -202,6 +202,8 @@ check "crd can go" crd_can_go
 check "crd can be left out" crd_can_be_left_out
 check "refuse an unknown value" refuses replica --set gateway.replica=3
 check "refuse an unknown section" refuses gatway --set gatway.replicas=3
+check "refuse an unknown bound" refuses limit --set gateway.resources.limit.memory=1Gi
+check "refuse an unknown affinity" refuses nodesAffinity --set-json 'operator.affinity={"nodesAffinity": {}}'
 check "refuse a wrong type" refuses replicas --set-string gateway.replicas=many
 check "refuse no replicas" refuses replicas --set gateway.replicas=0
 check "refuse no image" refuses image --set operator.image=
