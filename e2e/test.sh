@@ -119,6 +119,7 @@ ASHLAR_TEST_AWQ_MODEL=$("$CLUSTER_DIR/awq.sh")
 export ASHLAR_TEST_AWQ_MODEL
 ASHLAR_E2E_PROMETHEUS=$("$CLUSTER_DIR/prometheus.sh")
 export ASHLAR_E2E_PROMETHEUS
+monitoring=$("$CLUSTER_DIR/monitoring.sh")
 
 # Built before anything runs in the cluster's network, which has no way out to a registry.
 stories=(--workspace --features ashlar-e2e/cluster)
@@ -142,7 +143,7 @@ if [ "$what" = all ]; then
         e2e/clients/schemathesis.sh || true
     if [ "$ready" = yes ]; then
         stage "unit and API-server tests" workspace_tests || true
-        stage "chart" inside env PROMTOOL="$ASHLAR_E2E_PROMETHEUS/promtool" charts/tests/render.sh || true
+        stage "chart" inside env PROMTOOL="$ASHLAR_E2E_PROMETHEUS/promtool" MONITORING="$monitoring" charts/tests/render.sh || true
     else
         stage "unit tests" cargo test --release --no-fail-fast --workspace || true
         not_run "API-server tests" "there is no cluster"

@@ -9,7 +9,8 @@
 #   render    every file of ashlar/tests/values renders to its snapshot
 #   crd       the definition in the chart is the generated one, whatever the values
 #   refuse    values that the schema must not let in
-#   server    where KUBECONFIG leads to a cluster: its API server takes what is rendered, strictly
+#   server    where KUBECONFIG leads to a cluster: its API server takes what is rendered, strictly; PodMonitor and PrometheusRule
+#             too where MONITORING is the folder of their definitions
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 chart=ashlar
@@ -170,10 +171,14 @@ grants_nothing_more() {
     [ "$containers" = "$restricted" ] && [ "$containers" -gt 0 ]
 }
 
+# With the Prometheus operator's definitions, which MONITORING is the folder of, its objects are judged too.
 server_takes() {
-    render --set crds.enabled=false --values "$chart/tests/values/$1.yaml" --set podMonitor.enabled=false,alerts.enabled=false \
+    local monitoring=false
+    [ -z "${MONITORING:-}" ] || monitoring=true
+    render --set crds.enabled=false --values "$chart/tests/values/$1.yaml" --set "podMonitor.enabled=$monitoring,alerts.enabled=$monitoring" \
         | kubectl create --namespace default --dry-run=server --validate=strict --filename - --output name 2>&1 \
         | tee "$tmp/server" | grep -v 'already exists' | grep -i -E 'error|warning|invalid|unknown' && return 1
+    [ "$monitoring" = false ] || grep -q '^prometheusrule.monitoring.coreos.com/' "$tmp/server" || { cat "$tmp/server"; return 1; }
     grep -q -E 'deployment.apps/ashlar-gateway|already exists' "$tmp/server"
 }
 
@@ -214,7 +219,12 @@ check "refuse a bound that is no bucket" refuses firstTokenSeconds --set-json al
 check "refuse a cache outside the root" refuses path --set nodeCache.path=models
 check "refuse an argument that is none" refuses extraArgs --set 'gateway.extraArgs={serve}'
 if [ -n "${KUBECONFIG:-}" ] && kubectl version > /dev/null 2>&1; then
+    if [ -n "${MONITORING:-}" ]; then
+        kubectl apply --server-side --filename "$MONITORING" > "$tmp/log"
+        kubectl wait --for condition=Established --timeout 60s --filename "$MONITORING" > "$tmp/log"
+    fi
     for name in default full minimal; do check "server takes $name" server_takes "$name"; done
+    if [ -n "${MONITORING:-}" ]; then kubectl delete --filename "$MONITORING" > "$tmp/log"; fi
 fi
 
 echo
