@@ -27,6 +27,9 @@ use crate::model_runner::{ModelRunner, RunnerError, StepId, StepOutput};
 /// How long one poll of the runner waits; the loop polls until the step is done.
 const POLL_WAIT: Duration = Duration::from_millis(200);
 
+/// How often an engine without work says that it waits for some, so that one that hangs is told from it.
+pub const IDLE_BEAT: Duration = Duration::from_millis(250);
+
 /// A step that was handed to the runner, or that the runner refused (`runner_step` is `None`) while others run.
 struct InFlight {
     plan: SchedulerOutput,
@@ -114,7 +117,7 @@ impl Core {
 
     fn run_steps(&mut self) -> Result<(), RunnerError> {
         let depth = self.runner.depth().max(1);
-        while self.take_commands() {
+        while self.take_commands()? {
             while self.in_flight.len() < depth && self.launch_step()? {}
             if !self.in_flight.is_empty() {
                 self.finish_step()?;
@@ -135,7 +138,7 @@ impl Core {
     }
 
     /// Carries out what was enqueued; waits for something when there is no work. False when the engine is to end.
-    fn take_commands(&mut self) -> bool {
+    fn take_commands(&mut self) -> Result<bool, RunnerError> {
         let shared = Arc::clone(&self.shared);
         let mut inbox = shared.lock();
         while inbox.commands.is_empty() && (self.is_idle() || self.blocked) {
@@ -151,11 +154,25 @@ impl Core {
                 Phase::Open | Phase::Closed { .. } => None,
             };
             let first = self.deadlines.peek().map(|Reverse((at, _))| *at);
-            let until = until.into_iter().chain(first).min();
-            if until.is_some_and(|until| until <= Instant::now()) {
+            let now = Instant::now();
+            let left = until
+                .into_iter()
+                .chain(first)
+                .min()
+                .map(|until| until.saturating_duration_since(now));
+            if left == Some(Duration::ZERO) {
                 break;
             }
-            inbox = shared.wait_until(inbox, until);
+            if self.is_idle() {
+                // Not when all sequences wait for their masks: that is work, and may hang too.
+                shared.stats.show_life();
+            }
+            inbox = shared.wait(inbox, left.map_or(IDLE_BEAT, |left| left.min(IDLE_BEAT)));
+            if inbox.commands.is_empty() {
+                drop(inbox);
+                self.runner.rest()?;
+                inbox = shared.lock();
+            }
         }
         self.blocked = false;
         let commands = std::mem::take(&mut inbox.commands);
@@ -174,11 +191,11 @@ impl Core {
                 }
                 if self.is_idle() {
                     self.deliver();
-                    return false;
+                    return Ok(false);
                 }
-                true
+                Ok(true)
             }
-            Phase::Open | Phase::Closed { .. } => true,
+            Phase::Open | Phase::Closed { .. } => Ok(true),
         }
     }
 
@@ -291,7 +308,7 @@ impl Core {
             }
         }
         self.scheduler.complete(step.plan.step);
-        self.shared.stats.mark_progress();
+        self.shared.stats.show_life();
         Ok(())
     }
 
