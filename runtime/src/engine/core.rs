@@ -143,10 +143,15 @@ impl Core {
     fn take_commands(&mut self) -> Result<bool, RunnerError> {
         let shared = Arc::clone(&self.shared);
         let mut inbox = shared.lock();
+        let mut rested = false;
         while inbox.commands.is_empty() && (self.is_idle() || self.blocked) {
-            if self.is_idle() && self.busy {
+            if !rested {
                 drop(inbox);
-                self.become_idle();
+                if self.is_idle() && self.busy {
+                    self.become_idle();
+                }
+                self.runner.rest()?;
+                rested = true;
                 inbox = shared.lock();
                 continue;
             }
@@ -170,11 +175,7 @@ impl Core {
                 shared.stats.show_life();
             }
             inbox = shared.wait(inbox, left.map_or(IDLE_BEAT, |left| left.min(IDLE_BEAT)));
-            if inbox.commands.is_empty() {
-                drop(inbox);
-                self.runner.rest()?;
-                inbox = shared.lock();
-            }
+            rested = false;
         }
         self.blocked = false;
         let commands = std::mem::take(&mut inbox.commands);
