@@ -131,8 +131,11 @@ impl Group {
         if state.arrived.iter().all(Option::is_some) {
             state.brought = state.arrived.iter_mut().filter_map(Option::take).collect();
             state.meetings += 1;
+            let brought = state.brought.clone();
+            // Unlocked first: a rank that stops in the system call must not take the others' patience with it.
+            drop(state);
             self.changed.notify_all();
-            return Ok(state.brought.clone());
+            return Ok(brought);
         }
         let (meeting, started) = (state.meetings, Instant::now());
         while state.meetings == meeting {
