@@ -14,7 +14,7 @@ CLUSTER ?= test
 CRD := inferenceservices.serving.ashlar.dev.yaml
 REFERENCE := charts/docs/src/reference
 
-.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench gpu-peer-bench gpu-image unit clients schemathesis soak fuzz e2e docs-test test deny generate pictures chart-test bench-peer bench-front-end gateway-bench scrape-bench operator-bench clean
+.PHONY: help demo demo-down check gpu-check gpu-test gpu-bench gpu-peer-bench gpu-image unit clients schemathesis soak fuzz e2e docs-test book test deny generate pictures chart-test bench-peer bench-front-end gateway-bench scrape-bench operator-bench clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -89,6 +89,9 @@ pictures: ## the docs' pictures of the dashboards and their list of metrics, fro
 
 docs-test: ## follows the docs: every command and manifest of book and README, on a cluster of its own; needs root
 	CLUSTER=$(CLUSTER) e2e/test.sh docs
+
+book: ## renders the book into FOLDER (target/book) and checks every link in it
+	e2e/docs/book.sh $(or $(FOLDER),target/book)
 
 chart-test: ## renders the chart with several values and checks the result and the alerts; needs helm on PATH
 	PROMTOOL=$$(e2e/cluster/prometheus.sh)/promtool charts/tests/render.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the project's tests on a cluster of their own and counts them:
-#   test.sh all   formatting, lints, GPU kernels compiled, generated files, licences, unit and API-server tests, chart tests, e2e tests
+#   test.sh all   formatting, lints, GPU kernels compiled, generated files, licences, the book rendered, unit and API-server tests, chart tests, e2e tests
 #   test.sh docs  the docs only: their commands and manifests
 #   test.sh e2e   the e2e tests only, or only the file TEST of them; on the cluster of KUBECONFIG when that is set
 #                 (src/lib.rs says what it must offer)
@@ -107,6 +107,7 @@ if [ "$what" = all ]; then
     stage "formatting" cargo fmt --all --check || true
     stage "licences and sources" e2e/deny.sh || true
     stage "workflows" e2e/actionlint.sh || true
+    stage "book" e2e/docs/book.sh || true
     stage "lints" cargo clippy --release --workspace --all-targets --features ashlar-e2e/cluster -- -D warnings || true
     stage "GPU kernels" make --no-print-directory gpu-check || true
     stage "generated files" generated_files_are_fresh || true
@@ -118,6 +119,7 @@ ASHLAR_TEST_AWQ_MODEL=$("$CLUSTER_DIR/awq.sh")
 export ASHLAR_TEST_AWQ_MODEL
 ASHLAR_E2E_PROMETHEUS=$("$CLUSTER_DIR/prometheus.sh")
 export ASHLAR_E2E_PROMETHEUS
+monitoring=$("$CLUSTER_DIR/monitoring.sh")
 
 # Built before anything runs in the cluster's network, which has no way out to a registry.
 stories=(--workspace --features ashlar-e2e/cluster)
@@ -141,7 +143,7 @@ if [ "$what" = all ]; then
         e2e/clients/schemathesis.sh || true
     if [ "$ready" = yes ]; then
         stage "unit and API-server tests" workspace_tests || true
-        stage "chart" inside env PROMTOOL="$ASHLAR_E2E_PROMETHEUS/promtool" charts/tests/render.sh || true
+        stage "chart" inside env PROMTOOL="$ASHLAR_E2E_PROMETHEUS/promtool" MONITORING="$monitoring" charts/tests/render.sh || true
     else
         stage "unit tests" cargo test --release --no-fail-fast --workspace || true
         not_run "API-server tests" "there is no cluster"

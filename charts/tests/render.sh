@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests of the chart. Needs helm (PATH or HELM) and promtool (PATH or PROMTOOL); UPDATE=1 writes the snapshots anew, for review
 # in the diff.
-#   values     every value has a comment
+#   values     every value has a comment and is in the schema
 #   dashboards they are what dashboards/build.py writes, complete, and whole in their ConfigMaps
 #   docs       links, pages and reasons
 #   alerts     promtool takes the rules, and tests/alerts show each alert fire and stay quiet; each has a runbook
@@ -9,7 +9,8 @@
 #   render    every file of ashlar/tests/values renders to its snapshot
 #   crd       the definition in the chart is the generated one, whatever the values
 #   refuse    values that the schema must not let in
-#   server    where KUBECONFIG leads to a cluster: its API server takes what is rendered, strictly
+#   server    where KUBECONFIG leads to a cluster: its API server takes what is rendered, strictly; PodMonitor and PrometheusRule
+#             too where MONITORING is the folder of their definitions
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 chart=ashlar
@@ -71,7 +72,7 @@ crd_can_go() {
 }
 crd_can_be_left_out() { ! render --set crds.enabled=false | grep -q '^kind: CustomResourceDefinition'; }
 
-values_are_commented() { python3 tests/values.py "$chart/values.yaml"; }
+values_are_explained() { python3 tests/values.py "$chart/values.yaml" "$chart/values.schema.json"; }
 
 dashboards_are_fresh() {
     PYTHONDONTWRITEBYTECODE=1 python3 dashboards/build.py "$tmp/dashboards"
@@ -109,13 +110,23 @@ alerts_are_valid() {
 alerts_fire() { "$promtool" test rules tests/alerts/*.yaml; }
 alerts_are_tested() {
     local alert
-    rendered_rules > "$tmp/rules.yaml" || return 1
     for alert in $(alert_names); do
         grep -q "^  - name: $alert\$" tests/alerts/*.yaml || { echo "no test of $alert"; return 1; }
         [ -s "docs/src/runbooks/$alert.md" ] || { echo "no runbook docs/src/runbooks/$alert.md"; return 1; }
-        grep -qF "runbook_url: https://ashlar.dev/docs/runbooks/$alert.html" "$tmp/rules.yaml" || { echo "$alert does not lead to its page"; return 1; }
     done
     [ "$(find docs/src/runbooks -name 'Ashlar*' | wc -l)" = "$(alert_names | wc -l)" ]
+}
+alerts_lead_to_their_pages() {
+    rendered_rules > "$tmp/rules.yaml" || return 1
+    python3 tests/runbooks.py .. < "$tmp/rules.yaml"
+}
+# Whoever publishes the chart publishes its images and its book too.
+a_published_chart_names_its_own() {
+    ../e2e/release/values.sh Acme stones > "$tmp/values.yaml" || return 1
+    render --values "$tmp/values.yaml" --set alerts.enabled=true,crds.enabled=false > "$tmp/rendered" || return 1
+    [ "$(grep -cE '(image: |--runtime-image)' "$tmp/rendered")" = 5 ] || return 1
+    ! grep -E '(image: |--runtime-image)' "$tmp/rendered" | grep -v ghcr.io/acme/ || return 1
+    [ "$(grep -c 'runbook_url: https://acme.github.io/stones/runbooks/' "$tmp/rendered")" = "$(alert_names | wc -l)" ]
 }
 alerts_can_be_changed() {
     local expected
@@ -160,10 +171,14 @@ grants_nothing_more() {
     [ "$containers" = "$restricted" ] && [ "$containers" -gt 0 ]
 }
 
+# With the Prometheus operator's definitions, which MONITORING is the folder of, its objects are judged too.
 server_takes() {
-    render --set crds.enabled=false --values "$chart/tests/values/$1.yaml" --set podMonitor.enabled=false,alerts.enabled=false \
+    local monitoring=false
+    [ -z "${MONITORING:-}" ] || monitoring=true
+    render --set crds.enabled=false --values "$chart/tests/values/$1.yaml" --set "podMonitor.enabled=$monitoring,alerts.enabled=$monitoring" \
         | kubectl create --namespace default --dry-run=server --validate=strict --filename - --output name 2>&1 \
         | tee "$tmp/server" | grep -v 'already exists' | grep -i -E 'error|warning|invalid|unknown' && return 1
+    [ "$monitoring" = false ] || grep -q '^prometheusrule.monitoring.coreos.com/' "$tmp/server" || { cat "$tmp/server"; return 1; }
     grep -q -E 'deployment.apps/ashlar-gateway|already exists' "$tmp/server"
 }
 
@@ -173,14 +188,16 @@ for values in "$chart"/tests/values/*.yaml; do
     check "render $name" matches_snapshot "$name"
     check "rights $name" grants_nothing_more "$name"
 done
-check "values are commented" values_are_commented
+check "values are explained and in the schema" values_are_explained
 check "dashboards are fresh" dashboards_are_fresh
 check "dashboards are complete" dashboards_are_complete
 check "dashboards are rendered whole" dashboards_are_rendered_whole
 check "alerts are valid" alerts_are_valid
 check "alerts fire and stay quiet" alerts_fire
 check "alerts are tested and explained" alerts_are_tested
+check "alerts lead to their pages" alerts_lead_to_their_pages
 check "alerts can be changed" alerts_can_be_changed
+check "a published chart names its own images and book" a_published_chart_names_its_own
 check "scrape config is valid" scrape_config_is_valid
 check "docs hold together" docs_hold_together
 check "crd is current" crd_is_current
@@ -190,6 +207,8 @@ check "crd can go" crd_can_go
 check "crd can be left out" crd_can_be_left_out
 check "refuse an unknown value" refuses replica --set gateway.replica=3
 check "refuse an unknown section" refuses gatway --set gatway.replicas=3
+check "refuse an unknown bound" refuses limit --set gateway.resources.limit.memory=1Gi
+check "refuse an unknown affinity" refuses nodesAffinity --set-json 'operator.affinity={"nodesAffinity": {}}'
 check "refuse a wrong type" refuses replicas --set-string gateway.replicas=many
 check "refuse no replicas" refuses replicas --set gateway.replicas=0
 check "refuse no image" refuses image --set operator.image=
@@ -200,7 +219,12 @@ check "refuse a bound that is no bucket" refuses firstTokenSeconds --set-json al
 check "refuse a cache outside the root" refuses path --set nodeCache.path=models
 check "refuse an argument that is none" refuses extraArgs --set 'gateway.extraArgs={serve}'
 if [ -n "${KUBECONFIG:-}" ] && kubectl version > /dev/null 2>&1; then
+    if [ -n "${MONITORING:-}" ]; then
+        kubectl apply --server-side --filename "$MONITORING" > "$tmp/log"
+        kubectl wait --for condition=Established --timeout 60s --filename "$MONITORING" > "$tmp/log"
+    fi
     for name in default full minimal; do check "server takes $name" server_takes "$name"; done
+    if [ -n "${MONITORING:-}" ]; then kubectl delete --filename "$MONITORING" > "$tmp/log"; fi
 fi
 
 echo

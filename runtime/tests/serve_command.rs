@@ -5,6 +5,7 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
     process::{Child, Command, Stdio},
+    sync::mpsc,
     time::{Duration, Instant},
 };
 
@@ -235,33 +236,86 @@ impl Drop for Stalled {
     }
 }
 
-/// A request is running on two ranks when `thread` stops: the process ends within 10 s and says why.
-fn a_rank_that_hangs_ends_the_process(thread: &str, said: &str) {
-    let name = format!("--served-model-name=hanging-{thread}");
+#[test]
+fn an_engine_that_hangs_without_a_request_is_seen_by_probes_and_metrics() {
+    let name = "--served-model-name=hanging-idle";
+    let (_process, address, _log) = serve(&[name, "--health-stall-timeout=1"]);
+    let until = |path: &str, wanted: u16| {
+        let limit = Instant::now() + Duration::from_secs(30);
+        loop {
+            let (status, body) = answer(request(address, "GET", path, ""));
+            if status == wanted {
+                return body;
+            }
+            assert!(Instant::now() < limit, "{path}: {status} {body}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let silence = || {
+        let (_, text) = answer(request(address, "GET", "/metrics", ""));
+        let mut lines = text.lines();
+        assert!(
+            lines
+                .any(|line| line.starts_with("vllm:num_requests_running{") && line.ends_with(" 0"))
+        );
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("ashlar:engine_silent_seconds{"));
+        line.unwrap()
+            .rsplit_once(' ')
+            .unwrap()
+            .1
+            .parse::<f64>()
+            .unwrap()
+    };
+    // Longer than twice the timeout, after which one that hangs would have been given up.
+    std::thread::sleep(Duration::from_secs(3));
+    for path in ["/health", "/health/live"] {
+        assert_eq!(answer(request(address, "GET", path, "")).0, 200, "{path}");
+    }
+    assert!(silence() < 1.0);
+
+    let stalled = Stalled::new(name, "ashlar-engine");
+    assert!(until("/health", 503).contains("no sign of life"));
+    until("/health/live", 503);
+    assert!(silence() > 2.0);
+    drop(stalled);
+    until("/health/live", 200);
+    until("/health", 200);
+}
+
+/// Two ranks answer a request, or have none, when `thread` stops: the process ends within 10 s and says why.
+fn a_rank_that_hangs_ends_the_process(thread: &str, answers: bool, said: &str) {
+    let name = format!("--served-model-name=hanging-{thread}-{answers}");
     let (mut process, address, mut log) =
         serve(&["--tensor-parallel-size=2", "--device=cpu", &name]);
     let body = json!({
         "model": name.split_once('=').unwrap().1, "prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": true,
         "stream": true,
     });
-    let mut stream = BufReader::new(request(
-        address,
-        "POST",
-        "/v1/completions",
-        &body.to_string(),
-    ));
-    let mut line = String::new();
-    while !line.starts_with("data: ") {
-        line.clear();
-        assert!(stream.read_line(&mut line).unwrap() > 0, "no first token");
-    }
+    let stream = answers.then(|| {
+        let body = body.to_string();
+        let mut stream = BufReader::new(request(address, "POST", "/v1/completions", &body));
+        let mut line = String::new();
+        while !line.starts_with("data: ") {
+            line.clear();
+            assert!(stream.read_line(&mut line).unwrap() > 0, "no first token");
+        }
+        stream
+    });
     let stalled = Stalled::new(&name, thread);
     let since = Instant::now();
-    let mut rest = String::new();
-    log.read_to_string(&mut rest).unwrap(); // to the end of the process
+    let (said_all, all) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut rest = String::new();
+        log.read_to_string(&mut rest).unwrap(); // to the end of the process
+        said_all.send(rest)
+    });
+    let rest = all.recv_timeout(Duration::from_secs(30));
+    let rest = rest.expect("the process goes on");
     let took = since.elapsed();
     // A stopped thread keeps its process from being gone.
-    drop(stalled);
+    drop((stalled, stream));
     let status = process.0.wait().unwrap();
     assert!(!status.success(), "{status}");
     assert!(rest.contains(said), "{rest}");
@@ -270,13 +324,22 @@ fn a_rank_that_hangs_ends_the_process(thread: &str, said: &str) {
 
 #[test]
 fn a_leading_rank_that_hangs_ends_the_process_within_ten_seconds() {
-    a_rank_that_hangs_ends_the_process(
-        "ashlar-engine",
-        "rank 0 has not answered for 7 s: it hangs",
-    );
+    for answers in [true, false] {
+        a_rank_that_hangs_ends_the_process(
+            "ashlar-engine",
+            answers,
+            "rank 0 has not answered for 7 s: it hangs",
+        );
+    }
 }
 
 #[test]
 fn a_following_rank_that_hangs_ends_the_process_within_ten_seconds() {
-    a_rank_that_hangs_ends_the_process("rank-1", "rank 1 has not answered for 7 s: it hangs");
+    for answers in [true, false] {
+        a_rank_that_hangs_ends_the_process(
+            "rank-1",
+            answers,
+            "rank 1 has not answered for 7 s: it hangs",
+        );
+    }
 }

@@ -6,14 +6,16 @@
 pub mod attention;
 pub mod elementwise;
 pub mod format;
+pub mod kv_cache;
 pub mod matmul;
 pub mod packed;
 pub mod pool;
 pub mod quantize;
 mod simd;
 
-pub use attention::{AttentionArgs, AttentionSeq, KvDtype, KvLayout, LayerCache};
+pub use attention::{AttentionArgs, AttentionSeq};
 pub use format::{BlockFormat, Cell};
+pub use kv_cache::{KvDtype, KvLayout, LayerCache};
 pub use matmul::{MatmulInput, linear, matmul};
 pub use packed::{Int4Args, PackedMatrix};
 pub use pool::ThreadPool;

@@ -1,6 +1,10 @@
 //! A model's files: opened, read and loaded as for serving.
 
-use std::{fs, path::Path, sync::LazyLock};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::LazyLock,
+};
 
 use ashlar::{
     model_runner::{CpuRunner, CpuRunnerConfig, KvCacheSize},
@@ -14,10 +18,13 @@ use tempfile::TempDir;
 /// Larger models are not loaded: their memory would be the input's right.
 const MAX_WIDTH: usize = 1024;
 
-/// Where inputs become files.
-fn folder() -> &'static Path {
+/// Where the inputs of a target become files. Targets run side by side in tests, and a file that another writes anew while it
+/// is mapped is a bus error.
+fn folder(target: &str) -> PathBuf {
     static FOLDER: LazyLock<TempDir> = LazyLock::new(crate::scratch);
-    FOLDER.path()
+    let own = FOLDER.path().join(target);
+    fs::create_dir_all(&own).expect("a folder can be made");
+    own
 }
 
 fn write(path: &Path, bytes: &[u8]) {
@@ -69,7 +76,7 @@ fn read(path: &Path) {
 
 /// A whole GGUF file.
 pub(crate) fn gguf(data: &[u8]) {
-    let file = folder().join("model.gguf");
+    let file = folder("gguf").join("model.gguf");
     write(&file, data);
     read(&file);
 }
@@ -77,9 +84,10 @@ pub(crate) fn gguf(data: &[u8]) {
 /// `CONFIG \0 SAFETENSORS`: a Hugging Face folder.
 pub(crate) fn safetensors(data: &[u8]) {
     let (config, tensors) = crate::halves(data);
-    write(&folder().join("config.json"), config);
-    write(&folder().join("model.safetensors"), tensors);
-    read(folder());
+    let folder = folder("safetensors");
+    write(&folder.join("config.json"), config);
+    write(&folder.join("model.safetensors"), tensors);
+    read(&folder);
 }
 
 /// `QUANTIZATION_CONFIG \0 SAFETENSORS`: the folder of a small model in four bits or in eight-bit floats.
@@ -93,7 +101,8 @@ pub(crate) fn quantization(data: &[u8]) {
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 32, "tie_word_embeddings": true, "quantization_config": quantization,
     });
-    write(&folder().join("config.json"), config.to_string().as_bytes());
-    write(&folder().join("model.safetensors"), tensors);
-    read(folder());
+    let folder = folder("quantization");
+    write(&folder.join("config.json"), config.to_string().as_bytes());
+    write(&folder.join("model.safetensors"), tensors);
+    read(&folder);
 }

@@ -98,12 +98,13 @@ struct ServerArgs {
         default_value_t = 5
     )]
     drain_delay: u64,
-    /// Seconds without a step, with work waiting, after which /health fails
+    /// Seconds without a sign of life from the engine after which /health fails; /health/live does after twice as many
     #[arg(
         long,
         env = "ASHLAR_HEALTH_STALL_TIMEOUT",
         value_name = "SECONDS",
-        default_value_t = 60
+        default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(1..)
     )]
     health_stall_timeout: u64,
     /// Send usage at the end of every stream

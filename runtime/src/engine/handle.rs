@@ -6,7 +6,7 @@ use std::{
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     task::{Poll, Waker},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -180,27 +180,14 @@ impl Shared {
         }
     }
 
-    /// Waits for a change of the inbox, at most until `deadline`.
-    pub(super) fn wait_until<'a>(
+    /// Waits for a change of the inbox, for `limit` at most.
+    pub(super) fn wait<'a>(
         &'a self,
         inbox: MutexGuard<'a, Inbox>,
-        deadline: Option<Instant>,
+        limit: Duration,
     ) -> MutexGuard<'a, Inbox> {
-        match deadline {
-            None => self.wait(inbox),
-            Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                let waited = self.work.wait_timeout(inbox, left);
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            }
-        }
-    }
-
-    /// Waits for a change of the inbox.
-    fn wait<'a>(&'a self, inbox: MutexGuard<'a, Inbox>) -> MutexGuard<'a, Inbox> {
-        self.work
-            .wait(inbox)
-            .unwrap_or_else(PoisonError::into_inner)
+        let waited = self.work.wait_timeout(inbox, limit);
+        waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// The engine thread ends: from here on nothing is taken. Gives back what was still enqueued.

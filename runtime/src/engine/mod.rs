@@ -35,6 +35,7 @@ pub mod waiting;
 use std::sync::Arc;
 
 pub use config::{EngineConfig, KvReservation, MAX_TOKENS_WITH_DECODE};
+pub use core::IDLE_BEAT;
 pub use handle::{EngineHandle, SubmitError};
 pub use observer::{EngineObserver, FinishedRequest, NoObserver, StepReport};
 pub use sequence::Sequence;

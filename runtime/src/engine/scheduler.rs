@@ -8,105 +8,28 @@
 //! blocks of all known tokens at once, so a prefill never stops half-way; a decode without a free block preempts the
 //! sequence admitted last, and the first one admitted is never preempted while there is another. So the first always
 //! finishes.
-//!
-//! Blocks and slots of a sequence that leaves are released only when no submitted step names them.
 
-use std::collections::{HashMap, HashSet};
+mod leave;
+mod plan;
 
+use std::collections::HashMap;
+
+use self::leave::Retired;
+pub use self::plan::{Accepted, Admitted, ScheduledItem, SchedulerCounters, SchedulerOutput};
 use super::{
     config::{EngineConfig, KvReservation, MAX_TOKENS_WITH_DECODE},
-    request::{FinishReason, Pooling, Request, SeqId, TokenId},
+    request::{Pooling, Request, SeqId, TokenId},
     sequence::Sequence,
     stop,
     waiting::WaitingQueue,
 };
 use crate::{
-    kv_cache::{BlockId, BlockManager, BlockTable, IntegrityError},
+    kv_cache::{BlockId, BlockManager, IntegrityError},
     model_runner::{RunnerLimits, Slot},
 };
 
 /// Most rows in a step of a prompt whose log-probabilities are wanted: each needs a whole row of logits.
 const PROMPT_LOGPROBS_ROWS: u32 = 32;
-
-/// One sequence's part of a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ScheduledItem {
-    /// The sequence.
-    pub seq: SeqId,
-    /// Its place.
-    pub slot: Slot,
-    /// Its epoch when scheduled.
-    pub epoch: u32,
-    /// Position of its first row.
-    pub start: u32,
-    /// Its rows, drafts included.
-    pub num_tokens: u32,
-    /// Of these, drafted tokens to verify (none yet: there is no drafter).
-    pub num_draft: u32,
-    /// Whether its last row draws a token.
-    pub samples: bool,
-    /// Output tokens before the one it draws.
-    pub num_generated: u32,
-    /// Whether the logits of all its rows are wanted.
-    pub prompt_logits: bool,
-    /// Whether hidden states are pooled: the last row's or all rows', as its sequence says.
-    pub pools: bool,
-}
-
-/// A sequence that was given a place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Admitted {
-    /// The sequence.
-    pub seq: SeqId,
-    /// False when it comes back from a preemption.
-    pub first: bool,
-}
-
-/// What one step computes.
-#[derive(Debug, Default)]
-pub struct SchedulerOutput {
-    /// Number of the step, from 1, without gaps.
-    pub step: u64,
-    /// The sequences, in row order.
-    pub items: Vec<ScheduledItem>,
-    /// Rows of all items.
-    pub num_tokens: u32,
-    /// Of these, rows whose logits are wanted.
-    pub num_logit_rows: u32,
-    /// Sequences whose slot has to be bound first.
-    pub admitted: Vec<Admitted>,
-    /// Sequences that lost their place while this step was scheduled.
-    pub preempted: Vec<SeqId>,
-    /// Blocks that this step published: withdrawn if it fails.
-    pub published: Vec<BlockId>,
-}
-
-/// What a token did to its sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Accepted {
-    /// Tokens kept of those drawn.
-    pub num_tokens: u32,
-    /// Set when the last of them ended the sequence.
-    pub finish: Option<(FinishReason, Option<TokenId>)>,
-}
-
-/// Counts of the prefix cache and of preemptions, from the start.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct SchedulerCounters {
-    /// Prompt tokens looked up.
-    pub prefix_queries: u64,
-    /// Of these, found.
-    pub prefix_hits: u64,
-    /// Preemptions.
-    pub preemptions: u64,
-}
-
-/// Blocks and slot of a sequence that has left, until the steps that name them are done.
-struct Retired {
-    table: BlockTable,
-    slot: Slot,
-    last_step: u64,
-}
 
 /// Sequences, queues and blocks.
 pub struct Scheduler {
@@ -498,100 +421,6 @@ impl Scheduler {
             }
         }
         Some((accepted, None))
-    }
-
-    /// A step is done, whether it succeeded or not: what only it held up is released.
-    pub fn complete(&mut self, step: u64) {
-        self.completed = self.completed.max(step);
-        let (free, held) = std::mem::take(&mut self.retired)
-            .into_iter()
-            .partition(|retired| retired.last_step <= self.completed);
-        self.retired = held;
-        for retired in free {
-            self.release(retired.table, retired.slot);
-        }
-    }
-
-    /// A sequence leaves, wherever it is. `None` when it has left already.
-    pub fn remove(&mut self, id: SeqId) -> Option<Sequence> {
-        let mut seq = self.sequences.remove(&id)?;
-        if let Some(slot) = seq.slot.take() {
-            self.running.retain(|&other| other != id);
-            self.retire(std::mem::take(&mut seq.table), slot, seq.last_step);
-        } else {
-            self.waiting.remove(id, seq.priority, seq.tenant);
-            self.waiting_tokens -= u64::from(seq.num_tokens());
-        }
-        self.waiting.leave(seq.tenant);
-        Some(seq)
-    }
-
-    /// A step failed: its sequences leave and are handed back; nothing it published stays, nor what `later` steps in
-    /// flight published on top; sequences that already use such blocks start over.
-    pub fn withdraw<'a>(
-        &mut self,
-        failed: &SchedulerOutput,
-        later: impl Iterator<Item = &'a SchedulerOutput>,
-    ) -> Vec<Sequence> {
-        let mut withdrawn: HashSet<BlockId> = failed.published.iter().copied().collect();
-        withdrawn.extend(later.flat_map(|plan| plan.published.iter().copied()));
-        for &block in &withdrawn {
-            self.blocks.withdraw(block);
-        }
-        let mut gone = Vec::new();
-        for item in &failed.items {
-            let current = self.sequences.get(&item.seq).map(|seq| seq.epoch);
-            if current == Some(item.epoch) {
-                gone.extend(self.remove(item.seq));
-            }
-        }
-        let tainted = |id: &SeqId| {
-            let table = self.sequences[id].table.blocks();
-            table.iter().any(|block| withdrawn.contains(block))
-        };
-        let start_over: Vec<SeqId> = self.running.iter().copied().filter(tainted).collect();
-        // The last one first, so that the queue keeps their order.
-        start_over.into_iter().rev().for_each(|id| self.preempt(id));
-        gone
-    }
-
-    /// Takes a running sequence's place away; it waits at the head of the queue and recomputes everything.
-    fn preempt(&mut self, id: SeqId) {
-        let seq = self.sequence_mut(id);
-        let slot = seq
-            .slot
-            .take()
-            .expect("a running sequence has a slot: this is a bug");
-        let table = std::mem::take(&mut seq.table);
-        let last_step = seq.last_step;
-        seq.num_computed = 0;
-        seq.num_placeholders = 0;
-        seq.num_published = 0;
-        seq.epoch += 1;
-        seq.num_preemptions += 1;
-        let (priority, tenant, tokens) = (seq.priority, seq.tenant, seq.num_tokens());
-        self.running.retain(|&other| other != id);
-        self.waiting.push_front(id, priority, tenant);
-        self.waiting_tokens += u64::from(tokens);
-        self.counters.preemptions += 1;
-        self.retire(table, slot, last_step);
-    }
-
-    fn retire(&mut self, table: BlockTable, slot: Slot, last_step: u64) {
-        if last_step <= self.completed {
-            self.release(table, slot);
-        } else {
-            self.retired.push(Retired {
-                table,
-                slot,
-                last_step,
-            });
-        }
-    }
-
-    fn release(&mut self, mut table: BlockTable, slot: Slot) {
-        self.blocks.free(&mut table);
-        self.free_slots.push(slot);
     }
 
     fn sequence_mut(&mut self, id: SeqId) -> &mut Sequence {

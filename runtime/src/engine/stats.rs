@@ -48,15 +48,18 @@ pub struct EngineStats {
     pub attended_tokens: u64,
     /// Requests that failed because the model's numbers were not finite.
     pub corrupted_requests: u64,
-    /// Time since the last sign of progress while there is work; `None` when there is none.
-    pub stalled_for: Option<Duration>,
+    /// Sequences submitted and not ended; the engine need not know of them yet.
+    pub in_system: u32,
+    /// Time since the engine's thread ended a step or, without work, last said that it waits for some. More than a step
+    /// takes, or than [`IDLE_BEAT`](super::IDLE_BEAT) without work, means that it hangs.
+    pub silent_for: Duration,
     /// False once the engine thread has ended.
     pub alive: bool,
     /// True once draining has begun.
     pub draining: bool,
 }
 
-/// The cells behind [`EngineStats`]. Written by the engine thread, except `in_system`, `queued` and `work_since_us`.
+/// The cells behind [`EngineStats`]. Written by the engine thread, except `in_system` and `queued`.
 pub(super) struct StatsCells {
     started: Instant,
     pub(super) running: AtomicU32,
@@ -85,9 +88,8 @@ pub(super) struct StatsCells {
     pub(super) in_system: AtomicU32,
     /// Sequences submitted and never given a place yet.
     pub(super) queued: AtomicU32,
-    /// When the last step ended, and when work last appeared in an idle engine; µs since `started`.
-    last_step_us: AtomicU64,
-    work_since_us: AtomicU64,
+    /// When the engine's thread last showed that it goes on; µs since `started`.
+    last_sign_us: AtomicU64,
 }
 
 /// Tokens over the time of the steps that made them, fading: the speed at the load of the last half minute of work.
@@ -138,8 +140,7 @@ impl StatsCells {
             draining: AtomicBool::new(false),
             in_system: AtomicU32::new(0),
             queued: AtomicU32::new(0),
-            last_step_us: AtomicU64::new(0),
-            work_since_us: AtomicU64::new(0),
+            last_sign_us: AtomicU64::new(0),
         }
     }
 
@@ -147,28 +148,23 @@ impl StatsCells {
         u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
-    pub(super) fn mark_progress(&self) {
-        self.last_step_us.store(self.now_us(), Relaxed);
+    /// The engine's thread goes on: it ended a step, or waits for work.
+    pub(super) fn show_life(&self) {
+        self.last_sign_us.store(self.now_us(), Relaxed);
     }
 
     /// A sequence was submitted.
     pub(super) fn enter(&self) {
-        if self.in_system.fetch_add(1, Relaxed) == 0 {
-            self.work_since_us.store(self.now_us(), Relaxed);
-        }
+        self.in_system.fetch_add(1, Relaxed);
         self.queued.fetch_add(1, Relaxed);
     }
 
     pub(super) fn snapshot(&self) -> EngineStats {
         let total = self.blocks_total.load(Relaxed);
         let free = self.blocks_free.load(Relaxed).min(total);
-        let stalled_for = (self.in_system.load(Relaxed) > 0).then(|| {
-            let since = self
-                .last_step_us
-                .load(Relaxed)
-                .max(self.work_since_us.load(Relaxed));
-            Duration::from_micros(self.now_us().saturating_sub(since))
-        });
+        // The sign first: one that is made in between would seem to be of the future.
+        let last_sign_us = self.last_sign_us.load(Relaxed);
+        let silent_us = self.now_us().saturating_sub(last_sign_us);
         EngineStats {
             running: self.running.load(Relaxed),
             waiting: self.waiting.load(Relaxed),
@@ -190,7 +186,8 @@ impl StatsCells {
             context_tokens: self.context_tokens.load(Relaxed),
             attended_tokens: self.attended_tokens.load(Relaxed),
             corrupted_requests: self.corrupted_requests.load(Relaxed),
-            stalled_for,
+            in_system: self.in_system.load(Relaxed),
+            silent_for: Duration::from_micros(silent_us),
             alive: self.alive.load(Relaxed),
             draining: self.draining.load(Relaxed),
         }

@@ -31,18 +31,18 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Value>, Ap
     if !stats.alive {
         return Err(unavailable("the engine has stopped"));
     }
-    match stats.stalled_for {
-        Some(stalled) if stalled > app.config.stall_limit => Err(unavailable(format!(
-            "the engine has work and has made no step for {:.0} s",
-            stalled.as_secs_f64()
-        ))),
-        _ => Ok(Json(json!({
-            "status": "ok",
-            "running": stats.running,
-            "waiting": stats.waiting,
-            "steps": stats.steps,
-        }))),
+    if stats.silent_for > app.config.stall_limit {
+        return Err(unavailable(format!(
+            "the engine has given no sign of life for {:.0} s",
+            stats.silent_for.as_secs_f64()
+        )));
     }
+    Ok(Json(json!({
+        "status": "ok",
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "steps": stats.steps,
+    })))
 }
 
 /// `GET /health/live`: the process is worth keeping. Fails when only a restart can help.
@@ -52,7 +52,7 @@ pub(super) async fn live(State(app): State<Arc<App>>) -> Result<Json<Value>, Api
         return Err(unavailable("the engine has stopped"));
     }
     let hopeless = app.config.stall_limit * 2;
-    if stats.stalled_for.is_some_and(|stalled| stalled > hopeless) {
+    if stats.silent_for > hopeless {
         return Err(unavailable("the engine is stuck"));
     }
     Ok(Json(json!({"status": "alive"})))

@@ -76,7 +76,7 @@ pub struct ApiConfig {
     pub served_model_names: Vec<String>,
     /// Keys that clients must send one of; none = open.
     pub api_keys: ApiKeys,
-    /// `/health` fails when the engine has work and has made no step for this long.
+    /// `/health` fails when the engine has given no sign of life for this long, and `/health/live` after twice that.
     pub stall_limit: Duration,
     /// Send `usage` at the end of every stream.
     pub force_include_usage: bool,

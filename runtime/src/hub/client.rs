@@ -1,243 +1,29 @@
 //! The hub's protocol: revision → commit and listing, addresses, and requests for bytes.
 
-use std::{io::Read, path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use hf_hub::{
     Repo, RepoType,
     api::sync::{Api, ApiBuilder, ApiRepo},
 };
 use serde::Deserialize;
-use ureq::{
-    Agent, Body,
-    config::RedirectAuthHeaders,
-    http::Response,
-    tls::{PemItem, RootCerts, TlsConfig},
+use ureq::{Agent, Body, http::Response, tls::TlsConfig};
+
+use super::{
+    HubError,
+    attempt::{Fault, beginning, new_agent},
+    select::safe_path,
+    uri,
+};
+pub use super::{
+    settings::{DEFAULT_ENDPOINT, HubConfig, Token},
+    snapshot::{Digest, RemoteFile, Snapshot},
 };
 
-use super::{HubError, select::safe_path, uri};
-
-/// The public hub.
-pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 /// Most bytes of a listing or an index: tens of thousands of files fit.
 pub(crate) const MAX_DOCUMENT_BYTES: u64 = 32 << 20;
-/// Most bytes of an error answer that are shown.
-const MAX_DETAIL_BYTES: u64 = 300;
 /// Most relative redirects followed while asking for a file's hash.
 const MAX_REDIRECTS: usize = 5;
-
-/// A secret that never prints itself.
-#[derive(Clone)]
-pub struct Token(String);
-
-impl Token {
-    /// Takes a token; blanks around it (a file's last newline) are dropped, an empty one is none.
-    #[must_use]
-    pub fn new(text: &str) -> Option<Self> {
-        let text = text.trim();
-        (!text.is_empty()).then(|| Self(text.to_owned()))
-    }
-}
-
-impl std::fmt::Debug for Token {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Token(***)")
-    }
-}
-
-/// Where the hub is and how patient to be with it.
-#[derive(Debug, Clone)]
-pub struct HubConfig {
-    /// Base address, no slash at its end.
-    pub endpoint: String,
-    /// Access token.
-    pub token: Option<Token>,
-    /// PEM file with the authorities to trust instead of the public ones.
-    pub ca_file: Option<std::path::PathBuf>,
-    /// Longest silence of a connection before it is given up and resumed.
-    pub stall: Duration,
-    /// First pause before a retry; it doubles, with jitter, up to 30 times this.
-    pub retry_base: Duration,
-    /// Failures in a row, without a byte between them, before giving up.
-    pub max_attempts: u32,
-    /// Files downloaded at once.
-    pub workers: usize,
-}
-
-impl Default for HubConfig {
-    fn default() -> Self {
-        Self {
-            endpoint: DEFAULT_ENDPOINT.to_owned(),
-            token: None,
-            ca_file: None,
-            stall: Duration::from_secs(30),
-            retry_base: Duration::from_millis(500),
-            max_attempts: 6,
-            workers: 4,
-        }
-    }
-}
-
-impl HubConfig {
-    /// `HF_ENDPOINT`, `HF_TOKEN` (or the token file that `hf auth login` writes), `SSL_CERT_FILE`.
-    ///
-    /// # Errors
-    /// [`HubError::BadSetting`] when the endpoint is not an http(s) address.
-    pub fn from_env() -> Result<Self, HubError> {
-        let var = |name: &str| {
-            std::env::var(name)
-                .ok()
-                .filter(|value| !value.trim().is_empty())
-        };
-        let mut config = Self {
-            ca_file: var("SSL_CERT_FILE").map(Into::into),
-            ..Self::default()
-        };
-        if let Some(endpoint) = var("HF_ENDPOINT") {
-            config.set_endpoint(&endpoint)?;
-        }
-        let token = var("HF_TOKEN").or_else(|| hf_hub::Cache::from_env().token());
-        config.token = token.as_deref().and_then(Token::new);
-        Ok(config)
-    }
-
-    /// Sets the base address.
-    ///
-    /// # Errors
-    /// [`HubError::BadSetting`] when it is not an http(s) address.
-    pub fn set_endpoint(&mut self, endpoint: &str) -> Result<(), HubError> {
-        let endpoint = endpoint.trim().trim_end_matches('/');
-        let rest = endpoint
-            .strip_prefix("https://")
-            .or_else(|| endpoint.strip_prefix("http://"));
-        if rest.is_none_or(str::is_empty) {
-            let reason = format!("{endpoint:?} is no http:// or https:// address");
-            return Err(HubError::BadSetting {
-                name: "--endpoint (HF_ENDPOINT)",
-                reason,
-            });
-        }
-        self.endpoint = endpoint.to_owned();
-        Ok(())
-    }
-
-    /// Runs `attempt` until it succeeds, fails for good, or has failed [`Self::max_attempts`] times.
-    pub(crate) fn retrying<T>(
-        &self,
-        what: &str,
-        mut attempt: impl FnMut() -> Result<T, Fault>,
-    ) -> Result<T, HubError> {
-        let mut failures = 0;
-        loop {
-            match attempt() {
-                Ok(value) => return Ok(value),
-                Err(Fault::Fatal(error)) => return Err(error),
-                Err(Fault::Retry { reason, after }) => {
-                    failures += 1;
-                    self.pause(what, failures, reason, after)?;
-                }
-            }
-        }
-    }
-
-    /// Waits before attempt `failures + 1`, or gives up.
-    pub(crate) fn pause(
-        &self,
-        what: &str,
-        failures: u32,
-        reason: String,
-        after: Option<Duration>,
-    ) -> Result<(), HubError> {
-        if failures >= self.max_attempts {
-            return Err(HubError::Network {
-                what: what.to_owned(),
-                attempts: failures,
-                reason,
-            });
-        }
-        let longest = self.retry_base * 30;
-        let doubled = self
-            .retry_base
-            .saturating_mul(1 << failures.min(5))
-            .min(longest);
-        let jittered = doubled.mul_f64(0.5 + 0.5 * rand::random::<f64>());
-        let wait = after.map_or(jittered, |after| {
-            after.min(longest.max(Duration::from_secs(30)))
-        });
-        tracing::warn!(what, failures, %reason, wait_seconds = wait.as_secs_f64(), "will try again");
-        std::thread::sleep(wait);
-        Ok(())
-    }
-}
-
-/// Hash that a file must have, in lower-case hex.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Digest {
-    /// Of the content: large files.
-    Sha256(String),
-    /// Git's blob id, SHA-1 of a header and the content: small files.
-    GitSha1(String),
-    /// Of the content: objects of a bucket that were written at once.
-    Md5(String),
-    /// Of the MD5s of the parts, as a store tags an object that was written in parts of `part_bytes`.
-    Md5Parts {
-        /// Hex digits, `-`, number of parts.
-        etag: String,
-        /// Bytes of each part but the last.
-        part_bytes: u64,
-    },
-}
-
-impl Digest {
-    /// From an `ETag` or a listing: 64 hex digits or 40.
-    #[must_use]
-    pub fn parse(text: &str) -> Option<Self> {
-        let text = text
-            .trim()
-            .trim_start_matches("W/")
-            .trim_matches('"')
-            .to_ascii_lowercase();
-        if !text.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return None;
-        }
-        match text.len() {
-            64 => Some(Self::Sha256(text)),
-            40 => Some(Self::GitSha1(text)),
-            _ => None,
-        }
-    }
-
-    /// The hex digits; of parts, their number too.
-    #[must_use]
-    pub fn hex(&self) -> &str {
-        match self {
-            Self::Sha256(hex) | Self::GitSha1(hex) | Self::Md5(hex) => hex,
-            Self::Md5Parts { etag, .. } => etag,
-        }
-    }
-}
-
-/// A file of a snapshot. Its path is safe to join to a folder.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RemoteFile {
-    /// Relative path.
-    pub path: String,
-    /// Bytes; `None` until [`Hub::describe`].
-    pub size: Option<u64>,
-    /// Hash; `None` until [`Hub::describe`].
-    pub digest: Option<Digest>,
-    /// Entity tag that the bytes must still have; only of objects in a bucket.
-    pub etag: Option<String>,
-}
-
-/// A model's files at one moment.
-#[derive(Debug, Clone)]
-pub struct Snapshot {
-    /// 40 hex digits.
-    pub commit: String,
-    /// All its files.
-    pub files: Vec<RemoteFile>,
-}
 
 #[derive(Deserialize)]
 struct Listing {
@@ -548,81 +334,6 @@ impl Hub {
     }
 }
 
-/// How one attempt failed.
-#[derive(Debug)]
-pub(crate) enum Fault {
-    /// It may pass.
-    Retry {
-        /// What happened.
-        reason: String,
-        /// The server's own wish.
-        after: Option<Duration>,
-    },
-    /// It will not.
-    Fatal(HubError),
-}
-
-impl Fault {
-    pub(crate) fn network(error: ureq::Error) -> Self {
-        Self::Retry {
-            reason: error.to_string(),
-            after: None,
-        }
-    }
-
-    pub(crate) fn document(what: &str, error: ureq::Error) -> Self {
-        match error {
-            ureq::Error::Json(_) | ureq::Error::BodyExceedsLimit(_) => {
-                Self::Fatal(HubError::Protocol {
-                    what: what.to_owned(),
-                    reason: error.to_string(),
-                })
-            }
-            other => Self::network(other),
-        }
-    }
-}
-
-/// A client with these settings, and how it trusts.
-pub(crate) fn new_agent(config: &HubConfig) -> Result<(Agent, TlsConfig), HubError> {
-    let tls = TlsConfig::builder()
-        .root_certs(root_certs(config.ca_file.as_deref())?)
-        .build();
-    let agent = Agent::config_builder()
-        .tls_config(tls.clone())
-        .http_status_as_error(false)
-        .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-        .user_agent(concat!("ashlar/", env!("CARGO_PKG_VERSION")))
-        // Compressed answers would break lengths, ranges and hashes.
-        .accept_encoding("identity")
-        .timeout_connect(Some(config.stall))
-        .timeout_recv_response(Some(config.stall))
-        .timeout_per_read(Some(config.stall))
-        .build();
-    Ok((agent.into(), tls))
-}
-
-fn root_certs(file: Option<&Path>) -> Result<RootCerts, HubError> {
-    let Some(file) = file else {
-        return Ok(RootCerts::WebPki);
-    };
-    let bad = |reason: String| HubError::BadSetting {
-        name: "SSL_CERT_FILE",
-        reason: format!("{}: {reason}", file.display()),
-    };
-    let pem = std::fs::read(file).map_err(|error| bad(error.to_string()))?;
-    let mut certificates = Vec::new();
-    for item in ureq::tls::parse_pem(&pem) {
-        if let PemItem::Certificate(certificate) = item.map_err(|error| bad(error.to_string()))? {
-            certificates.push(certificate);
-        }
-    }
-    if certificates.is_empty() {
-        return Err(bad("it holds no certificate in PEM form".to_owned()));
-    }
-    Ok(RootCerts::new_with_certs(&certificates))
-}
-
 /// Escapes what has a meaning in an address; `/` stays.
 fn percent_encoded(path: &str) -> String {
     path.bytes()
@@ -636,58 +347,12 @@ fn percent_encoded(path: &str) -> String {
         })
 }
 
-pub(crate) fn beginning(response: Response<Body>) -> String {
-    let mut text = Vec::new();
-    // What cannot be read is merely not shown.
-    let _ = response
-        .into_body()
-        .into_reader()
-        .take(MAX_DETAIL_BYTES)
-        .read_to_end(&mut text);
-    String::from_utf8_lossy(&text).trim().to_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_token_does_not_print() {
-        let config = HubConfig {
-            token: Token::new("hf_secret\n"),
-            ..HubConfig::default()
-        };
-        assert!(!format!("{config:?}").contains("secret"));
-        assert!(Token::new(" \n").is_none());
-    }
-
-    #[test]
-    fn digests_are_told_apart_by_length() {
-        assert_eq!(
-            Digest::parse(&format!("\"{}\"", "AB".repeat(32))),
-            Some(Digest::Sha256("ab".repeat(32)))
-        );
-        assert_eq!(
-            Digest::parse(&format!("W/\"{}\"", "0c".repeat(20))),
-            Some(Digest::GitSha1("0c".repeat(20)))
-        );
-        assert_eq!(
-            Digest::parse("\"d41d8cd98f00b204e9800998ecf8427e-3\""),
-            None
-        );
-    }
-
-    #[test]
     fn addresses_are_escaped() {
         assert_eq!(percent_encoded("a b/ü#?.gguf"), "a%20b/%C3%BC%23%3F.gguf");
-    }
-
-    #[test]
-    fn the_endpoint_is_an_http_address() {
-        let mut config = HubConfig::default();
-        assert!(config.set_endpoint("huggingface.co").is_err());
-        assert!(config.set_endpoint("https://").is_err());
-        assert!(config.set_endpoint("http://mirror:8080/hub/").is_ok());
-        assert_eq!(config.endpoint, "http://mirror:8080/hub");
     }
 }

@@ -13,7 +13,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     HubError,
-    client::{Digest, Fault, RemoteFile},
+    attempt::Fault,
+    client::{Digest, RemoteFile},
     progress::{FileProgress, Progress},
     source::Source,
 };

@@ -15,6 +15,7 @@
 //! - a name from the hub is never used as a path before [`select::safe_path`] accepted it;
 //! - a token goes to the hub's own host only, and appears in no log, error or `Debug` output.
 
+mod attempt;
 pub mod client;
 pub mod download;
 pub mod error;
@@ -22,6 +23,8 @@ pub mod evict;
 pub mod progress;
 pub mod s3;
 pub mod select;
+mod settings;
+mod snapshot;
 pub mod source;
 pub mod store;
 pub mod uri;

@@ -16,7 +16,8 @@ use ureq::{Agent, Body, http::Response};
 
 use super::{
     HubError,
-    client::{Digest, Fault, HubConfig, RemoteFile, Snapshot, beginning, new_agent},
+    attempt::{Fault, beginning, new_agent},
+    client::{Digest, HubConfig, RemoteFile, Snapshot},
     select::safe_path,
     uri,
 };

@@ -6,7 +6,8 @@ use ureq::{Body, http::Response};
 
 use super::{
     HubError, ModelUri,
-    client::{Fault, Hub, HubConfig, MAX_DOCUMENT_BYTES, RemoteFile, Snapshot},
+    attempt::Fault,
+    client::{Hub, HubConfig, MAX_DOCUMENT_BYTES, RemoteFile, Snapshot},
     s3::{Bucket, LATEST, S3Config},
     uri,
 };

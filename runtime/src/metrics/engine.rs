@@ -13,6 +13,7 @@ pub(super) struct Gauges {
     prefill_rate: Gauge,
     decode_rate: Gauge,
     kv_cache_usage: Gauge,
+    silent: Gauge,
 }
 
 /// Counters that follow [`EngineStats`], and its last reading.
@@ -79,6 +80,10 @@ impl Gauges {
                 "vllm:kv_cache_usage_perc",
                 "Share of the KV cache in use by requests, 0 to 1",
             )?,
+            silent: build.gauge(
+                "ashlar:engine_silent_seconds",
+                "Time since the engine ended a step or, without work, last looked for some",
+            )?,
         })
     }
 
@@ -114,6 +119,7 @@ impl Gauges {
         self.prefill_rate.set(stats.prefill_tokens_per_second);
         self.decode_rate.set(stats.decode_tokens_per_second);
         self.kv_cache_usage.set(stats.kv_cache_usage);
+        self.silent.set(stats.silent_for.as_secs_f64());
     }
 }
 

@@ -3,18 +3,22 @@
 //! Invariants: a submitted [`ModelInput`] is checked against the limits before anything runs; nothing is allocated
 //! per row once the largest step has been seen; the KV pool is sized once, by [`KvCacheSize`].
 
-use std::{
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+mod config;
+mod limits;
 
+use std::time::{Duration, Instant};
+
+use self::limits::limits;
+pub use self::{
+    config::{CpuRunnerConfig, CpuRunnerError, Dtype, KvCacheSize, KvDtype},
+    limits::BLOCK_SIZE,
+};
 use super::{
     ModelCosts, ModelInput, ModelRunner, Pooled, RunnerError, RunnerLimits, SampleInput,
     SampledRow, StepId, StepOutput, TOKEN_FROM_SLOT,
     check::{check, refused},
     cpu_backend::{CpuBackend, CpuBackendConfig, CpuBuf},
-    max_logit_rows, memory,
-    ranks::{Member, RankError, RankedRunner},
+    ranks::{Member, RankedRunner},
 };
 use crate::{
     engine::request::{GeneratedToken, TokenId},
@@ -22,142 +26,15 @@ use crate::{
         backend::Backend,
         config::ModelConfig,
         decoder::{Activations, Decoder},
-        loader::{self, LoadFormat},
+        loader,
         shard::Partition,
     },
     sampler::{SampleError, Sampler},
-    weights::{Checkpoint, WeightsError},
+    weights::Checkpoint,
 };
 
-/// Tokens in a block.
-pub const BLOCK_SIZE: u32 = ashlar_kernels::cpu::attention::BLOCK_SIZE as u32;
 /// What the attention kernel needs `head_dim` to be a multiple of.
 const HEAD_DIM_MULTIPLE: usize = 16;
-/// Share of the memory that [`KvCacheSize::Auto`] may take: 1 / this.
-const AUTO_MEMORY_SHARE: u64 = 4;
-
-/// What weights and arithmetic are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Dtype {
-    /// The checkpoint's own: quantised weights are multiplied as they are, activations as int8 blocks.
-    #[default]
-    Auto,
-    /// Exact mode: weights are dequantised exactly to f32, and everything is computed in f32.
-    Float32,
-}
-
-/// What K and V are stored as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum KvDtype {
-    /// f16, or f32 in exact mode.
-    #[default]
-    Auto,
-    /// 2 bytes a value.
-    Float16,
-    /// 4 bytes a value.
-    Float32,
-    /// 1 byte a value, e4m3.
-    Fp8,
-}
-
-/// How large the KV cache is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum KvCacheSize {
-    /// Every slot at the longest length, or a quarter of the memory (the container's, where it has a limit) if that is
-    /// less. Pages that are never used take no memory.
-    #[default]
-    Auto,
-    /// This many bytes.
-    Bytes(u64),
-    /// This many blocks, the null block included.
-    Blocks(u32),
-}
-
-/// What a [`CpuRunner`] is built from.
-#[derive(Debug, Clone)]
-pub struct CpuRunnerConfig {
-    /// A `.gguf` file or a Hugging Face folder.
-    pub path: PathBuf,
-    /// Where the weights come from.
-    pub load_format: LoadFormat,
-    /// Weights and arithmetic.
-    pub dtype: Dtype,
-    /// Rounds 16-bit weights to eight-bit floats as they are loaded.
-    pub quantize_fp8: bool,
-    /// K and V.
-    pub kv_dtype: KvDtype,
-    /// Size of the KV cache.
-    pub kv_cache: KvCacheSize,
-    /// Sequences that run at once.
-    pub max_num_seqs: u32,
-    /// Rows in one step.
-    pub max_num_batched_tokens: u32,
-    /// Longest sequence; `None` takes the model's, lowered to what the KV cache holds.
-    pub max_model_len: Option<u32>,
-    /// Threads, of all ranks together; 0 takes every core that this process may use.
-    pub threads: usize,
-}
-
-impl Default for CpuRunnerConfig {
-    fn default() -> Self {
-        Self {
-            path: PathBuf::new(),
-            load_format: LoadFormat::Auto,
-            dtype: Dtype::Auto,
-            quantize_fp8: false,
-            kv_dtype: KvDtype::Auto,
-            kv_cache: KvCacheSize::Auto,
-            max_num_seqs: 64,
-            max_num_batched_tokens: 2048,
-            max_model_len: None,
-            threads: 0,
-        }
-    }
-}
-
-/// Why a runner could not be built.
-#[derive(Debug, thiserror::Error)]
-pub enum CpuRunnerError {
-    /// The checkpoint cannot be used.
-    #[error(transparent)]
-    Weights(#[from] WeightsError),
-    /// A size is zero.
-    #[error("{name} must be at least 1")]
-    Zero {
-        /// The setting.
-        name: &'static str,
-    },
-    /// The asked length is more than the model was made for.
-    #[error("--max-model-len is {asked}, and the model was made for {model} tokens; lower it")]
-    TooLong {
-        /// What was asked.
-        asked: u32,
-        /// What the model allows.
-        model: u32,
-    },
-    /// One sequence of the longest length does not fit.
-    #[error(
-        "the KV cache of {bytes} bytes holds {tokens} tokens, and --max-model-len is {max_model_len}; raise the cache or lower the length"
-    )]
-    CacheTooSmall {
-        /// Bytes of the cache.
-        bytes: u64,
-        /// Tokens it holds.
-        tokens: u64,
-        /// What was asked.
-        max_model_len: u32,
-    },
-    /// A tensor-parallel rank failed.
-    #[error(transparent)]
-    Rank(#[from] RankError),
-    /// The KV cache cannot be allocated.
-    #[error("a KV cache of {bytes} bytes cannot be allocated; lower --kv-cache-memory-bytes")]
-    CacheTooLarge {
-        /// Bytes of the cache.
-        bytes: u64,
-    },
-}
-
 /// A step that was computed and not yet polled.
 struct Pending {
     id: StepId,
@@ -374,75 +251,6 @@ impl CpuRunner {
         }
         Ok(())
     }
-}
-
-/// The one formula for the KV pool, shared by start-up and admission through [`RunnerLimits`]. `model` is one rank's; the
-/// pool and its bytes are those of all ranks.
-fn limits(
-    config: &CpuRunnerConfig,
-    model: &ModelConfig,
-    kv_dtype: KvDtype,
-    ranks: usize,
-) -> Result<RunnerLimits, CpuRunnerError> {
-    for (name, value) in [
-        ("--max-num-seqs", config.max_num_seqs),
-        ("--max-num-batched-tokens", config.max_num_batched_tokens),
-    ] {
-        if value == 0 {
-            return Err(CpuRunnerError::Zero { name });
-        }
-    }
-    let model_len = u32::try_from(model.max_position).unwrap_or(u32::MAX);
-    let wanted = match config.max_model_len {
-        Some(0) => {
-            return Err(CpuRunnerError::Zero {
-                name: "--max-model-len",
-            });
-        }
-        Some(asked) if asked > model_len => {
-            return Err(CpuRunnerError::TooLong {
-                asked,
-                model: model_len,
-            });
-        }
-        Some(asked) => asked,
-        None => model_len,
-    };
-    let kv_bytes_per_token = CpuBackend::kv_bytes_per_token(model, kv_dtype) * ranks as u64;
-    let block_bytes = kv_bytes_per_token * u64::from(BLOCK_SIZE);
-    // One more than the sequences need: block 0 holds nothing.
-    let full = u64::from(config.max_num_seqs) * u64::from(wanted.div_ceil(BLOCK_SIZE)) + 1;
-    let num_blocks = match config.kv_cache {
-        KvCacheSize::Blocks(blocks) => u64::from(blocks),
-        KvCacheSize::Bytes(bytes) => bytes / block_bytes,
-        KvCacheSize::Auto => full.min(memory::limit_bytes() / AUTO_MEMORY_SHARE / block_bytes),
-    };
-    let num_blocks = u32::try_from(num_blocks).unwrap_or(u32::MAX);
-    let tokens = u64::from(num_blocks.saturating_sub(1)) * u64::from(BLOCK_SIZE);
-    let fits = u64::from(wanted) <= tokens;
-    if tokens == 0 || (!fits && config.max_model_len.is_some()) {
-        let bytes = u64::from(num_blocks) * block_bytes;
-        return Err(CpuRunnerError::CacheTooSmall {
-            bytes,
-            tokens,
-            max_model_len: wanted,
-        });
-    }
-    Ok(RunnerLimits {
-        block_size: BLOCK_SIZE,
-        num_blocks,
-        max_num_seqs: config.max_num_seqs,
-        max_num_batched_tokens: config.max_num_batched_tokens,
-        max_logit_rows: max_logit_rows(config.max_num_seqs),
-        max_model_len: if fits {
-            wanted
-        } else {
-            u32::try_from(tokens).unwrap_or(wanted)
-        },
-        vocab_size: u32::try_from(model.vocab_size)
-            .expect("the configuration bounds sizes: this is a bug"),
-        kv_bytes_per_token,
-    })
 }
 
 impl ModelRunner for CpuRunner {

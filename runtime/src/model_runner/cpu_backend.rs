@@ -1,17 +1,21 @@
 //! [`Backend`] on the CPU: the host kernels of `ashlar-kernels`, their thread pool and the KV cache of every layer.
 //!
-//! Activations are f32 rows. On one of several ranks, what all need is summed or gathered in the memory they share. Where a matrix is quantised its input is quantised to int8 once, for all its parts.
+//! Activations are f32 rows. Where a matrix is quantised its input is quantised to int8 once, for all its parts.
 
-use std::sync::Mutex;
+mod pack;
+mod place;
+mod rows;
+mod split;
 
 use ashlar_kernels::cpu::{
-    self as kernels, AttentionArgs, BlockFormat, Int4Args, KernelError, KvLayout, LayerCache,
-    PackedMatrix, QuantizedRows, ThreadPool,
+    self as kernels, AttentionArgs, BlockFormat, KvLayout, LayerCache, PackedMatrix, QuantizedRows,
+    ThreadPool,
     attention::{BLOCK_SIZE, paged_attention},
     elementwise,
-    quantize::BLOCK,
 };
 
+pub(super) use self::rows::CpuBuf;
+use self::{pack::pack, place::Place};
 use super::{
     cpu::KvDtype,
     ranks::{Member, RankError},
@@ -23,11 +27,8 @@ use crate::{
         config::ModelConfig,
     },
     sampler::philox4x32,
-    weights::{Fp8Matrix, GgmlType, Int4Matrix, RawTensor, Weight, cut::Span},
+    weights::{GgmlType, RawTensor, Weight, cut::Span},
 };
-
-/// Rows that make a task worth handing out, where a row is a few thousand operations.
-const ROWS_PER_TASK: usize = 16;
 
 /// Sizes of a [`CpuBackend`].
 #[derive(Debug, Clone)]
@@ -42,46 +43,6 @@ pub(super) struct CpuBackendConfig {
     pub(super) num_blocks: u32,
     /// Threads, the engine's own included.
     pub(super) threads: usize,
-}
-
-/// A row to work on, and what came of it.
-type RowTask<'a, T> = (Option<&'a mut [f32]>, Option<T>);
-
-/// Rows of f32 activations; grows to the largest step and stays.
-#[derive(Debug)]
-pub(super) struct CpuBuf {
-    data: Vec<f32>,
-    rows: usize,
-    width: usize,
-}
-
-impl CpuBuf {
-    /// An empty buffer for rows of `width` values.
-    pub(super) fn new(width: usize) -> Self {
-        Self {
-            data: Vec::new(),
-            rows: 0,
-            width,
-        }
-    }
-
-    /// All rows, one after another.
-    pub(super) fn values(&self) -> &[f32] {
-        &self.data[..self.rows * self.width]
-    }
-
-    fn values_mut(&mut self) -> &mut [f32] {
-        &mut self.data[..self.rows * self.width]
-    }
-
-    /// Makes room for `rows` rows; what they hold is left over from earlier steps.
-    fn with_rows(&mut self, rows: usize) -> &mut [f32] {
-        self.rows = rows;
-        if self.data.len() < rows * self.width {
-            self.data.resize(rows * self.width, 0.0);
-        }
-        self.values_mut()
-    }
 }
 
 /// The CPU as a device.
@@ -105,52 +66,6 @@ pub(super) struct CpuBackend {
     products: Vec<f32>,
     /// Among several ranks.
     place: Option<Place>,
-}
-
-/// One of several ranks.
-struct Place {
-    member: Member,
-    /// Its rows of the embedding and the head.
-    vocabulary: Span,
-    /// What all ranks' results add up to.
-    sum: Vec<f32>,
-    /// Its part of the logits.
-    logits: CpuBuf,
-    /// Why the step is not to be used: the first failure.
-    error: Option<RankError>,
-}
-
-impl Place {
-    /// Notes a failure: operations have no result to return it in.
-    fn note(&mut self, result: Result<(), RankError>) {
-        if let Err(error) = result {
-            self.error.get_or_insert(error);
-        }
-    }
-
-    /// The sum of all ranks' `values`.
-    fn sum(&mut self, values: &[f32]) -> &[f32] {
-        self.sum.resize(values.len(), 0.0);
-        let summed = self.member.sum(values, &mut self.sum);
-        self.note(summed);
-        &self.sum
-    }
-
-    /// Puts the ranks' columns of the logits side by side.
-    fn gather(&mut self, out: &mut CpuBuf) {
-        let (rows, padded) = (self.logits.rows, self.logits.width);
-        let width = out.width;
-        let all = out.with_rows(rows);
-        let ranks = self.member.ranks();
-        let gathered = self.member.share(self.logits.values(), |rank, share| {
-            let columns = Span::of_rank(width, (rank, ranks), padded);
-            let pairs = all.chunks_exact_mut(width).zip(share.chunks_exact(padded));
-            for (row, part) in pairs {
-                row[columns.start..][..columns.len].copy_from_slice(&part[..columns.len]);
-            }
-        });
-        self.note(gathered);
-    }
 }
 
 /// The kernels' name of a K and V type.
@@ -223,47 +138,6 @@ impl CpuBackend {
             .map_or(Ok(()), Err)
     }
 
-    /// Calls `run` with each of these rows of `buf` (all different) and its place in `rows`, on all threads.
-    /// Results are in the order of `rows`; a row that is named twice or absent gets none.
-    pub(super) fn map_rows<T: Send>(
-        &self,
-        buf: &mut CpuBuf,
-        rows: impl Iterator<Item = usize>,
-        run: impl Fn(usize, &mut [f32]) -> T + Sync,
-    ) -> Vec<Option<T>> {
-        let width = buf.width;
-        let mut all: Vec<Option<&mut [f32]>> =
-            buf.values_mut().chunks_exact_mut(width).map(Some).collect();
-        let tasks: Vec<Mutex<RowTask<'_, T>>> = rows
-            .map(|row| Mutex::new((all.get_mut(row).and_then(Option::take), None)))
-            .collect();
-        self.pool.run(tasks.len(), &|task, _| {
-            let mut slot = tasks[task].lock().expect("a task panicked: this is a bug");
-            let (row, result) = &mut *slot;
-            *result = row.as_mut().map(|row| run(task, row));
-        });
-        let results = tasks
-            .into_iter()
-            .map(|task| task.into_inner().expect("a task panicked: this is a bug").1);
-        results.collect()
-    }
-
-    /// Calls `run(first_row, rows)` on pieces of `data` that cover it, on all threads.
-    fn for_rows(&self, data: &mut [f32], width: usize, run: impl Fn(usize, &mut [f32]) + Sync) {
-        if data.len() <= ROWS_PER_TASK * width {
-            run(0, data);
-            return;
-        }
-        let pieces: Vec<Mutex<&mut [f32]>> = data
-            .chunks_mut(ROWS_PER_TASK * width)
-            .map(Mutex::new)
-            .collect();
-        self.pool.run(pieces.len(), &|task, _| {
-            let mut piece = pieces[task].lock().expect("a task panicked: this is a bug");
-            run(task * ROWS_PER_TASK, &mut piece);
-        });
-    }
-
     fn compute_angles(&mut self, positions: &[u32]) {
         self.cos.clear();
         self.sin.clear();
@@ -274,105 +148,6 @@ impl CpuBackend {
                 self.sin.push(sin as f32);
             }
         }
-    }
-
-    /// [`Backend::linear`] with 16-bit activations: each row goes as what 8 bits hold of it and as what they leave over,
-    /// two rows of one product, whose results are added. With 8 bits alone the default model's logits stray by up to
-    /// 1.6e-2 (1 − cosine), enough to turn a greedy answer; with 16 by 1.4e-5.
-    fn linear_in_two(
-        &mut self,
-        x: &CpuBuf,
-        weight: &Linear<PackedMatrix, Vec<f32>>,
-        y: &mut [f32],
-    ) {
-        let (columns, width) = (x.width, weight.out_features);
-        let mut split = std::mem::take(&mut self.split);
-        split.resize(2 * x.rows * columns, 0.0);
-        self.for_rows(&mut split, 2 * columns, |first, pairs| {
-            let rows = x.values()[first * columns..].chunks_exact(columns);
-            for (pair, row) in pairs.chunks_exact_mut(2 * columns).zip(rows) {
-                let (high, low) = pair.split_at_mut(columns);
-                split_row(row, high, low);
-            }
-        });
-        let mut products = std::mem::take(&mut self.products);
-        products.resize(2 * x.rows * width, 0.0);
-        kernels::linear(
-            &self.pool,
-            &weight.parts,
-            None,
-            &split,
-            &mut self.quantized,
-            &mut products,
-        );
-        self.for_rows(y, width, |first, rows| {
-            let pairs = products[2 * first * width..].chunks_exact(2 * width);
-            for (y, pair) in rows.chunks_exact_mut(width).zip(pairs) {
-                for (i, y) in y.iter_mut().enumerate() {
-                    *y = pair[i]
-                        + pair[width + i]
-                        + weight.bias.as_ref().map_or(0.0, |bias| bias[i]);
-                }
-            }
-        });
-        (self.split, self.products) = (split, products);
-    }
-
-    /// Eight-bit floats are multiplied as brain floats, which hold them and all but the last bits of their scales.
-    fn pack_fp8(&self, matrix: &Fp8Matrix<'_>) -> Result<PackedMatrix, String> {
-        let values = matrix.dequantize();
-        let packed = if self.exact {
-            PackedMatrix::from_f32(matrix.rows, matrix.columns, &values)
-        } else {
-            let values = values.iter();
-            let bytes: Vec<u8> = values
-                .flat_map(|value| half::bf16::from_f32(*value).to_le_bytes())
-                .collect();
-            PackedMatrix::from_rows(BlockFormat::BF16, matrix.rows, matrix.columns, &bytes)
-        };
-        packed.map_err(|error| error.to_string())
-    }
-
-    /// Parts of one storage type, one above the other.
-    fn pack_rows(&self, parts: &[Weight<'_>]) -> Result<PackedMatrix, String> {
-        let mut parts = parts.iter().filter_map(|part| match part {
-            Weight::Rows(raw) => Some(raw),
-            Weight::Int4(_) | Weight::Fp8(_) => None,
-        });
-        let mut whole = parts.next().ok_or("no part: this is a bug")?.clone();
-        let kind = whole.kind;
-        let format =
-            block_format(kind).ok_or_else(|| format!("the CPU cannot compute with {kind:?}"))?;
-        for part in parts {
-            whole.rows += part.rows;
-            whole.data.to_mut().extend_from_slice(&part.data);
-        }
-        pack(&whole, format, self.exact).map_err(|error| error.to_string())
-    }
-
-    /// Parts in four bits of one group size, one above the other.
-    fn pack_int4(&self, parts: &[Weight<'_>]) -> Result<PackedMatrix, String> {
-        let parts: Vec<&Int4Matrix> = parts
-            .iter()
-            .filter_map(|part| match part {
-                Weight::Int4(matrix) => Some(matrix),
-                Weight::Rows(_) | Weight::Fp8(_) => None,
-            })
-            .collect();
-        let whole = Int4Matrix::stack(&parts);
-        let packed = if self.exact {
-            PackedMatrix::from_f32(whole.rows, whole.columns, &whole.dequantize())
-        } else {
-            PackedMatrix::from_int4(&Int4Args {
-                rows: whole.rows,
-                columns: whole.columns,
-                group: whole.group,
-                qweight: &whole.qweight,
-                scales: &whole.scales,
-                zeros: &whole.zeros,
-            })
-        };
-        packed.map_err(|error| error.to_string())
     }
 
     /// Norms and rotates the q and k heads of one row.
@@ -393,73 +168,6 @@ impl CpuBackend {
             }
             elementwise::rope(head, cos, sin);
         }
-    }
-}
-
-/// `row = high + low`, where `high` is what 8 bits with a scale for each block hold of it.
-fn split_row(row: &[f32], high: &mut [f32], low: &mut [f32]) {
-    // Adding and taking off 1.5·2²³ rounds to the nearest integer.
-    const ROUND: f32 = 12_582_912.0;
-    let blocks = row
-        .chunks(BLOCK)
-        .zip(high.chunks_mut(BLOCK))
-        .zip(low.chunks_mut(BLOCK));
-    for ((row, high), low) in blocks {
-        let largest = row.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-        let (scale, inverse) = if largest > 1e-30 {
-            (largest / 127.0, 127.0 / largest)
-        } else {
-            (0.0, 0.0)
-        };
-        for ((x, high), low) in row.iter().zip(high).zip(low) {
-            *high = ((x * inverse + ROUND) - ROUND) * scale;
-            *low = x - *high;
-        }
-    }
-}
-
-/// The kernels' name of a storage type they can read.
-fn block_format(kind: GgmlType) -> Option<BlockFormat> {
-    Some(match kind {
-        GgmlType::F32 => BlockFormat::F32,
-        GgmlType::F16 => BlockFormat::F16,
-        GgmlType::BF16 => BlockFormat::BF16,
-        GgmlType::Q4_0 => BlockFormat::Q4_0,
-        GgmlType::Q4_1 => BlockFormat::Q4_1,
-        GgmlType::Q5_0 => BlockFormat::Q5_0,
-        GgmlType::Q5_1 => BlockFormat::Q5_1,
-        GgmlType::Q8_0 => BlockFormat::Q8_0,
-        GgmlType::Q4K => BlockFormat::Q4K,
-        GgmlType::Q5K => BlockFormat::Q5K,
-        GgmlType::Q6K => BlockFormat::Q6K,
-        _ => return None,
-    })
-}
-
-/// Exact mode packs f32. Otherwise formats that a product reads are packed as they are, and the others as 8 bits.
-fn pack(
-    raw: &RawTensor<'_>,
-    format: BlockFormat,
-    exact: bool,
-) -> Result<PackedMatrix, KernelError> {
-    let as_stored = matches!(
-        format,
-        BlockFormat::F32
-            | BlockFormat::F16
-            | BlockFormat::BF16
-            | BlockFormat::Q4_0
-            | BlockFormat::Q4_1
-            | BlockFormat::Q8_0
-    );
-    if as_stored && !exact {
-        return PackedMatrix::from_rows(format, raw.rows, raw.columns, &raw.data);
-    }
-    let mut values = vec![0.0; raw.rows * raw.columns];
-    format.dequantize(&raw.data, &mut values)?;
-    if exact {
-        PackedMatrix::from_f32(raw.rows, raw.columns, &values)
-    } else {
-        PackedMatrix::quantize_q8(raw.rows, raw.columns, &values)
     }
 }
 

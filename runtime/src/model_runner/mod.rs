@@ -240,6 +240,15 @@ pub trait ModelRunner: Send {
     /// [`RunnerError`] when the step failed.
     fn poll(&mut self, step: StepId, wait: Duration) -> Result<Option<StepOutput>, RunnerError>;
 
+    /// There is no step to make: called again and again while that is so, every [`IDLE_BEAT`](crate::engine::IDLE_BEAT)
+    /// or sooner, so that a device that hangs is found before a request is.
+    ///
+    /// # Errors
+    /// [`RunnerError`] when the next step would fail too: the engine stops.
+    fn rest(&mut self) -> Result<(), RunnerError> {
+        Ok(())
+    }
+
     /// Steps that may be in flight at once: 1 on CPU and fake, 2 on CUDA.
     fn depth(&self) -> usize;
 

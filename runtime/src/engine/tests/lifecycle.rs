@@ -8,7 +8,7 @@ use std::{
 use futures::{FutureExt, task::noop_waker};
 
 use super::*;
-use crate::engine::{EngineObserver, FinishedRequest, StepReport, SubmitError};
+use crate::engine::{EngineObserver, FinishedRequest, IDLE_BEAT, StepReport, SubmitError};
 
 #[derive(Default)]
 struct Recorder {
@@ -47,7 +47,7 @@ fn start_recorded(config: EngineConfig) -> (EngineHandle, Gate, Arc<Recorder>) {
 
 /// Runs until the engine has no sequence left.
 fn until_empty(handle: &EngineHandle) {
-    while handle.stats().stalled_for.is_some() {
+    while handle.stats().in_system > 0 {
         std::thread::yield_now();
     }
 }
@@ -288,18 +288,32 @@ fn observers_are_told_of_every_token_once() {
 }
 
 #[test]
-fn a_stall_is_visible_and_an_idle_engine_is_not_stalled() {
+fn a_step_that_hangs_is_silence_and_so_is_an_idle_engine_that_hangs() {
     let (handle, gate, _) = start_recorded(EngineConfig::default());
-    assert_eq!(handle.stats().stalled_for, None);
+    let silence = IDLE_BEAT * 3;
+    let until = |reached: &dyn Fn(Duration) -> bool| {
+        let limit = Instant::now() + Duration::from_secs(10);
+        while !reached(handle.stats().silent_for) {
+            assert!(Instant::now() < limit, "{:?}", handle.stats());
+            std::thread::sleep(IDLE_BEAT / 10);
+        }
+    };
     let stream = handle.submit(request(&[1; 40], 2)).unwrap();
     gate.wait_submitted(1);
-    let first = handle.stats().stalled_for.unwrap();
-    while handle.stats().stalled_for.unwrap() <= first {
-        std::thread::yield_now();
-    }
+    until(&|silent| silent > silence);
     gate.open();
     collect(stream);
-    assert_eq!(handle.stats().stalled_for, None);
+    until(&|silent| silent < silence);
+    until_empty(&handle);
+    // Signs of life go on without work: a clock that only runs would have passed the limit.
+    let idle_since = Instant::now();
+    until(&|silent| silent < silence && idle_since.elapsed() > silence * 2);
+    // Its thread waits for this lock now, as one that hangs.
+    let inbox = handle.shared.lock();
+    until(&|silent| silent > silence);
+    assert_eq!(handle.stats().in_system, 0);
+    drop(inbox);
+    until(&|silent| silent < silence);
     stop(&handle);
 }
 

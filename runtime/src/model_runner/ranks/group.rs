@@ -2,7 +2,10 @@
 
 use std::{
     any::Any,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -52,6 +55,8 @@ pub(super) struct Group {
     state: Mutex<State>,
     changed: Condvar,
     step_patience: Duration,
+    /// Times that the leader has looked for a result and found it not yet there.
+    leader_waits: AtomicU64,
     /// What each rank adds to a sum, in two turns: a rank may write the next while another still reads this one.
     shares: [Vec<RwLock<Vec<f32>>>; 2],
 }
@@ -66,6 +71,7 @@ impl Group {
             }),
             changed: Condvar::new(),
             step_patience,
+            leader_waits: AtomicU64::new(0),
             shares: [shares(), shares()],
         })
     }
@@ -85,6 +91,15 @@ impl Group {
 
     pub(super) fn failure(&self) -> Option<RankError> {
         self.lock().failure.clone()
+    }
+
+    /// The leader goes on waiting for a result, which may take its device long.
+    pub(super) fn wait_on(&self) {
+        self.leader_waits.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn leader_waits(&self) -> u64 {
+        self.leader_waits.load(Relaxed)
     }
 
     /// Notes that the failure reaches whoever runs the model.
@@ -116,8 +131,11 @@ impl Group {
         if state.arrived.iter().all(Option::is_some) {
             state.brought = state.arrived.iter_mut().filter_map(Option::take).collect();
             state.meetings += 1;
+            let brought = state.brought.clone();
+            // Unlocked first: a rank that stops in the system call must not take the others' patience with it.
+            drop(state);
             self.changed.notify_all();
-            return Ok(state.brought.clone());
+            return Ok(brought);
         }
         let (meeting, started) = (state.meetings, Instant::now());
         while state.meetings == meeting {
@@ -180,6 +198,22 @@ impl Member {
     #[must_use]
     pub fn ranks(&self) -> usize {
         self.group.shares[0].len()
+    }
+
+    /// Waits until every rank is here, with no step to make.
+    ///
+    /// # Errors
+    /// [`RankError`] when a rank failed or does not come.
+    pub(super) fn rest(&self) -> Result<(), RankError> {
+        let patience = self.group.step_patience;
+        self.group
+            .meet(self.rank, Arc::new(()), patience)
+            .map(|_| ())
+    }
+
+    /// How long ranks wait for each other within a step.
+    pub(super) fn step_patience(&self) -> Duration {
+        self.group.step_patience
     }
 
     /// What every rank brings, in their order, while they load. All bring the same type.

@@ -11,15 +11,15 @@
 //! Invariants:
 //! - a step is checked before any rank sees it; behind that, whatever fails on one rank is fatal for all;
 //! - followers compare their tokens with the leader's, so ranks that drift apart end the process instead of its answers;
-//! - nobody waits for a rank longer than [`STEP_PATIENCE`] in a step; where the leader itself hangs, a follower ends the
-//!   process [`GRACE`] later.
+//! - nobody waits for a rank longer than [`STEP_PATIENCE`], in a step, between steps, or at rest, where ranks go on meeting;
+//!   where the leader itself hangs, a follower ends the process [`GRACE`] later.
 
 mod group;
 
 use std::{
     sync::{
         Arc,
-        mpsc::{Receiver, SyncSender, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -49,6 +49,8 @@ enum Command {
     Sample(StepId, Arc<SampleInput>),
     /// The leader has the step's result: these tokens.
     Poll(StepId, Drawn),
+    /// There is no step to make.
+    Rest,
 }
 
 struct Follower {
@@ -59,6 +61,8 @@ struct Follower {
 /// Runs a model on several ranks.
 pub struct RankedRunner<R> {
     leader: R,
+    /// The leader's place among the others.
+    place: Member,
     group: Arc<Group>,
     followers: Vec<Follower>,
     /// The leader has been called and has not returned.
@@ -134,6 +138,7 @@ impl<R: ModelRunner + 'static> RankedRunner<R> {
         match leader {
             Ok(leader) => Ok(Self {
                 leader,
+                place: ready,
                 group,
                 followers,
                 is_leading: false,
@@ -195,23 +200,51 @@ impl<R: ModelRunner + 'static> RankedRunner<R> {
 
 /// A follower's thread: does what it is told until there is nothing more, or something failed.
 fn follow<R: ModelRunner>(mut runner: R, member: &Member, inbox: &Receiver<Command>) {
-    while let Ok(command) = inbox.recv() {
-        let done = match command {
-            Command::Submit(input) => runner.submit(&input).map(|_| ()),
-            Command::Sample(step, input) => runner.sample(step, &input),
-            Command::Poll(step, drawn) => finish(&mut runner, step, &drawn),
+    // Whoever lets ranks rest does so whenever there is no step: then silence means that the leader hangs.
+    let (mut leader_rests, mut leader_waits) = (false, member.group.leader_waits());
+    loop {
+        let received = if leader_rests {
+            inbox.recv_timeout(member.step_patience())
+        } else {
+            inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        };
+        let waits_before = std::mem::replace(&mut leader_waits, member.group.leader_waits());
+        let done = match received {
+            Ok(Command::Submit(input)) => runner.submit(&input).map(|_| ()),
+            Ok(Command::Sample(step, input)) => runner.sample(step, &input),
+            Ok(Command::Poll(step, drawn)) => finish(&mut runner, step, &drawn),
+            Ok(Command::Rest) => {
+                leader_rests = true;
+                runner
+                    .rest()
+                    .and_then(|()| member.rest().map_err(RunnerError::from))
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Timeout) if leader_waits != waits_before => Ok(()),
+            Err(RecvTimeoutError::Timeout) => {
+                let seconds = member.step_patience().as_secs_f64();
+                return give_up(
+                    member,
+                    format!("tensor-parallel rank 0 has not answered for {seconds} s: it hangs"),
+                );
+            }
         };
         if let Err(error) = done {
             let rank = member.rank();
-            let failure = member
-                .group
-                .fail(format!("tensor-parallel rank {rank}: {}", error.message));
-            if !member.group.is_reported_within(GRACE) {
-                tracing::error!(%failure, "the engine does not take notice: the process ends");
-                std::process::abort();
-            }
-            return;
+            return give_up(
+                member,
+                format!("tensor-parallel rank {rank}: {}", error.message),
+            );
         }
+    }
+}
+
+/// A follower's end: the leader tells of it, or the process ends.
+fn give_up(member: &Member, message: String) {
+    let failure = member.group.fail(message);
+    if !member.group.is_reported_within(GRACE) {
+        tracing::error!(%failure, "the engine does not take notice: the process ends");
+        std::process::abort();
     }
 }
 
@@ -276,10 +309,20 @@ impl<R: ModelRunner + 'static> ModelRunner for RankedRunner<R> {
                 self.broadcast(|| Command::Poll(step, Arc::clone(&drawn)))?;
                 return Ok(Some(output));
             }
+            self.group.wait_on();
             if left <= LOOK_AROUND {
                 return Ok(None);
             }
         }
+    }
+
+    fn rest(&mut self) -> Result<(), RunnerError> {
+        self.look_around()?;
+        self.broadcast(|| Command::Rest)?;
+        self.lead(ModelRunner::rest)?;
+        self.place
+            .rest()
+            .map_err(|failure| self.failed(failure.message))
     }
 
     fn depth(&self) -> usize {

@@ -17,6 +17,7 @@ enum Fault {
     Error,
     Panic,
     Hang,
+    HangAtRest,
     OtherToken,
 }
 
@@ -29,6 +30,13 @@ struct Rank {
 }
 
 static HANGING: AtomicU64 = AtomicU64::new(0);
+
+fn hang() -> ! {
+    HANGING.fetch_add(1, Ordering::SeqCst);
+    loop {
+        thread::park();
+    }
+}
 
 impl ModelRunner for Rank {
     fn limits(&self) -> &RunnerLimits {
@@ -46,13 +54,8 @@ impl ModelRunner for Rank {
                     });
                 }
                 Some(Fault::Panic) => panic!("injected"),
-                Some(Fault::Hang) => {
-                    HANGING.fetch_add(1, Ordering::SeqCst);
-                    loop {
-                        thread::park();
-                    }
-                }
-                Some(Fault::OtherToken) | None => {}
+                Some(Fault::Hang) => hang(),
+                Some(Fault::HangAtRest | Fault::OtherToken) | None => {}
             }
         }
         self.member.sum(&[1.0], &mut [0.0])?;
@@ -72,6 +75,13 @@ impl ModelRunner for Rank {
             output.rows[0].tokens[0].id ^= 1;
         }
         Ok(output)
+    }
+
+    fn rest(&mut self) -> Result<(), RunnerError> {
+        if self.fault == Some(Fault::HangAtRest) {
+            hang();
+        }
+        Ok(())
     }
 
     fn depth(&self) -> usize {
@@ -108,7 +118,8 @@ fn last_words(fault: Fault, rank: usize, patience: Duration) -> (String, Duratio
     let runner = runner(Some((rank, fault)), patience);
     let engine = Engine::start(Box::new(runner), EngineConfig::default()).unwrap();
     let started = Instant::now();
-    let _stream = engine.submit(request(100)).unwrap();
+    // At rest there is no request to be had.
+    let _stream = (fault != Fault::HangAtRest).then(|| engine.submit(request(100)).unwrap());
     let error = engine.join_blocking().unwrap_err();
     assert!(matches!(error, SubmitError::EngineDead { .. }), "{error}");
     (error.to_string(), started.elapsed())
@@ -124,13 +135,17 @@ fn whatever_befalls_a_rank_stops_the_engine_with_its_name() {
             Fault::Hang,
             "tensor-parallel rank 2 has not answered for 1 s: it hangs",
         ),
+        (
+            Fault::HangAtRest,
+            "tensor-parallel rank 2 has not answered for 1 s: it hangs",
+        ),
         (Fault::OtherToken, "it drew other tokens than rank 0"),
     ] {
         let (message, took) = last_words(fault, 2, patience);
         assert!(message.contains(words), "{fault:?}: {message}");
         assert!(took < Duration::from_secs(10), "{fault:?} took {took:?}");
     }
-    assert_eq!(HANGING.load(Ordering::SeqCst), 1);
+    assert_eq!(HANGING.load(Ordering::SeqCst), 2);
 }
 
 #[test]
