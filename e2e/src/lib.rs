@@ -6,6 +6,7 @@
 //!            service → InferenceServices as a user writes them     wait      → conditions with limits
 //!            client  → HTTP and server-sent events                 dump      → what to read after a failure
 //!            prometheus → a real one, with the chart's jobs and rules
+//!            dashboards → what the chart's dashboards ask it
 //!            processes → those of the cluster, to kill
 //! tests/     install serve quantized stream recover isolation invalid scale observe alerts upgrade
 //! ```
@@ -26,6 +27,7 @@
 pub mod bucket;
 pub mod client;
 pub mod cluster;
+pub mod dashboards;
 pub mod dump;
 pub mod namespace;
 pub mod processes;
