@@ -52,7 +52,7 @@ async fn load(ns: &Namespace, url: &str) -> Result<()> {
     Ok(())
 }
 
-/// Which panels have a query without a figure, under a load that goes on. Those of faults: tests/alerts.rs.
+/// Which panels have a query without a figure, under a load that goes on; but for those that only faults fill.
 async fn without_data(
     prometheus: &Prometheus,
     queries: &[Query],
