@@ -1,0 +1,93 @@
+//! Attention of decoding rows and of prompts.
+
+use ashlar_kernels::cuda::{
+    CudaError,
+    attention::{DecodeAttention, DecodeRope, PlanView, PrefillAttention, Sequences},
+};
+
+use super::{CudaBackend, CudaBuf};
+use crate::model_runner::cuda::step::DecodeSection;
+
+impl CudaBackend {
+    pub(super) fn rows_attention(
+        &self,
+        layer: usize,
+        qkv: &CudaBuf,
+        section: &DecodeSection,
+        (count, max_items, shares): (usize, usize, bool),
+        out: &CudaBuf,
+    ) -> Result<(), CudaError> {
+        if count == 0 {
+            return Ok(());
+        }
+        let rope = self.rotation.as_ref().map(|norms| DecodeRope {
+            table: self.rope_table.view(),
+            norms: norms
+                .as_ref()
+                .map(|(query, key)| (query.view(), key.view())),
+            eps: self.eps,
+        });
+        DecodeAttention {
+            shape: self.shape,
+            qkv: qkv.view(),
+            cache: self.layer_cache(layer)?,
+            out: out.view(),
+            plan: PlanView {
+                num_items: self.at(section.num_items),
+                items: self.at(section.items),
+                members: self.at(section.members),
+                row_parts: self.at(section.row_parts),
+                slots: self.at(section.slots),
+            },
+            sequences: Sequences {
+                rows: self.at(section.rows),
+                context_lens: self.at(section.context_lens),
+                table_starts: self.at(section.table_starts),
+                blocks: self.at(self.layout.blocks),
+                count,
+            },
+            parts: self.parts.view(),
+            arrived: self.arrived.view(),
+            rope,
+            shares,
+            max_items,
+        }
+        .launch(&self.device)
+    }
+
+    pub(super) fn attend(
+        &self,
+        layer: usize,
+        qkv: &CudaBuf,
+        out: &CudaBuf,
+    ) -> Result<(), CudaError> {
+        let (layout, counts) = (&self.layout, &self.layout.counts);
+        if self.kept {
+            let sizes = (counts.kept, counts.kept_items, false);
+            return self.rows_attention(layer, qkv, &layout.kept, sizes, out);
+        }
+        let sizes = (counts.decodes, counts.decode_items, counts.shares);
+        self.rows_attention(layer, qkv, &layout.decode, sizes, out)?;
+        if counts.prefills == 0 {
+            return Ok(());
+        }
+        PrefillAttention {
+            shape: self.shape,
+            qkv: qkv.view(),
+            cache: self.layer_cache(layer)?,
+            out: out.view(),
+            items: self.at(layout.prefill_items),
+            sequences: Sequences {
+                rows: self.at(layout.prefill_rows),
+                context_lens: self.at(layout.prefill_context_lens),
+                table_starts: self.at(layout.prefill_table_starts),
+                blocks: self.at(layout.blocks),
+                count: counts.prefills,
+            },
+            query_lens: self.at(layout.prefill_query_lens),
+            num_items: counts.prefill_items,
+            portable: false,
+        }
+        .launch(&self.device)
+    }
+}

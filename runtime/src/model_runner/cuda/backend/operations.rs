@@ -1,0 +1,328 @@
+//! The operations of [`Backend`] on the GPU.
+
+use std::{borrow::Cow, sync::Arc};
+
+use ashlar_kernels::cuda::{
+    CudaError, Float, View,
+    attention::DecodeAttention,
+    eight_bit,
+    elementwise::{AddNorm, EmbedNorm, GatherRows, SiluMul, fill_random},
+    int4,
+    rope::RopeWriteKv,
+    skinny::{Output, SkinnyGemm},
+};
+
+use super::{CudaBackend, CudaBuf, GpuMatrix, GpuVector, buffer::State};
+use crate::{
+    engine::request::TokenId,
+    model_runner::cuda::{integers, matrix::Matrix},
+    models::backend::{AdapterRows, AttentionSeq, Backend, HeadNorms, Linear, RopeArgs},
+    weights::{Int4Matrix, Scheme, Weight},
+};
+
+impl Backend for CudaBackend {
+    type Buf = CudaBuf;
+    type Matrix = GpuMatrix;
+    type Vector = GpuVector;
+
+    fn pack(&self, stacked: &[Weight<'_>]) -> Result<Vec<GpuMatrix>, String> {
+        let columns = stacked[0].columns();
+        let text = |error: CudaError| error.to_string();
+        if let Some(parts) = self.four_bit_parts(stacked) {
+            let whole = Int4Matrix::stack(&parts);
+            let matrix = Matrix::int4(&self.device, &whole).map_err(text)?;
+            return Ok(vec![Arc::new(matrix)]);
+        }
+        if self.integers
+            && int4::takes(columns, 32)
+            && let Some(whole) = integers::of_blocks(stacked)
+        {
+            let matrix = Matrix::integers(&self.device, &whole).map_err(text)?;
+            return Ok(vec![Arc::new(matrix)]);
+        }
+        if let Some(parts) = Self::fp8_parts(stacked) {
+            let matrix = Matrix::fp8(&self.device, &parts, columns).map_err(text)?;
+            return Ok(vec![Arc::new(matrix)]);
+        }
+        self.pack_vocabulary(stacked)
+    }
+
+    /// In 16 bits: rows are looked up in it, and logits need all of its precision.
+    fn pack_vocabulary(&self, stacked: &[Weight<'_>]) -> Result<Vec<GpuMatrix>, String> {
+        let rows = stacked.iter().map(Weight::rows).sum();
+        let columns = stacked[0].columns();
+        let text = |error: CudaError| error.to_string();
+        let data = self
+            .device
+            .alloc(rows * columns * Float::BYTES)
+            .map_err(text)?;
+        let mut offset = 0;
+        for part in stacked {
+            let bytes = part.rows() * columns * Float::BYTES;
+            let place = data.view().slice(offset, bytes);
+            let values: Cow<'_, [u8]> = match part {
+                Weight::Rows(raw) if self.is_native(raw.kind) => Cow::Borrowed(&raw.data),
+                Weight::Rows(raw) => Cow::Owned(self.convert(raw)?),
+                Weight::Int4(matrix) => Cow::Owned(self.to_bytes(&matrix.dequantize())),
+                Weight::Fp8(matrix) => Cow::Owned(self.to_bytes(&matrix.dequantize())),
+            };
+            self.device.write(&values, place).map_err(text)?;
+            offset += bytes;
+        }
+        Ok(vec![Arc::new(Matrix::float(data, rows, columns))])
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<GpuVector, String> {
+        let bytes = self.to_bytes(&values);
+        let store = || {
+            let data = self.device.alloc(bytes.len())?;
+            self.device.write(&bytes, data.view())?;
+            Ok(Arc::new(data))
+        };
+        store().map_err(|error: CudaError| error.to_string())
+    }
+
+    fn random(&self, rows: usize, columns: usize, seed: u64) -> Result<GpuMatrix, String> {
+        let store = || {
+            self.device.bind()?;
+            let data = self.device.alloc(rows * columns * Float::BYTES)?;
+            let scale = 1.0 / (columns as f32).sqrt();
+            fill_random(&self.device, self.float, data.view(), seed, scale)?;
+            Ok(Arc::new(Matrix::float(data, rows, columns)))
+        };
+        store().map_err(|error: CudaError| error.to_string())
+    }
+
+    fn random_quantized(
+        &self,
+        scheme: &Scheme,
+        shape: (usize, usize),
+        seed: u64,
+    ) -> Result<Vec<GpuMatrix>, String> {
+        let matrix = match scheme {
+            Scheme::Int4(scheme)
+                if self.integers && int4::takes(shape.1, scheme.group_of(shape.1)) =>
+            {
+                let group = scheme.group_of(shape.1);
+                Matrix::random_int4(&self.device, shape, group, seed)
+            }
+            Scheme::Fp8(_) if shape.0.is_multiple_of(16) && eight_bit::takes(shape.1) => {
+                Matrix::random_fp8(&self.device, self.float, shape, seed)
+            }
+            _ => return self.pack(&[scheme.random(shape, seed)?]),
+        };
+        let matrix = matrix.map_err(|error| error.to_string())?;
+        Ok(vec![Arc::new(matrix)])
+    }
+
+    fn embed_norm(
+        &mut self,
+        _tokens: &[TokenId],
+        embedding: &GpuMatrix,
+        norm: &GpuVector,
+        residual: &mut CudaBuf,
+        out: &mut CudaBuf,
+    ) {
+        let rows = self.layout.counts.rows;
+        let pieces = match &self.place {
+            Some(place) => &place.embeddings[..],
+            None => std::slice::from_ref(embedding),
+        };
+        let launch = || {
+            let tables = pieces.iter().map(|piece| self.values(piece));
+            let tables: Vec<View<'_>> = tables.collect::<Result<_, CudaError>>()?;
+            EmbedNorm {
+                float: self.float,
+                tokens: self.at(self.layout.tokens),
+                row_slots: self.at(self.layout.row_slots),
+                last_tokens: self.last_tokens.view(),
+                tables: &tables,
+                table_rows: embedding.rows,
+                weight: norm.view(),
+                residual: residual.view(),
+                out: out.view(),
+                sums: None,
+                rows,
+                width: residual.width,
+                eps: self.eps,
+            }
+            .launch(&self.device)
+        };
+        let result = launch();
+        self.note(result);
+        residual.set(rows, State::Ready);
+        out.set(rows, State::Ready);
+    }
+
+    fn linear(
+        &mut self,
+        x: &CudaBuf,
+        weight: &Linear<GpuMatrix, GpuVector>,
+        _adapters: AdapterRows,
+        out: &mut CudaBuf,
+    ) {
+        let (matrix, bias) = (&weight.parts[0], weight.bias.as_ref());
+        if self.fuses(x.rows, matrix) {
+            let product = Self::product_of(x, matrix, bias);
+            out.set(x.rows, State::Product(product));
+            return;
+        }
+        let result = self.launch_gemm(x, (matrix, bias), (out.view(), false));
+        self.note(result);
+        out.set(x.rows, State::Ready);
+    }
+
+    fn rope_write_kv(&mut self, qkv: &mut CudaBuf, args: &RopeArgs<'_, GpuVector>) {
+        if self.layout.counts.rotates && DecodeAttention::rotates(self.shape.head_dim) {
+            let result = self.settle(qkv);
+            self.note(result);
+            let both =
+                |norms: &HeadNorms<GpuVector>| (Arc::clone(&norms.query), Arc::clone(&norms.key));
+            self.rotation = Some(args.norms.map(both));
+            return;
+        }
+        let result = self.settle(qkv).and_then(|()| {
+            RopeWriteKv {
+                float: self.float,
+                qkv: qkv.view(),
+                norms: args
+                    .norms
+                    .map(|norms| (norms.query.view(), norms.key.view())),
+                table: self.rope_table.view(),
+                positions: self.at(self.layout.positions),
+                slot_mapping: self.at(self.layout.slot_mapping),
+                cache: self.layer_cache(args.layer)?,
+                rows: qkv.rows,
+                num_heads: self.shape.num_heads,
+                num_kv_heads: self.shape.num_kv_heads,
+                head_dim: self.shape.head_dim,
+                eps: self.eps,
+            }
+            .launch(&self.device)
+        });
+        self.note(result);
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        qkv: &CudaBuf,
+        _seqs: &[AttentionSeq<'_>],
+        out: &mut CudaBuf,
+    ) {
+        let result = self.attend(layer, qkv, out);
+        self.rotation = None;
+        self.note(result);
+        out.set(qkv.rows, State::Ready);
+    }
+
+    fn silu_mul(&mut self, gate_up: &CudaBuf, out: &mut CudaBuf) {
+        let (rows, width) = (gate_up.rows, out.width);
+        let result = match &gate_up.state {
+            State::Product(product) => {
+                self.run_product(product, rows, width, Output::SiluMul(out.view()))
+            }
+            State::Ready | State::Normed { .. } => SiluMul {
+                float: self.float,
+                gate_up: gate_up.view(),
+                out: out.view(),
+                rows,
+                width,
+            }
+            .launch(&self.device),
+        };
+        self.note(result);
+        out.set(rows, State::Ready);
+    }
+
+    fn reduce_add_norm(
+        &mut self,
+        delta: &mut CudaBuf,
+        norm: &GpuVector,
+        residual: &mut CudaBuf,
+        out: &mut CudaBuf,
+    ) {
+        let (rows, width) = (delta.rows, residual.width);
+        if let Some(place) = &self.place {
+            let result = self
+                .settle(delta)
+                .and_then(|()| place.reduce(self.float, delta, (norm, self.eps), residual, out));
+            self.note(result);
+            out.set(rows, State::Ready);
+            return;
+        }
+        if let State::Product(product) = &delta.state
+            && !self.norms_on_the_way(product, rows, width)
+        {
+            let result = self.run_product(product, rows, width, Output::Store(delta.view()));
+            self.note(result);
+        } else if let State::Product(product) = &delta.state {
+            let output = Output::AddResidual {
+                residual: residual.view(),
+                sums: self.sums.view(),
+            };
+            let result = self.run_product(product, rows, width, output);
+            self.note(result);
+            let normed = State::Normed {
+                residual: Arc::clone(&residual.data),
+                weight: Arc::clone(norm),
+                num_sums: width.div_ceil(16),
+            };
+            if SkinnyGemm::takes(rows, width) {
+                out.set(rows, normed);
+                return;
+            }
+            self.note(Err(CudaError::Shape {
+                op: "norm",
+                message: format!("rows of {width} values do not fuse; a multiple of 32 is needed"),
+            }));
+            return;
+        }
+        let result = AddNorm {
+            float: self.float,
+            delta: delta.view(),
+            weight: norm.view(),
+            residual: residual.view(),
+            out: out.view(),
+            rows,
+            width,
+            eps: self.eps,
+        }
+        .launch(&self.device);
+        self.note(result);
+        out.set(rows, State::Ready);
+    }
+
+    fn keep_rows(&mut self, rows: &[u32], buf: &mut CudaBuf) {
+        self.kept = true;
+        let Some(spare) = buf.spare.take() else {
+            self.note(Err(CudaError::Shape {
+                op: "gather_rows",
+                message: "this buffer has no second one: this is a bug".to_owned(),
+            }));
+            return;
+        };
+        let result = GatherRows {
+            input: buf.view(),
+            rows: self.at(self.layout.gather),
+            out: spare.view(),
+            count: rows.len(),
+            width: buf.width,
+        }
+        .launch(&self.device);
+        self.note(result);
+        buf.spare = Some(std::mem::replace(&mut buf.data, spare));
+        buf.set(rows.len(), State::Ready);
+    }
+
+    fn logits(&mut self, x: &CudaBuf, head: &Linear<GpuMatrix, GpuVector>, out: &mut CudaBuf) {
+        let result = match &self.place {
+            None => self.head(x, head, out),
+            Some(place) => self
+                .head(x, head, &place.logits)
+                .and_then(|()| place.gather(x.rows, out.width)),
+        };
+        self.note(result);
+        out.set(x.rows, State::Ready);
+    }
+}
