@@ -10,30 +10,36 @@
 //! padding rows write nothing.
 
 mod backend;
+mod config;
 mod integers;
 mod matrix;
 mod place;
 mod sampling;
 mod shared_prefix;
 mod staging;
+mod start;
 mod step;
 mod timeline;
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
     time::{Duration, Instant},
 };
 
+pub use self::config::{CudaRunnerConfig, CudaRunnerError};
 pub use ashlar_kernels::cuda::{CudaError, Float};
 use ashlar_kernels::cuda::{Device, Graph, attention::DecodeAttention, gemm, peers::Peers};
 
 use self::{
-    backend::{CudaBackend, CudaBackendConfig, CudaBuf, GpuMatrix, block_format},
+    backend::CudaBackend,
     place::{Place, load_products},
     sampling::GpuSampler,
     staging::Staging,
-    step::{Counts, Layout, StepBuilder, max_items},
+    start::{
+        LOAD_THREADS, activations, backend_config, buckets, check_widths, float_of, has_integers,
+        layer_matrices, limits, model_len, tune,
+    },
+    step::{Layout, StepBuilder},
     timeline::Timeline,
 };
 use super::{
@@ -41,97 +47,20 @@ use super::{
     StepId, StepOutput,
     check::{check, refused},
     max_logit_rows,
-    ranks::{Member, RankError, RankedRunner},
+    ranks::{Member, RankedRunner},
 };
 use crate::{
     models::{
         config::ModelConfig,
-        decoder::{Activations, Decoder, Mlp},
-        loader::{self, LoadFormat},
+        decoder::{Activations, Decoder},
+        loader::{self},
         shard::Partition,
     },
-    weights::{Checkpoint, GgmlType, Scheme, WeightsError},
+    weights::Checkpoint,
 };
 
 /// Tokens in a block.
 pub const BLOCK_SIZE: u32 = ashlar_kernels::cuda::rope::BLOCK_SIZE as u32;
-/// Memory left to the driver: graphs, modules loaded late.
-const RESERVE_BYTES: usize = 512 << 20;
-/// Rows whose plans are timed at start.
-const TUNED_ROWS: &[usize] = &[32, 64, 128, 256, 1024, 2048, 4096, 8192];
-/// Threads that load weights.
-const LOAD_THREADS: usize = 8;
-
-/// What a [`CudaRunner`] is built from.
-#[derive(Debug, Clone)]
-pub struct CudaRunnerConfig {
-    /// A `.gguf` file or a Hugging Face folder.
-    pub path: PathBuf,
-    /// Where the weights come from.
-    pub load_format: LoadFormat,
-    /// Type of weights and activations; `None` takes the checkpoint's.
-    pub dtype: Option<Float>,
-    /// Rounds 16-bit weights to eight-bit floats as they are loaded.
-    pub quantize_fp8: bool,
-    /// Which GPU.
-    pub ordinal: usize,
-    /// Share of the GPU's memory to use.
-    pub gpu_memory_utilization: f64,
-    /// Bytes of the KV cache, instead of what is left of the share.
-    pub kv_cache_memory_bytes: Option<u64>,
-    /// Sequences that run at once.
-    pub max_num_seqs: u32,
-    /// Rows in one step.
-    pub max_num_batched_tokens: u32,
-    /// Longest sequence; `None` takes the model's, lowered to what the KV cache holds.
-    pub max_model_len: Option<u32>,
-    /// Queue every kernel by itself instead of as graphs.
-    pub enforce_eager: bool,
-}
-
-/// Why a runner could not be built.
-#[derive(Debug, thiserror::Error)]
-pub enum CudaRunnerError {
-    /// The checkpoint cannot be used.
-    #[error(transparent)]
-    Weights(#[from] WeightsError),
-    /// The GPU cannot.
-    #[error(transparent)]
-    Cuda(#[from] CudaError),
-    /// The asked length is more than the model was made for.
-    #[error("--max-model-len is {asked}, and the model was made for {model} tokens; lower it")]
-    TooLong {
-        /// What was asked.
-        asked: u32,
-        /// What the model allows.
-        model: u32,
-    },
-    /// Fewer GPUs than ranks.
-    #[error(
-        "--tensor-parallel-size {asked} needs {asked} GPUs, and this machine shows {found}; give the container more GPUs or lower it"
-    )]
-    TooFewGpus {
-        /// Ranks.
-        asked: usize,
-        /// GPUs.
-        found: usize,
-    },
-    /// A tensor-parallel rank failed.
-    #[error(transparent)]
-    Rank(#[from] RankError),
-    /// One sequence does not fit.
-    #[error(
-        "{bytes} bytes of GPU memory are left for the KV cache and hold {tokens} tokens, and {needed} are needed; raise --gpu-memory-utilization or lower --max-model-len"
-    )]
-    CacheTooSmall {
-        /// Bytes of the cache.
-        bytes: u64,
-        /// Tokens it holds.
-        tokens: u64,
-        /// Tokens needed.
-        needed: u64,
-    },
-}
 
 /// Whether a model could run on the first GPU.
 ///
@@ -403,214 +332,6 @@ impl CudaRunner {
     }
 }
 
-/// What the kernels need of a model's widths.
-fn check_widths(checkpoint: &Checkpoint, model: &ModelConfig) -> Result<(), WeightsError> {
-    for (name, width, multiple) in [
-        ("hidden_size", model.hidden_size, 32),
-        ("intermediate_size", model.intermediate_size, 32),
-        ("vocab_size", model.vocab_size, 8),
-    ] {
-        if !width.is_multiple_of(multiple) {
-            let message = format!(
-                "{name} is {width}, and the GPU kernels need a multiple of {multiple}; use --device cpu"
-            );
-            return Err(checkpoint.unsupported(message));
-        }
-    }
-    Ok(())
-}
-
-/// Whether the layers' matrices are integers: four bits, or GGUF's blocks.
-fn has_integers(checkpoint: &Checkpoint, model: &ModelConfig) -> bool {
-    let is_blocks = |name: &str| {
-        let tensor = checkpoint.tensor(name).ok().flatten();
-        tensor.is_some_and(|tensor| block_format(tensor.kind).is_some())
-    };
-    match checkpoint {
-        Checkpoint::Gguf(_) => is_blocks("blk.0.attn_q.weight") || is_blocks("blk.0.ffn_up.weight"),
-        Checkpoint::Safetensors(_) => matches!(model.quantization, Some(Scheme::Int4(_))),
-    }
-}
-
-/// IEEE floats for integers, whose scales are such; the checkpoint's own 16-bit type; brain floats for everything else.
-fn float_of(checkpoint: &Checkpoint, model: &ModelConfig) -> Float {
-    if has_integers(checkpoint, model) {
-        return Float::F16;
-    }
-    let is_half = match checkpoint {
-        Checkpoint::Gguf(_) => checkpoint
-            .tensor("token_embd.weight")
-            .ok()
-            .flatten()
-            .is_some_and(|tensor| tensor.kind == GgmlType::F16),
-        Checkpoint::Safetensors(folder) => {
-            let config = folder.config();
-            let name = config.get("torch_dtype").or_else(|| config.get("dtype"));
-            name.and_then(|name| name.as_str()) == Some("float16")
-        }
-    };
-    if is_half { Float::F16 } else { Float::Bf16 }
-}
-
-/// The matrices of all layers.
-fn layer_matrices(decoder: &Decoder<CudaBackend>) -> impl Iterator<Item = &GpuMatrix> + Clone {
-    let layers = decoder.layers.iter().flat_map(|layer| {
-        let Mlp::Dense { gate_up, down } = &layer.mlp;
-        [&layer.qkv, &layer.attention_output, gate_up, down]
-    });
-    layers.flat_map(|linear| &linear.parts)
-}
-
-fn model_len(config: &CudaRunnerConfig, model: &ModelConfig) -> Result<u32, CudaRunnerError> {
-    let model_len = u32::try_from(model.max_position).unwrap_or(u32::MAX);
-    match config.max_model_len {
-        Some(asked) if asked > model_len => Err(CudaRunnerError::TooLong {
-            asked,
-            model: model_len,
-        }),
-        asked => Ok(asked.unwrap_or(model_len)),
-    }
-}
-
-fn backend_config(
-    device: &Device,
-    config: &CudaRunnerConfig,
-    model: &ModelConfig,
-    float: Float,
-    max_model_len: u32,
-) -> CudaBackendConfig {
-    let max_num_seqs = config.max_num_seqs as usize;
-    let max_logit_rows = max_logit_rows(config.max_num_seqs) as usize;
-    let rows = config.max_num_batched_tokens as usize;
-    let shape = ashlar_kernels::cuda::attention::HeadShape {
-        float,
-        num_heads: model.num_heads,
-        num_kv_heads: model.num_kv_heads,
-        head_dim: model.head_dim,
-        window: 0,
-    };
-    let items = max_items(max_logit_rows, device.multiprocessors(), &shape);
-    let largest = Layout::new(Counts {
-        rows,
-        decodes: max_num_seqs,
-        decode_items: items,
-        prefills: max_num_seqs,
-        prefill_items: max_num_seqs + rows,
-        kept: max_logit_rows,
-        kept_items: items,
-        blocks: max_num_seqs * max_model_len.div_ceil(BLOCK_SIZE) as usize,
-        ..Counts::default()
-    });
-    CudaBackendConfig {
-        float,
-        integers: false,
-        max_model_len: max_model_len as usize,
-        step_bytes: largest.bytes,
-        max_logit_rows,
-        max_num_seqs,
-        max_items: items,
-    }
-}
-
-fn activations(
-    device: &Device,
-    model: &ModelConfig,
-    rows: usize,
-    logit_rows: usize,
-) -> Result<Activations<CudaBackend>, CudaError> {
-    let buffer = |width: usize, spare: bool| CudaBuf::new(device, rows, width, Float::BYTES, spare);
-    Ok(Activations {
-        residual: buffer(model.hidden_size, true)?,
-        normed: buffer(model.hidden_size, false)?,
-        qkv: buffer(model.qkv_size(), true)?,
-        attention: buffer(model.attention_size(), false)?,
-        delta: buffer(model.hidden_size, false)?,
-        gate_up: buffer(2 * model.intermediate_size, false)?,
-        mlp: buffer(model.intermediate_size, false)?,
-        logits: CudaBuf::new(device, gemm::bucket(logit_rows), model.vocab_size, 4, false)?,
-        blocks: Vec::new(),
-    })
-}
-
-/// Times the plans of the large products on this GPU, on the first layer's matrices.
-fn tune(
-    backend: &CudaBackend,
-    decoder: &Decoder<CudaBackend>,
-    act: &Activations<CudaBackend>,
-    (max_rows, max_logit_rows): (usize, usize),
-) -> Result<(), CudaError> {
-    let layer = &decoder.layers[0];
-    let Mlp::Dense { gate_up, down } = &layer.mlp;
-    for rows in TUNED_ROWS {
-        if *rows <= max_rows {
-            for (weight, x, y) in [
-                (&layer.qkv, &act.normed, &act.qkv),
-                (&layer.attention_output, &act.attention, &act.delta),
-                (gate_up, &act.normed, &act.gate_up),
-                (down, &act.mlp, &act.delta),
-            ] {
-                if weight.bias.is_none() {
-                    backend.tune(&weight.parts[0], x, y, false, *rows)?;
-                }
-            }
-        }
-        if *rows <= max_logit_rows {
-            let head = decoder.head.as_ref().unwrap_or(&decoder.embedding);
-            backend.tune(&head.parts[0], &act.normed, &act.logits, true, *rows)?;
-        }
-    }
-    Ok(())
-}
-
-/// The one formula for the KV pool: the share of the GPU's memory, less what is in use once weights and the buffers of the
-/// largest step are there. Start-up and admission share it through [`RunnerLimits`].
-fn limits(
-    config: &CudaRunnerConfig,
-    model: &ModelConfig,
-    backend: &CudaBackend,
-    max_model_len: u32,
-    ranks: usize,
-) -> Result<RunnerLimits, CudaRunnerError> {
-    let (free, total) = backend.device.memory()?;
-    let share = (total as f64 * config.gpu_memory_utilization) as usize;
-    let left = share.saturating_sub(total - free + RESERVE_BYTES);
-    let bytes = config
-        .kv_cache_memory_bytes
-        .map_or(left, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
-    let num_blocks = u32::try_from(bytes / backend.block_bytes()).unwrap_or(u32::MAX);
-    let tokens = u64::from(num_blocks.saturating_sub(1)) * u64::from(BLOCK_SIZE);
-    let needed = u64::from(config.max_model_len.unwrap_or(BLOCK_SIZE));
-    if tokens < needed {
-        return Err(CudaRunnerError::CacheTooSmall {
-            bytes: bytes as u64,
-            tokens,
-            needed,
-        });
-    }
-    Ok(RunnerLimits {
-        block_size: BLOCK_SIZE,
-        num_blocks,
-        max_num_seqs: config.max_num_seqs,
-        max_num_batched_tokens: config.max_num_batched_tokens,
-        max_logit_rows: max_logit_rows(config.max_num_seqs),
-        max_model_len: max_model_len.min(u32::try_from(tokens).unwrap_or(max_model_len)),
-        vocab_size: u32::try_from(model.vocab_size)
-            .expect("the configuration bounds sizes: this is a bug"),
-        kv_bytes_per_token: (ranks * backend.block_bytes() / BLOCK_SIZE as usize) as u64,
-    })
-}
-
-/// Row counts with a graph of their own: close together where steps are short, further apart where they are long.
-fn buckets(max: usize) -> Vec<usize> {
-    let mut buckets = vec![1, 2, 4, 8];
-    buckets.extend((16..=64).step_by(8));
-    buckets.extend((80..=256).step_by(16));
-    buckets.extend((320..=max.max(320)).step_by(64));
-    buckets.retain(|rows| *rows < max);
-    buckets.push(max);
-    buckets
-}
-
 /// A decode step of `rows` sequences of one token, to capture a graph with: block 0 holds nothing of anyone.
 fn decode_input(rows: usize) -> ModelInput {
     let seq = |row: usize| SeqInput {
@@ -706,21 +427,5 @@ impl ModelRunner for CudaRunner {
 
     fn depth(&self) -> usize {
         2
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
-mod tests {
-    use super::buckets;
-
-    #[test]
-    fn buckets_ascend_and_end_at_the_limit() {
-        for max in [1, 2, 5, 16, 100, 256, 300, 1024] {
-            let buckets = buckets(max);
-            assert!(buckets.is_sorted_by(|a, b| a < b), "{buckets:?}");
-            assert_eq!(buckets.last(), Some(&max));
-        }
-        assert!(buckets(1024).len() < 50);
     }
 }

@@ -1,0 +1,256 @@
+//! What is settled when a model starts: types, sizes, limits, plans of products.
+
+use ashlar_kernels::cuda::{CudaError, Device, Float, gemm};
+
+use super::{
+    BLOCK_SIZE, CudaRunnerConfig, CudaRunnerError,
+    backend::{CudaBackend, CudaBackendConfig, CudaBuf, GpuMatrix, block_format},
+    step::{Counts, Layout, max_items},
+};
+use crate::{
+    model_runner::{RunnerLimits, max_logit_rows},
+    models::{
+        config::ModelConfig,
+        decoder::{Activations, Decoder, Mlp},
+    },
+    weights::{Checkpoint, GgmlType, Scheme, WeightsError},
+};
+
+/// Memory left to the driver: graphs, modules loaded late.
+const RESERVE_BYTES: usize = 512 << 20;
+/// Rows whose plans are timed at start.
+const TUNED_ROWS: &[usize] = &[32, 64, 128, 256, 1024, 2048, 4096, 8192];
+/// Threads that load weights.
+pub(super) const LOAD_THREADS: usize = 8;
+
+/// What the kernels need of a model's widths.
+pub(super) fn check_widths(
+    checkpoint: &Checkpoint,
+    model: &ModelConfig,
+) -> Result<(), WeightsError> {
+    for (name, width, multiple) in [
+        ("hidden_size", model.hidden_size, 32),
+        ("intermediate_size", model.intermediate_size, 32),
+        ("vocab_size", model.vocab_size, 8),
+    ] {
+        if !width.is_multiple_of(multiple) {
+            let message = format!(
+                "{name} is {width}, and the GPU kernels need a multiple of {multiple}; use --device cpu"
+            );
+            return Err(checkpoint.unsupported(message));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the layers' matrices are integers: four bits, or GGUF's blocks.
+pub(super) fn has_integers(checkpoint: &Checkpoint, model: &ModelConfig) -> bool {
+    let is_blocks = |name: &str| {
+        let tensor = checkpoint.tensor(name).ok().flatten();
+        tensor.is_some_and(|tensor| block_format(tensor.kind).is_some())
+    };
+    match checkpoint {
+        Checkpoint::Gguf(_) => is_blocks("blk.0.attn_q.weight") || is_blocks("blk.0.ffn_up.weight"),
+        Checkpoint::Safetensors(_) => matches!(model.quantization, Some(Scheme::Int4(_))),
+    }
+}
+
+/// IEEE floats for integers, whose scales are such; the checkpoint's own 16-bit type; brain floats for everything else.
+pub(super) fn float_of(checkpoint: &Checkpoint, model: &ModelConfig) -> Float {
+    if has_integers(checkpoint, model) {
+        return Float::F16;
+    }
+    let is_half = match checkpoint {
+        Checkpoint::Gguf(_) => checkpoint
+            .tensor("token_embd.weight")
+            .ok()
+            .flatten()
+            .is_some_and(|tensor| tensor.kind == GgmlType::F16),
+        Checkpoint::Safetensors(folder) => {
+            let config = folder.config();
+            let name = config.get("torch_dtype").or_else(|| config.get("dtype"));
+            name.and_then(|name| name.as_str()) == Some("float16")
+        }
+    };
+    if is_half { Float::F16 } else { Float::Bf16 }
+}
+
+/// The matrices of all layers.
+pub(super) fn layer_matrices(
+    decoder: &Decoder<CudaBackend>,
+) -> impl Iterator<Item = &GpuMatrix> + Clone {
+    let layers = decoder.layers.iter().flat_map(|layer| {
+        let Mlp::Dense { gate_up, down } = &layer.mlp;
+        [&layer.qkv, &layer.attention_output, gate_up, down]
+    });
+    layers.flat_map(|linear| &linear.parts)
+}
+
+pub(super) fn model_len(
+    config: &CudaRunnerConfig,
+    model: &ModelConfig,
+) -> Result<u32, CudaRunnerError> {
+    let model_len = u32::try_from(model.max_position).unwrap_or(u32::MAX);
+    match config.max_model_len {
+        Some(asked) if asked > model_len => Err(CudaRunnerError::TooLong {
+            asked,
+            model: model_len,
+        }),
+        asked => Ok(asked.unwrap_or(model_len)),
+    }
+}
+
+pub(super) fn backend_config(
+    device: &Device,
+    config: &CudaRunnerConfig,
+    model: &ModelConfig,
+    float: Float,
+    max_model_len: u32,
+) -> CudaBackendConfig {
+    let max_num_seqs = config.max_num_seqs as usize;
+    let max_logit_rows = max_logit_rows(config.max_num_seqs) as usize;
+    let rows = config.max_num_batched_tokens as usize;
+    let shape = ashlar_kernels::cuda::attention::HeadShape {
+        float,
+        num_heads: model.num_heads,
+        num_kv_heads: model.num_kv_heads,
+        head_dim: model.head_dim,
+        window: 0,
+    };
+    let items = max_items(max_logit_rows, device.multiprocessors(), &shape);
+    let largest = Layout::new(Counts {
+        rows,
+        decodes: max_num_seqs,
+        decode_items: items,
+        prefills: max_num_seqs,
+        prefill_items: max_num_seqs + rows,
+        kept: max_logit_rows,
+        kept_items: items,
+        blocks: max_num_seqs * max_model_len.div_ceil(BLOCK_SIZE) as usize,
+        ..Counts::default()
+    });
+    CudaBackendConfig {
+        float,
+        integers: false,
+        max_model_len: max_model_len as usize,
+        step_bytes: largest.bytes,
+        max_logit_rows,
+        max_num_seqs,
+        max_items: items,
+    }
+}
+
+pub(super) fn activations(
+    device: &Device,
+    model: &ModelConfig,
+    rows: usize,
+    logit_rows: usize,
+) -> Result<Activations<CudaBackend>, CudaError> {
+    let buffer = |width: usize, spare: bool| CudaBuf::new(device, rows, width, Float::BYTES, spare);
+    Ok(Activations {
+        residual: buffer(model.hidden_size, true)?,
+        normed: buffer(model.hidden_size, false)?,
+        qkv: buffer(model.qkv_size(), true)?,
+        attention: buffer(model.attention_size(), false)?,
+        delta: buffer(model.hidden_size, false)?,
+        gate_up: buffer(2 * model.intermediate_size, false)?,
+        mlp: buffer(model.intermediate_size, false)?,
+        logits: CudaBuf::new(device, gemm::bucket(logit_rows), model.vocab_size, 4, false)?,
+        blocks: Vec::new(),
+    })
+}
+
+/// Times the plans of the large products on this GPU, on the first layer's matrices.
+pub(super) fn tune(
+    backend: &CudaBackend,
+    decoder: &Decoder<CudaBackend>,
+    act: &Activations<CudaBackend>,
+    (max_rows, max_logit_rows): (usize, usize),
+) -> Result<(), CudaError> {
+    let layer = &decoder.layers[0];
+    let Mlp::Dense { gate_up, down } = &layer.mlp;
+    for rows in TUNED_ROWS {
+        if *rows <= max_rows {
+            for (weight, x, y) in [
+                (&layer.qkv, &act.normed, &act.qkv),
+                (&layer.attention_output, &act.attention, &act.delta),
+                (gate_up, &act.normed, &act.gate_up),
+                (down, &act.mlp, &act.delta),
+            ] {
+                if weight.bias.is_none() {
+                    backend.tune(&weight.parts[0], x, y, false, *rows)?;
+                }
+            }
+        }
+        if *rows <= max_logit_rows {
+            let head = decoder.head.as_ref().unwrap_or(&decoder.embedding);
+            backend.tune(&head.parts[0], &act.normed, &act.logits, true, *rows)?;
+        }
+    }
+    Ok(())
+}
+
+/// The one formula for the KV pool: the share of the GPU's memory, less what is in use once weights and the buffers of the
+/// largest step are there. Start-up and admission share it through [`RunnerLimits`].
+pub(super) fn limits(
+    config: &CudaRunnerConfig,
+    model: &ModelConfig,
+    backend: &CudaBackend,
+    max_model_len: u32,
+    ranks: usize,
+) -> Result<RunnerLimits, CudaRunnerError> {
+    let (free, total) = backend.device.memory()?;
+    let share = (total as f64 * config.gpu_memory_utilization) as usize;
+    let left = share.saturating_sub(total - free + RESERVE_BYTES);
+    let bytes = config
+        .kv_cache_memory_bytes
+        .map_or(left, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+    let num_blocks = u32::try_from(bytes / backend.block_bytes()).unwrap_or(u32::MAX);
+    let tokens = u64::from(num_blocks.saturating_sub(1)) * u64::from(BLOCK_SIZE);
+    let needed = u64::from(config.max_model_len.unwrap_or(BLOCK_SIZE));
+    if tokens < needed {
+        return Err(CudaRunnerError::CacheTooSmall {
+            bytes: bytes as u64,
+            tokens,
+            needed,
+        });
+    }
+    Ok(RunnerLimits {
+        block_size: BLOCK_SIZE,
+        num_blocks,
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_logit_rows: max_logit_rows(config.max_num_seqs),
+        max_model_len: max_model_len.min(u32::try_from(tokens).unwrap_or(max_model_len)),
+        vocab_size: u32::try_from(model.vocab_size)
+            .expect("the configuration bounds sizes: this is a bug"),
+        kv_bytes_per_token: (ranks * backend.block_bytes() / BLOCK_SIZE as usize) as u64,
+    })
+}
+
+/// Row counts with a graph of their own: close together where steps are short, further apart where they are long.
+pub(super) fn buckets(max: usize) -> Vec<usize> {
+    let mut buckets = vec![1, 2, 4, 8];
+    buckets.extend((16..=64).step_by(8));
+    buckets.extend((80..=256).step_by(16));
+    buckets.extend((320..=max.max(320)).step_by(64));
+    buckets.retain(|rows| *rows < max);
+    buckets.push(max);
+    buckets
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
+mod tests {
+    use super::buckets;
+
+    #[test]
+    fn buckets_ascend_and_end_at_the_limit() {
+        for max in [1, 2, 5, 16, 100, 256, 300, 1024] {
+            let buckets = buckets(max);
+            assert!(buckets.is_sorted_by(|a, b| a < b), "{buckets:?}");
+            assert_eq!(buckets.last(), Some(&max));
+        }
+        assert!(buckets(1024).len() < 50);
+    }
+}
