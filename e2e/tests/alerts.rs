@@ -236,15 +236,13 @@ async fn requests_that_fill_the_cache(ns: &Namespace, prometheus: &Prometheus) -
     let service = ns.serve(&service).await?;
     let url = format!("{}/chat/completions", text(&service, "/status/url")?);
     let seen = prometheus.firing("AshlarKVCacheSaturated", Some("full"), FIRES);
-    until(seen, || {
-        users(
-            ns,
-            &url,
-            24,
-            endless("full", "Tell me a very long story.", 180),
-        )
-    })
-    .await
+    // Each goes on by itself: at the end of a round that all wait for nobody would.
+    let question = endless("full", "Tell me a very long story.", 180);
+    let load = join_all((0..24).map(|_| for_ever(|| users(ns, &url, 1, question.clone()))));
+    tokio::select! {
+        seen = seen => seen,
+        ended = load => ended.into_iter().collect(),
+    }
 }
 
 /// The old pod must end first, and its users take their time.
