@@ -168,10 +168,12 @@ fn steps(
         };
     }
     if let Some(failure) = &newest.failed {
+        // A pod that goes back to work and finds no node shows it too, when how the rollout went is no longer known.
+        let no_room = in_place.is_some() || older.iter().any(|r| r.unschedulable);
         return RolloutPlan {
             halted: true,
             ..step(
-                kept_of_failed(newest, in_place.is_some()),
+                kept_of_failed(newest, no_room),
                 wanted - newest.ready.min(wanted),
                 Some(format!("Halted: {failure}")),
             )
@@ -238,8 +240,8 @@ fn why_in_place(
 }
 
 /// Keeps one failing pod to look at where there is room for it; otherwise its place is given back.
-fn kept_of_failed(newest: &RevisionState, in_place: bool) -> i32 {
-    if in_place {
+fn kept_of_failed(newest: &RevisionState, no_room: bool) -> i32 {
+    if no_room {
         newest.ready
     } else {
         newest.ready.max(1).min(newest.replicas)
@@ -375,6 +377,16 @@ mod tests {
                 (0, Some(("a".into(), 1)), true)
             );
         }
+        // The rollout's way is forgotten, and the old revision's pod waits for the place of the failing one.
+        let waits = RevisionState {
+            unschedulable: true,
+            ..state("a", 1, 1, 0)
+        };
+        let gone = plan(&auto(1, Some(0)), &failed, &[waits]);
+        assert_eq!(
+            (gone.newest, gone.previous, gone.halted),
+            (0, Some(("a".into(), 1)), true)
+        );
     }
 
     #[test]

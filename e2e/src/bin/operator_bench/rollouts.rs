@@ -52,7 +52,7 @@ impl Drop for Gateway {
 fn start_gateway(args: &Args) -> Result<Gateway> {
     let log = std::fs::File::create(args.state.join("gateway.log"))?;
     let process = Command::new(&args.operator)
-        .args(["--log", "warn", "gateway", "--admin-listen=127.0.0.1:8081"])
+        .args(["--log", "warn", "gateway", "--admin-listen=0.0.0.0:8081"])
         .arg(format!("--listen={GATEWAY}"))
         .env(
             "KUBECONFIG",
@@ -197,7 +197,8 @@ pub(crate) async fn run(args: &Args, client: Client, report: &mut Report) -> Res
         .create(&PostParams::default(), &namespace)
         .await?;
     node(&client).await?;
-    simulate::gateway(&client, "127.0.0.1").await?;
+    // The address of operator.sh: endpoints may not be on the loopback.
+    simulate::gateway(&client, "10.255.255.1").await?;
     let kubelet = Kubelet::start(client.clone());
     let operator = Operator::start(&args.operator, &args.state, "operator-a", 9081)?;
     let _gateway = start_gateway(args)?;
