@@ -7,6 +7,7 @@
 //! check        asks an installed gateway, for `helm test`
 //! model_tls    connections to model pods, plain or by TLS
 //! node_cache   folders of a node for models, made by a DaemonSet
+//! renewal      files of Secrets, looked at again for new ones
 //! ```
 //!
 //! Controller and gateway run as two Deployments of one image and meet only in the API server: the gateway reads what
@@ -19,3 +20,4 @@ pub mod controller;
 pub mod gateway;
 pub mod model_tls;
 pub mod node_cache;
+mod renewal;

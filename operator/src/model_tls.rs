@@ -31,8 +31,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tower::Service;
 
-/// How often the file is looked at; the kubelet needs about a minute to bring a new Secret.
-const LOOK_EVERY: Duration = Duration::from_secs(10);
+use crate::renewal;
 
 /// The flag of operator and gateway.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -129,24 +128,12 @@ impl Trust {
         if self.file.is_none() {
             return;
         }
-        let mut said = String::new();
-        loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            let problem = match self.renew() {
-                Ok(changed) => {
-                    if changed {
-                        tracing::info!("new CAs of model pods are trusted");
-                    }
-                    String::new()
-                }
-                Err(error) => error.to_string(),
-            };
-            // Once: a Secret that stays broken is not told every few seconds.
-            if !problem.is_empty() && problem != said {
-                tracing::error!(problem, "the CAs before are kept");
-            }
-            said = problem;
-        }
+        renewal::follow(
+            || self.renew(),
+            "new CAs of model pods are trusted",
+            "the CAs before are kept",
+        )
+        .await;
     }
 
     /// Agrees on TLS with the pod at the other end, which has to be of the service that `name` names.

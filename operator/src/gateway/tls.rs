@@ -3,7 +3,6 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
 
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject as _;
@@ -13,8 +12,7 @@ use rustls::sign::CertifiedKey;
 use sha2::{Digest as _, Sha256};
 use tokio_rustls::TlsAcceptor;
 
-/// How often the files are looked at; the kubelet needs about a minute to bring a new Secret.
-const LOOK_EVERY: Duration = Duration::from_secs(10);
+use crate::renewal;
 
 /// Where certificate and key are.
 #[derive(Debug, Clone)]
@@ -106,24 +104,12 @@ impl Certificate {
 
     /// Looks at the files again and again, for ever.
     pub async fn follow(self: Arc<Self>) {
-        let mut said = String::new();
-        loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            let problem = match self.renew() {
-                Ok(changed) => {
-                    if changed {
-                        tracing::info!("a new certificate is served");
-                    }
-                    String::new()
-                }
-                Err(error) => error.to_string(),
-            };
-            // Once: a Secret that stays broken is not told every few seconds.
-            if !problem.is_empty() && problem != said {
-                tracing::error!(problem, "the certificate before is kept");
-            }
-            said = problem;
-        }
+        renewal::follow(
+            || self.renew(),
+            "a new certificate is served",
+            "the certificate before is kept",
+        )
+        .await;
     }
 }
 
