@@ -4,6 +4,9 @@
 //! count anew, so that neither the mean nor the trend mixes two loads. The trend is a straight line through the last
 //! minutes, less what chance could make of it. Chance is what the counts of ten seconds really differ by, which is more
 //! than Poisson's where clients come in bunches.
+//!
+//! A jump is looked for in every recent span at once, by the likelihood ratio of two Poisson rates against one (Lorden,
+//! "Procedures for reacting to a change in distribution", 1971): the bigger it is, the shorter the span that shows it.
 
 use std::collections::VecDeque;
 
@@ -11,13 +14,16 @@ use std::collections::VecDeque;
 const STEADY_SECONDS: f64 = 60.0;
 /// Trend and chance are looked for in so many seconds at most.
 const MEMORY_SECONDS: f64 = 300.0;
-/// A jump shows in these times, in seconds: the short one sees a crowd come at once.
-const JUMP_SECONDS: [f64; 2] = [2.0, 5.0];
+/// A jump up shows in the last so many seconds, at least and at most.
+const JUMP_SECONDS: (f64, f64) = (0.7, 5.2);
+/// A crowd takes so long to be there, in seconds: as soon as as much more is seen, that is left out of the rate.
+const GATHER_SECONDS: f64 = 1.0;
 /// Nobody waits because of a crowd that has gone: it may take this long to be sure.
 const DROP_SECONDS: f64 = 10.0;
-/// A jump is this many times the rate before, and so many standard deviations of chance more: less is noise.
+/// A jump is more than this many times the rate before, and by so much (a natural logarithm) likelier than just that many
+/// times: less is noise.
 const JUMP_RATIO: f64 = 1.25;
-const BEYOND_CHANCE: f64 = 4.0;
+const BEYOND_CHANCE: f64 = 8.0;
 /// Counts are compared by pieces of so many seconds; fewer pieces tell nothing.
 const PIECE_SECONDS: f64 = 10.0;
 const MIN_PIECES: usize = 6;
@@ -27,8 +33,9 @@ const TREND_PIECES: usize = 15;
 const MIN_TREND_PIECES: usize = 12;
 /// A slope of so many standard errors is a trend; of that, one standard error may be chance.
 const TREND_ERRORS: f64 = 2.5;
-/// Moments are remembered at least so far apart, in seconds.
-const MOMENT_SECONDS: f64 = 0.9;
+/// Moments are remembered at least so far apart, in seconds: those that a jump is looked for in, and older ones.
+const MOMENT_SECONDS: f64 = 0.2;
+const OLD_MOMENT_SECONDS: f64 = 0.9;
 /// Most remembered moments.
 const MAX_MOMENTS: usize = 400;
 
@@ -98,6 +105,7 @@ impl Arrivals {
         } else if let Some(last) = self.moments.back_mut() {
             *last = (now, self.count);
         }
+        self.thin_out(now);
         while self.moments.len() > MAX_MOMENTS
             || self
                 .moments
@@ -107,6 +115,19 @@ impl Arrivals {
             self.moments.pop_front();
         }
         self.watch_for_jumps(now);
+    }
+
+    /// Drops the moment that has just become old, if the one before is near.
+    fn thin_out(&mut self, now: f64) {
+        let old = self
+            .moments
+            .partition_point(|(at, _)| now - at > JUMP_SECONDS.1);
+        let Some(before) = old.checked_sub(2) else {
+            return;
+        };
+        if self.moments[old - 1].0 - self.moments[before].0 < OLD_MOMENT_SECONDS {
+            self.moments.remove(old - 1);
+        }
     }
 
     /// Requests per second between two times, and the seconds that were really seen.
@@ -135,35 +156,46 @@ impl Arrivals {
 
     fn watch_for_jumps(&mut self, now: f64) {
         let source = self.source(now);
-        let before = |seconds: f64| {
-            let from = (now - seconds - STEADY_SECONDS).max(self.since);
-            self.between(source, from, now - seconds)
-        };
-        let jumped = |seconds: f64, up: bool| {
-            let (rate, span) = self.between(source, now - seconds, now)?;
-            let (steady, seen) = before(seconds)?;
-            if seen < seconds {
+        let jumped = |begin: f64, up: bool| {
+            let (rate, span) = self.between(source, begin, now)?;
+            let from = (begin - STEADY_SECONDS).max(self.since);
+            let (steady, seen) = self.between(source, from, begin)?;
+            if seen < span {
                 return None;
             }
-            let chance = BEYOND_CHANCE * (steady.max(1.0 / span) / span).sqrt();
-            let jumped = if up {
-                rate > JUMP_RATIO * steady + chance
+            let (bound, jumped) = if up {
+                (JUMP_RATIO * steady, rate > JUMP_RATIO * steady)
             } else {
-                rate < steady / JUMP_RATIO - chance
+                (steady / JUMP_RATIO, rate < steady / JUMP_RATIO)
             };
-            jumped.then_some(now - span)
+            let surprise = likelier((rate, span), (bound, seen));
+            (jumped && surprise > BEYOND_CHANCE).then_some((surprise, begin))
         };
-        let up = JUMP_SECONDS
-            .iter()
-            .find_map(|seconds| jumped(*seconds, true));
-        if let Some(since) = up.or_else(|| jumped(DROP_SECONDS, false)) {
+        let (least, most) = JUMP_SECONDS;
+        let begins = self.moments.iter().rev().map(|(at, _)| *at);
+        let up = begins
+            .skip_while(|at| now - at < least)
+            .take_while(|at| now - at <= most)
+            .filter_map(|at| jumped(at, true))
+            .max_by(|a, b| a.0.total_cmp(&b.0));
+        if let Some((_, since)) = up.or_else(|| jumped(now - DROP_SECONDS, false)) {
             self.since = since;
+        }
+    }
+
+    /// From when on the rate is that of after the last jump.
+    fn settled(&self, now: f64) -> f64 {
+        let gathered = self.since + GATHER_SECONDS;
+        if self.since > 0.0 && now - gathered > GATHER_SECONDS - MOMENT_SECONDS {
+            gathered
+        } else {
+            self.since
         }
     }
 
     /// Rates of pieces of ten seconds since the last jump, the newest last.
     fn pieces(&self, source: usize, now: f64) -> Vec<f64> {
-        let begin = (now - MEMORY_SECONDS).max(self.since);
+        let begin = (now - MEMORY_SECONDS).max(self.settled(now));
         let count = ((now - begin) / PIECE_SECONDS).floor() as usize;
         let piece = |back: usize| {
             let to = now - back as f64 * PIECE_SECONDS;
@@ -172,14 +204,14 @@ impl Arrivals {
         (0..count).rev().filter_map(piece).collect()
     }
 
-    /// The rate; none before two seconds were seen.
+    /// The rate; none before it was seen for a moment.
     #[must_use]
     pub fn rate(&self) -> Option<Rate> {
         let now = self.moments.back()?.0;
         let source = self.source(now);
-        let from = (now - STEADY_SECONDS).max(self.since);
+        let from = (now - STEADY_SECONDS).max(self.settled(now));
         let (mean, seen) = self.between(source, from, now)?;
-        if seen < JUMP_SECONDS[0] * 0.9 {
+        if seen < JUMP_SECONDS.0 {
             return None;
         }
         let pieces = self.pieces(source, now);
@@ -208,6 +240,20 @@ impl Arrivals {
         }
         Some(rate)
     }
+}
+
+/// By how much two rates are likelier than one, as the logarithm of the ratio of their likelihoods: each is the mean of
+/// some seconds of a Poisson process.
+fn likelier(one: (f64, f64), other: (f64, f64)) -> f64 {
+    let pooled = (one.0 * one.1 + other.0 * other.1) / (one.1 + other.1);
+    let part = |(rate, seconds): (f64, f64)| {
+        if rate > 0.0 {
+            rate * seconds * (rate / pooled).ln()
+        } else {
+            0.0
+        }
+    };
+    part(one) + part(other)
 }
 
 /// Slope of the straight line through pieces, per second, as far as it is more than chance.

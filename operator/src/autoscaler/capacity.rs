@@ -39,8 +39,8 @@ const SPARE_REPLICAS: f64 = 0.4;
 /// of the use of caches between replicas; never below a share.
 const ROOM_IN_CACHE: f64 = 1.0;
 const MIN_USABLE: f64 = 0.3;
-/// The spread between replicas is forgotten after so many looks.
-const SPREAD_LOOKS: f64 = 300.0;
+/// The spread between replicas is forgotten after so many seconds.
+const SPREAD_SECONDS: f64 = 300.0;
 /// Use of the cache below which requests that wait lack a place, not cache.
 const ROOMY: f64 = 0.6;
 /// Weight of a second of one replica in what is learnt: it is forgotten in some minutes of work.
@@ -211,6 +211,7 @@ pub struct Capacity {
     length_known: bool,
     /// Variance of the use of caches between replicas and its weight, fading.
     spread: (f64, f64),
+    looked_at: Option<f64>,
     arrivals: Arrivals,
     ready: HashSet<u64>,
     /// When the replicas that are not ready yet were first wanted, oldest first.
@@ -261,6 +262,8 @@ impl Capacity {
 
     /// Follows how unevenly requests fill the caches of replicas.
     fn follow_spread(&mut self, seen: &Observation<'_>) {
+        let before = self.looked_at.replace(seen.now).unwrap_or(seen.now);
+        let gap = (seen.now - before).min(MAX_GAP_SECONDS);
         let loads = seen.ready.iter().filter_map(|replica| replica.load.fresh());
         let used: Vec<f64> = loads
             .filter(|load| load.running > 0.0)
@@ -272,10 +275,10 @@ impl Capacity {
         let mean = used.iter().sum::<f64>() / used.len() as f64;
         let squares = used.iter().map(|used| (used - mean).powi(2)).sum::<f64>();
         let (sum, weight) = self.spread;
-        let keep = 1.0 - 1.0 / SPREAD_LOOKS;
+        let keep = (-gap / SPREAD_SECONDS).exp();
         self.spread = (
-            sum * keep + squares / (used.len() - 1) as f64,
-            weight * keep + 1.0,
+            sum * keep + squares / (used.len() - 1) as f64 * gap,
+            weight * keep + gap,
         );
     }
 

@@ -28,7 +28,7 @@ use crate::support::{
 };
 
 /// Steps that are measured, each on a service of its own.
-const STEPS: usize = 24;
+const STEPS: usize = 40;
 /// Ninety-five of a hundred steps are answered within this.
 const ANSWERED: Duration = Duration::from_secs(3);
 /// Pods of a service before its step.

@@ -60,6 +60,68 @@ fn a_crowd_counts_at_once_and_leaves_no_trend() {
     assert!(arrivals.rate().unwrap().now < 20.0, "{:?}", arrivals.rate());
 }
 
+/// Plays arrivals whose rate steps from 10 to 35 per second after two minutes, four looks a second as the operator's; returns
+/// how long after the step the rate, less chance, was over 20, and how many jumps were seen before it.
+fn step(seed: u64) -> (f64, usize) {
+    const LOOK: f64 = 0.25;
+    let mut rng = StdRng::seed_from_u64(seed);
+    let (mut arrivals, mut total, mut next) = (Arrivals::default(), 0.0, 0.0);
+    let (step, mut jumps, mut since) = (120.0 + rng.random::<f64>(), 0, 0.0);
+    for look in 0.. {
+        let now = f64::from(look) * LOOK;
+        while next < now {
+            total += 1.0;
+            let mean = if next < step { 10.0 } else { 35.0 };
+            next -= (1.0 - rng.random::<f64>()).ln() / mean;
+        }
+        arrivals.look(now, Some(total), 0.0);
+        let Some(rate) = arrivals.rate() else {
+            continue;
+        };
+        if now > step && rate.certain(1.0) > 20.0 {
+            return (now - step, jumps);
+        }
+        if now <= step && rate.since != since {
+            (since, jumps) = (rate.since, jumps + 1);
+        }
+    }
+    unreachable!("it steps");
+}
+
+#[test]
+fn a_step_is_seen_soon_and_chance_is_no_step() {
+    let (mut late, jumps): (Vec<f64>, Vec<usize>) = (0..200).map(step).unzip();
+    late.sort_by(f64::total_cmp);
+    assert!(late[100] < 1.2 && late[190] < 2.0, "{late:?}");
+    // Of nearly seven hours.
+    assert!(jumps.iter().sum::<usize>() <= 2, "{jumps:?}");
+}
+
+#[test]
+fn what_is_remembered_is_fine_where_jumps_are_looked_for_and_coarse_before() {
+    let mut arrivals = Arrivals::default();
+    for look in 0..4000 {
+        arrivals.look(f64::from(look) * 0.25, Some(f64::from(look)), 0.0);
+    }
+    assert!(
+        arrivals.moments.len() <= MAX_MOMENTS,
+        "{}",
+        arrivals.moments.len()
+    );
+    let gaps: Vec<f64> = arrivals
+        .moments
+        .iter()
+        .zip(arrivals.moments.iter().skip(1))
+        .map(|(a, b)| b.0 - a.0)
+        .collect();
+    let (old, recent) = gaps.split_at(gaps.len() - 20);
+    assert!(recent.iter().all(|gap| *gap < 0.3), "{recent:?}");
+    assert!(
+        old.iter().rev().skip(2).all(|gap| (0.9..1.3).contains(gap)),
+        "{old:?}"
+    );
+}
+
 #[test]
 fn bunches_are_more_than_chance() {
     let (mut arrivals, mut total) = (Arrivals::default(), 0.0);
