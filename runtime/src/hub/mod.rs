@@ -1,7 +1,7 @@
 //! Models from a hub onto this machine: resolved once, resumed, checked, and never half there.
 //!
 //! ```text
-//! uri ──► source: client or s3 (revision → commit, listing) ──► select (what a runtime needs) ──► store (lock, place)
+//! uri ──► source: client or s3 (revision → commit, listing) ──► select (what a runtime needs) ──► store (place), work (lock)
 //!                                                                                     └► download (resume, hash)
 //! ```
 //!
@@ -28,6 +28,7 @@ mod snapshot;
 pub mod source;
 pub mod store;
 pub mod uri;
+mod work;
 
 use std::path::{Path, PathBuf};
 
