@@ -13,7 +13,7 @@ use super::FIRES;
 use super::replicas::{endless, running, users};
 
 /// The engine's thread stops, as when a device hangs, while it answers; all else of its pod goes on.
-pub async fn an_engine_that_hangs(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn an_engine_that_hangs(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
     let mut service = manifest(ns, "hanging");
     // By this its process is found, so the cluster must be on this machine.
     service["spec"]["model"]["name"] = json!(ns.name);
@@ -31,7 +31,10 @@ pub async fn an_engine_that_hangs(ns: &Namespace, prometheus: &Prometheus) -> Re
 }
 
 /// The same while nobody asks anything.
-pub async fn an_idle_engine_that_hangs(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn an_idle_engine_that_hangs(
+    ns: &Namespace,
+    prometheus: &Prometheus,
+) -> Result<()> {
     let mut service = manifest(ns, "hanging-idle");
     let model = format!("{}-idle", ns.name);
     service["spec"]["model"]["name"] = json!(model);

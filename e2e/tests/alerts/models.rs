@@ -1,27 +1,26 @@
 //! Faults of models and revisions that do not start.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use ashlar_e2e::Namespace;
 use ashlar_e2e::bucket::{BUCKET, Bucket, KEY};
 use ashlar_e2e::prometheus::Prometheus;
 use ashlar_e2e::service::{QUESTION, chat, manifest, text};
-use ashlar_e2e::wait::{self, Seen};
+use ashlar_e2e::wait;
 use futures::future::join_all;
-use k8s_openapi::api::core::v1::{Node, Pod};
-use kube::ResourceExt as _;
+use k8s_openapi::api::core::v1::Node;
 use kube::api::{Api, ListParams};
 use serde_json::{Value, json};
 
 use super::FIRES;
 
 /// A service that asks for an image that nobody has.
-fn without_image(ns: &Namespace, name: &str) -> Value {
+pub(super) fn without_image(ns: &Namespace, name: &str) -> Value {
     let mut service = manifest(ns, name);
     service["spec"]["runtime"]["image"] = json!("ashlar.local/nothing:1");
     service
 }
 
-pub async fn pods_that_do_not_start(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn pods_that_do_not_start(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
     let service = ns.apply(&without_image(ns, "broken")).await?;
     wait::object(
         &ns.services(),
@@ -62,7 +61,10 @@ pub async fn pods_that_do_not_start(ns: &Namespace, prometheus: &Prometheus) -> 
     refused.and(held).and(burn).and(slow)
 }
 
-pub async fn a_revision_that_does_not_start(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn a_revision_that_does_not_start(
+    ns: &Namespace,
+    prometheus: &Prometheus,
+) -> Result<()> {
     ns.serve(&manifest(ns, "halted")).await?;
     let mut next = without_image(ns, "halted");
     next["spec"]["startupTimeoutSeconds"] = json!(10);
@@ -74,7 +76,10 @@ pub async fn a_revision_that_does_not_start(ns: &Namespace, prometheus: &Prometh
     ns.ready("halted").await.map(drop)
 }
 
-pub async fn a_model_that_is_not_to_be_had(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn a_model_that_is_not_to_be_had(
+    ns: &Namespace,
+    prometheus: &Prometheus,
+) -> Result<()> {
     let mut service = manifest(ns, "absent");
     service["spec"]["model"] =
         json!({"uri": "hf://nobody/nothing", "endpoint": "http://127.0.0.1:9"});
@@ -85,7 +90,7 @@ pub async fn a_model_that_is_not_to_be_had(ns: &Namespace, prometheus: &Promethe
 }
 
 /// Where pods reach this machine.
-pub async fn node_address(ns: &Namespace) -> Result<String> {
+pub(super) async fn node_address(ns: &Namespace) -> Result<String> {
     let nodes: Api<Node> = Api::all(ns.client.clone());
     let node = nodes.list(&ListParams::default()).await?.items.remove(0);
     let addresses = node.status.and_then(|status| status.addresses);
@@ -97,7 +102,7 @@ pub async fn node_address(ns: &Namespace) -> Result<String> {
 }
 
 /// No fault: what downloads show is empty for models in an image, which the others are.
-pub async fn a_model_that_is_downloaded(ns: &Namespace) -> Result<()> {
+pub(super) async fn a_model_that_is_downloaded(ns: &Namespace) -> Result<()> {
     let model = std::env::var("ASHLAR_TEST_MODEL")
         .context("ASHLAR_TEST_MODEL is not set: run `make e2e`")?;
     let bucket = Bucket::start(node_address(ns).await?.parse()?, std::fs::read(&model)?).await?;
@@ -108,7 +113,7 @@ pub async fn a_model_that_is_downloaded(ns: &Namespace) -> Result<()> {
 }
 
 /// A hub that takes connections and never answers.
-pub async fn a_hub_that_goes_silent(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn a_hub_that_goes_silent(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
     let hub = tokio::net::TcpListener::bind("0.0.0.0:0").await?;
     let address = node_address(ns).await?;
     let endpoint = format!("http://{address}:{}", hub.local_addr()?.port());

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use ashlar_e2e::processes::{self, Words};
 use ashlar_e2e::prometheus::Prometheus;
 use ashlar_e2e::service::{QUESTION, SERVICE_LABEL, chat, manifest, text};
@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::FIRES;
 
 /// One replica with one place and few KV blocks, and ever more requests.
-pub async fn more_requests_than_one_replica_takes(
+pub(super) async fn more_requests_than_one_replica_takes(
     ns: &Namespace,
     prometheus: &Prometheus,
 ) -> Result<()> {
@@ -61,7 +61,10 @@ pub async fn more_requests_than_one_replica_takes(
 }
 
 /// Sixteen sequences share blocks for three.
-pub async fn requests_that_fill_the_cache(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn requests_that_fill_the_cache(
+    ns: &Namespace,
+    prometheus: &Prometheus,
+) -> Result<()> {
     let mut service = manifest(ns, "full");
     service["spec"]["runtime"]["args"] = json!([
         "--max-model-len=256",
@@ -81,7 +84,7 @@ pub async fn requests_that_fill_the_cache(ns: &Namespace, prometheus: &Prometheu
 }
 
 /// The old pod must end first, and its users take their time.
-pub async fn a_rollout_that_waits_for_long_answers(
+pub(super) async fn a_rollout_that_waits_for_long_answers(
     ns: &Namespace,
     prometheus: &Prometheus,
 ) -> Result<()> {
@@ -110,7 +113,7 @@ pub async fn a_rollout_that_waits_for_long_answers(
 }
 
 /// One pod after the other is killed in the middle of its answers.
-pub async fn replicas_that_die(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn replicas_that_die(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
     let mut service = manifest(ns, "dying");
     service["spec"]["replicas"] = json!(2);
     let service = ns.serve(&service).await?;
@@ -140,7 +143,7 @@ pub async fn replicas_that_die(ns: &Namespace, prometheus: &Prometheus) -> Resul
 }
 
 /// Their processes end again and again, and until their node has noticed they refuse connections.
-pub async fn replicas_that_crash(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn replicas_that_crash(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
     let mut service = manifest(ns, "crashing");
     service["spec"]["replicas"] = json!(2);
     // By this their processes are found, so the cluster must be on this machine.
@@ -166,7 +169,7 @@ pub async fn replicas_that_crash(ns: &Namespace, prometheus: &Prometheus) -> Res
 }
 
 /// Waits until Prometheus has seen requests of a service run.
-pub async fn running(ns: &Namespace, prometheus: &Prometheus, name: &str) -> Result<()> {
+pub(super) async fn running(ns: &Namespace, prometheus: &Prometheus, name: &str) -> Result<()> {
     let running = format!(
         "sum(vllm:num_requests_running{{namespace={:?},name={name:?}}}) > 0",
         ns.name
@@ -182,14 +185,19 @@ pub async fn running(ns: &Namespace, prometheus: &Prometheus, name: &str) -> Res
 }
 
 /// A chat whose answer goes on for as long as it may.
-pub fn endless(model: &str, question: &str, max_tokens: u32) -> Value {
+pub(super) fn endless(model: &str, question: &str, max_tokens: u32) -> Value {
     let mut request = chat(model, question, max_tokens);
     request["ignore_eos"] = json!(true);
     request
 }
 
 /// As many users at once read one streamed answer each; one that is refused is an answer too.
-pub async fn users(ns: &Namespace, url: &str, count: usize, mut question: Value) -> Result<()> {
+pub(super) async fn users(
+    ns: &Namespace,
+    url: &str,
+    count: usize,
+    mut question: Value,
+) -> Result<()> {
     question["stream"] = json!(true);
     join_all((0..count).map(async |_| {
         if let Ok(events) = ns.http.stream(url, &question).await {

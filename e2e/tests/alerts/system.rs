@@ -7,9 +7,10 @@ use ashlar_e2e::prometheus::Prometheus;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::rbac::v1::{ClusterRole, RoleBinding};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::FIRES;
+use super::models::without_image;
 
 /// Sets the replicas of a Deployment of the chart.
 async fn scale(ns: &Namespace, component: &str, replicas: i32) -> Result<()> {
@@ -25,7 +26,7 @@ async fn scale(ns: &Namespace, component: &str, replicas: i32) -> Result<()> {
     Ok(())
 }
 
-pub async fn models_that_are_not_scraped(prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn models_that_are_not_scraped(prometheus: &Prometheus) -> Result<()> {
     prometheus.leave_out_models(true);
     let seen = prometheus
         .firing("AshlarModelMetricsMissing", None, FIRES)
@@ -34,7 +35,7 @@ pub async fn models_that_are_not_scraped(prometheus: &Prometheus) -> Result<()> 
     seen
 }
 
-pub async fn without_gateway(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn without_gateway(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
     scale(ns, "gateway", 0).await?;
     let missing = prometheus
         .firing("AshlarGatewayMetricsMissing", None, FIRES)
@@ -47,7 +48,10 @@ pub async fn without_gateway(ns: &Namespace, prometheus: &Prometheus) -> Result<
 }
 
 /// The right to write status is taken away.
-pub async fn an_operator_that_may_not_write(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn an_operator_that_may_not_write(
+    ns: &Namespace,
+    prometheus: &Prometheus,
+) -> Result<()> {
     let roles: Api<ClusterRole> = Api::all(ns.client.clone());
     let role = roles.get("ashlar-operator").await?;
     let rules = serde_json::to_value(&role.rules)?;
@@ -73,7 +77,7 @@ pub async fn an_operator_that_may_not_write(ns: &Namespace, prometheus: &Prometh
 }
 
 /// The right to hold the Lease is taken away, and who holds it ends.
-pub async fn without_leader(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn without_leader(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
     let bindings: Api<RoleBinding> = Api::namespaced(ns.client.clone(), SYSTEM_NAMESPACE);
     let mut binding = bindings.get("ashlar-operator-leases").await?;
     bindings
@@ -86,7 +90,7 @@ pub async fn without_leader(ns: &Namespace, prometheus: &Prometheus) -> Result<(
     seen
 }
 
-pub async fn without_operator(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
+pub(super) async fn without_operator(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
     scale(ns, "operator", 0).await?;
     let missing = prometheus
         .firing("AshlarOperatorMetricsMissing", None, FIRES)
