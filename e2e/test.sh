@@ -13,6 +13,7 @@ cluster=${CLUSTER:-test}
 logs=${TMPDIR:-/tmp}/ashlar-test-logs-$cluster
 passed=0 failed=0 skipped=0
 summary=()
+previous=
 
 cd "$REPO"
 bound_target_dir
@@ -59,7 +60,20 @@ generated_files_are_fresh() {
 
 # Images and cluster; afterwards `inside` reaches it.
 start_cluster() {
-    "$CLUSTER_DIR/up.sh" "$cluster" && "$CLUSTER_DIR/load.sh" "$cluster" operator runtime model awq-model > "$logs/images" && cat "$logs/images"
+    local tools=${kubeconfig%/*}/tools
+    "$CLUSTER_DIR/up.sh" "$cluster" \
+        && "$CLUSTER_DIR/load.sh" "$cluster" operator runtime model awq-model ${previous:+previous-operator} > "$logs/images" \
+        && cat "$logs/images" || return 1
+    # The last release's default image has another name than this one's: what is in it does not matter, its name restarts pods.
+    "$tools/ctr" images tag "$(sed -n 2p "$logs/images")" ashlar.local/ashlar:previous
+}
+
+# The last release, to upgrade from; told by the name of the file that needs it.
+previous_release() {
+    case ${TEST:-upgrade} in *upgrade*) ;; *) return 0 ;; esac
+    [ "$what" != docs ] || return 0
+    previous=$("$CLUSTER_DIR/previous.sh") \
+        || not_run "upgrade from the last release" "this clone has not its commit; upgraded is this chart with other pods"
 }
 
 inside() { "$CLUSTER_DIR/enter.sh" "$cluster" "$@"; }
@@ -134,6 +148,7 @@ if [ "$what" = e2e ] && [ -n "${KUBECONFIG:-}" ]; then
     ready=yes
 else
     started=yes
+    previous_release
     if stage "cluster" start_cluster; then ready=yes; else ready=no; fi
 fi
 
@@ -155,6 +170,10 @@ if [ "$ready" = yes ]; then
         ASHLAR_E2E_OPERATOR_IMAGE=$(sed -n 1p "$logs/images")
         ASHLAR_E2E_RUNTIME_IMAGE=$(sed -n 2p "$logs/images")
         export ASHLAR_E2E_OPERATOR_IMAGE ASHLAR_E2E_RUNTIME_IMAGE
+        if [ -n "$previous" ]; then
+            ASHLAR_E2E_PREVIOUS_OPERATOR_IMAGE=$(sed -n 5p "$logs/images")
+            export ASHLAR_E2E_PREVIOUS_OPERATOR_IMAGE ASHLAR_E2E_PREVIOUS_CHART=$previous/charts/ashlar
+        fi
     fi
     [ "$what" = docs ] || stage "e2e tests" e2e_tests || true
     [ "$what" = e2e ] || stage "docs" docs_are_followed || true

@@ -3,6 +3,7 @@
 #   pause coredns client model   what the cluster needs beside Ashlar: pod sandbox, DNS, curl in a pod, the default model
 #   awq-model                    the default model as an AWQ checkpoint
 #   operator runtime             Ashlar's own, from operator/Dockerfile and runtime/Dockerfile
+#   previous-operator            that of the last release
 #   runtime-cuda                 the runtime for GPUs, from runtime/Dockerfile.cuda
 # The references of Ashlar's own images end in the hash of their content: a changed binary is a changed image.
 set -euo pipefail
@@ -151,6 +152,10 @@ for name in "$@"; do
         operator)
             file=$("$CLUSTER_DIR/binaries.sh" ashlar-operator)
             own operator operator/Dockerfile "$file" ashlar.local/ashlar-operator:
+            ;;
+        previous-operator)
+            folder=$("$CLUSTER_DIR/previous.sh")
+            REPO=$folder own previous-operator operator/Dockerfile "$folder/ashlar-operator" ashlar.local/ashlar-operator-previous:
             ;;
         runtime)
             file=$("$CLUSTER_DIR/binaries.sh" ashlar)

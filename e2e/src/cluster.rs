@@ -13,6 +13,9 @@ pub const SYSTEM_NAMESPACE: &str = "ashlar-system";
 /// The release's name.
 pub const RELEASE: &str = "ashlar";
 
+/// The runtime's image under the name that the last release's chart is given.
+pub const PREVIOUS_RUNTIME: &str = "ashlar.local/ashlar:previous";
+
 /// One installation per test process; `helm upgrade --install` with the same values changes nothing in the next.
 static INSTALLED: OnceCell<()> = OnceCell::const_new();
 
@@ -80,16 +83,41 @@ pub async fn install() -> Result<()> {
 /// When helm fails; the error holds its output.
 pub async fn install_with(more: &[&str]) -> Result<()> {
     let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/ashlar");
-    let image = |variable: &str| {
-        std::env::var(variable).with_context(|| format!("{variable} is not set: run `make e2e`"))
-    };
-    let (operator, runtime) = (
+    let images = [
         image("ASHLAR_E2E_OPERATOR_IMAGE")?,
         image("ASHLAR_E2E_RUNTIME_IMAGE")?,
-    );
+    ];
+    install_chart(chart, &images, more).await
+}
+
+/// Installs the last release's chart with its own operator, and another name for the runtime's image; false when the
+/// environment does not name them.
+///
+/// # Errors
+/// When helm fails; the error holds its output.
+pub async fn install_previous() -> Result<bool> {
+    let (Ok(chart), Ok(operator)) = (
+        std::env::var("ASHLAR_E2E_PREVIOUS_CHART"),
+        std::env::var("ASHLAR_E2E_PREVIOUS_OPERATOR_IMAGE"),
+    ) else {
+        return Ok(false);
+    };
+    install_chart(&chart, &[operator, PREVIOUS_RUNTIME.to_owned()], &[]).await?;
+    Ok(true)
+}
+
+/// An image that the tests need.
+///
+/// # Errors
+/// When the environment does not name it.
+pub fn image(variable: &str) -> Result<String> {
+    std::env::var(variable).with_context(|| format!("{variable} is not set: run `make e2e`"))
+}
+
+async fn install_chart(chart: &str, images: &[String; 2], more: &[&str]) -> Result<()> {
     let values = [
-        format!("operator.image={operator}"),
-        format!("runtime.image={runtime}"),
+        format!("operator.image={}", images[0]),
+        format!("runtime.image={}", images[1]),
     ];
     let mut arguments = vec![
         "upgrade",

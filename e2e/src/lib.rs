@@ -20,6 +20,7 @@
 //!
 //! **Environment.** `KUBECONFIG` names any cluster that can pull the images in `ASHLAR_E2E_OPERATOR_IMAGE` and
 //! `ASHLAR_E2E_RUNTIME_IMAGE`, and whose Service names and addresses answer from here. `make e2e` starts one and sets all three.
+//! `ASHLAR_E2E_PREVIOUS_CHART` and `ASHLAR_E2E_PREVIOUS_OPERATOR_IMAGE` are those of the last release, to upgrade from.
 //! `ASHLAR_E2E_MODEL_URI` replaces the embedded default model, `ASHLAR_E2E_AWQ_MODEL_URI` its AWQ checkpoint.
 
 #![forbid(unsafe_code)]

@@ -1,20 +1,22 @@
-//! A platform engineer upgrades while models serve: no model pod restarts and no request fails.
+//! A platform engineer upgrades from the last release while models serve: no model pod restarts and no request fails.
 //!
-//! What is upgraded from is this chart with other operator and gateway pods. A release's own chart grants what its own
-//! operator needs, and an operator refuses an older definition: it can be upgraded from only with the release's image.
+//! What is upgraded from is the last release's chart with its own definition, operator and gateway (e2e/release/previous). Where
+//! the environment does not name them it is this chart with other operator and gateway pods.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
-use ashlar_e2e::cluster::{self, RELEASE, SYSTEM_NAMESPACE, run};
+use ashlar_e2e::cluster::{self, PREVIOUS_RUNTIME, RELEASE, SYSTEM_NAMESPACE, run};
 use ashlar_e2e::service::{QUESTION, chat, is_ready, manifest, text};
+use ashlar_e2e::wait::{self, Seen};
 use ashlar_e2e::with_namespace;
 use futures::future::join_all;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::api::{Api, ListParams};
+use serde_json::json;
 
 /// Users who ask one question after the other.
 const USERS: usize = 3;
@@ -22,7 +24,10 @@ const USERS: usize = 3;
 #[tokio::test]
 async fn an_upgrade_restarts_no_model_and_fails_no_request() -> Result<()> {
     with_namespace("upgrade", async |ns| {
-        cluster::install_with(&["log.level=debug"]).await?;
+        let released = cluster::install_previous().await?;
+        if !released {
+            cluster::install_with(&["log.level=debug"]).await?;
+        }
         let service = ns.serve(&manifest(&ns, "smollm2")).await?;
         let url = format!("{}/chat/completions", text(&service, "/status/url")?);
         let pods: Api<Pod> = Api::namespaced(ns.client.clone(), &ns.name);
@@ -31,6 +36,13 @@ async fn an_upgrade_restarts_no_model_and_fails_no_request() -> Result<()> {
             Ok(listed
                 .iter()
                 .map(|pod| (pod.name_any(), pod.uid()))
+                .collect())
+        };
+        let images = async || -> Result<Vec<_>> {
+            let listed = pods.list(&ListParams::default()).await?;
+            let specs = listed.into_iter().filter_map(|pod| pod.spec);
+            Ok(specs
+                .flat_map(|spec| spec.containers.into_iter().filter_map(|one| one.image))
                 .collect())
         };
         let before = identities().await?;
@@ -81,7 +93,24 @@ async fn an_upgrade_restarts_no_model_and_fails_no_request() -> Result<()> {
             ],
         )
         .await?;
-        Ok(())
+        if released {
+            let from = [PREVIOUS_RUNTIME.to_owned()];
+            ensure!(images().await? == from, "{:?}", images().await?);
+        }
+        // What the new release defaults to is taken with the user's next edit.
+        let mut edited = manifest(&ns, "smollm2");
+        edited["spec"]["runtime"]["args"] = json!(["--max-num-seqs=8"]);
+        ns.serve(&edited).await?;
+        let to = [cluster::image("ASHLAR_E2E_RUNTIME_IMAGE")?];
+        wait::until("pods of the new default only", wait::REACTION, async || {
+            let images = images().await?;
+            Ok(if images == to {
+                Seen::Done(())
+            } else {
+                Seen::NotYet(format!("{images:?}"))
+            })
+        })
+        .await
     })
     .await
 }
