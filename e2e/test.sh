@@ -59,7 +59,7 @@ generated_files_are_fresh() {
 
 # Images and cluster; afterwards `inside` reaches it.
 start_cluster() {
-    "$CLUSTER_DIR/up.sh" "$cluster" && "$CLUSTER_DIR/load.sh" "$cluster" operator runtime model awq-model > "$logs/images" && cat "$logs/images"
+    "$CLUSTER_DIR/up.sh" "$cluster" && "$CLUSTER_DIR/load.sh" "$cluster" operator runtime client model awq-model > "$logs/images" && cat "$logs/images"
 }
 
 inside() { "$CLUSTER_DIR/enter.sh" "$cluster" "$@"; }
