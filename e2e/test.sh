@@ -62,7 +62,7 @@ generated_files_are_fresh() {
 start_cluster() {
     local tools=${kubeconfig%/*}/tools
     "$CLUSTER_DIR/up.sh" "$cluster" \
-        && "$CLUSTER_DIR/load.sh" "$cluster" operator runtime model awq-model ${previous:+previous-operator} > "$logs/images" \
+        && "$CLUSTER_DIR/load.sh" "$cluster" operator runtime client model awq-model ${previous:+previous-operator} > "$logs/images" \
         && cat "$logs/images" || return 1
     # The last release's default image has another name than this one's: what is in it does not matter, its name restarts pods.
     "$tools/ctr" images tag "$(sed -n 2p "$logs/images")" ashlar.local/ashlar:previous
@@ -171,7 +171,7 @@ if [ "$ready" = yes ]; then
         ASHLAR_E2E_RUNTIME_IMAGE=$(sed -n 2p "$logs/images")
         export ASHLAR_E2E_OPERATOR_IMAGE ASHLAR_E2E_RUNTIME_IMAGE
         if [ -n "$previous" ]; then
-            ASHLAR_E2E_PREVIOUS_OPERATOR_IMAGE=$(sed -n 5p "$logs/images")
+            ASHLAR_E2E_PREVIOUS_OPERATOR_IMAGE=$(sed -n 6p "$logs/images")
             export ASHLAR_E2E_PREVIOUS_OPERATOR_IMAGE ASHLAR_E2E_PREVIOUS_CHART=$previous/charts/ashlar
         fi
     fi

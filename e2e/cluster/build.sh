@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds one part of the cluster's software and prints the folder that holds it:
-#   build.sh components   one binary `kc`: etcd, the five Kubernetes components, kubectl and helm (16 minutes on 2 cores)
+#   build.sh components   one binary `kc`: etcd, the five Kubernetes components, what enforces NetworkPolicies, kubectl and
+#                         helm (16 minutes on 2 cores)
 #   build.sh containerd   containerd, its runc shim, ctr
 #   build.sh coredns      CoreDNS with the four plugins that cluster DNS needs
 #   build.sh pause        the process that holds a pod's namespaces
@@ -61,7 +62,7 @@ make_pause() {
 
 go_version=$(go env GOVERSION GOARCH)
 case ${1:?what to build} in
-    components) cached components "$(hash_of "$go_version" "$KC_LDFLAGS" "$CLUSTER_DIR"/components/{main.go,go.mod,go.sum})" make_components ;;
+    components) cached components "$(hash_of "$go_version" "$KC_LDFLAGS" "$CLUSTER_DIR"/components/{main.go,policies.go,go.mod,go.sum})" make_components ;;
     containerd) cached containerd "$(hash_of "$go_version" "$CONTAINERD")" make_containerd ;;
     coredns) cached coredns "$(hash_of "$go_version" "$CLUSTER_DIR"/coredns/{main.go,go.mod,go.sum})" make_coredns ;;
     pause) cached pause "$(hash_of "$go_version" "$CLUSTER_DIR"/pause/{main.go,go.mod})" make_pause ;;

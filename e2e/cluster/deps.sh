@@ -5,10 +5,10 @@ set -euo pipefail
 need_root
 
 PACKAGES=(
-    runc containernetworking-plugins iptables conntrack socat iproute2 # what a Kubernetes node calls
-    buildah mmdebstrap ca-certificates                                 # images without a container engine or a registry
-    openssl curl                                                       # certificates; requests from the node
-    build-essential protobuf-compiler                                  # a linker for Rust and cgo; generated code of dependencies
+    runc containernetworking-plugins iptables nftables ipset conntrack socat iproute2 # what a Kubernetes node calls
+    buildah mmdebstrap ca-certificates                                                # images without a container engine or a registry
+    openssl curl                                                                      # certificates; requests from the node
+    build-essential protobuf-compiler                                                 # a linker for Rust and cgo; generated code of dependencies
 )
 
 missing=()

@@ -71,10 +71,13 @@ supervise kube-controller-manager "$kc" kube-controller-manager --kubeconfig=cm.
     --service-account-private-key-file="$pki/sa.key" --root-ca-file="$pki/ca.crt" --use-service-account-credentials \
     --allocate-node-cidrs=true --cluster-cidr=10.244.0.0/16
 supervise kube-scheduler "$kc" kube-scheduler --kubeconfig=scheduler.kubeconfig --leader-elect=false
-supervise kube-proxy "$kc" kube-proxy --kubeconfig=proxy.kubeconfig --proxy-mode=iptables --cluster-cidr=10.244.0.0/16 --hostname-override=node0
+# By nftables: the controller of policies writes the whole filter table of iptables, and would undo what kube-proxy just did to it.
+supervise kube-proxy "$kc" kube-proxy --kubeconfig=proxy.kubeconfig --proxy-mode=nftables --cluster-cidr=10.244.0.0/16 --hostname-override=node0
 answers ctr -a "$STATE/containerd.sock" version
 supervise kubelet "$kc" kubelet --config=kubelet.yaml --kubeconfig=kubelet.kubeconfig --root-dir="$STATE/kubelet" \
     --hostname-override=node0 --node-ip=10.200.0.1
+answers "$kc" kubectl --kubeconfig=admin.kubeconfig get node node0
+supervise policies "$kc" policies --kubeconfig=admin.kubeconfig --hostname-override=node0 --service-cluster-ip-range=10.96.0.0/16
 
 # Reaps what containers and shims leave; the supervisors never end.
 while :; do wait || true; done

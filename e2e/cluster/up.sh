@@ -63,9 +63,10 @@ snapshotter() {
 }
 
 configure_containerd() {
-    cat > "$STATE/cni/10-bridge.conflist" << JSON
+    # A link for each pod, not a bridge: whatever a pod sends is routed, and so meets the network policies.
+    cat > "$STATE/cni/10-pods.conflist" << JSON
 {"cniVersion": "1.0.0", "name": "pods", "plugins": [
-  {"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true,
+  {"type": "ptp",
    "ipam": {"type": "host-local", "dataDir": "$STATE/cni/addresses", "ranges": [[{"subnet": "10.244.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
   {"type": "portmap", "capabilities": {"portMappings": true}}]}
 JSON
@@ -126,7 +127,9 @@ tools() {
 }
 
 node_ready() { kubectl wait --for=condition=Ready node/node0 --timeout=0; }
-dns_ready() { kubectl -n kube-system rollout status deployment/coredns --timeout=0; }
+# The controller's chain is in every packet's way once it has looked at all pods and policies.
+policies_enforced() { nsenter --net="/var/run/netns/$NETNS" -- iptables -S KUBE-ROUTER-FORWARD; }
+dns_ready() { "$CLUSTER_DIR/enter.sh" "$NAME" getent hosts kubernetes.default.svc; }
 
 "$CLUSTER_DIR/deps.sh"
 components=$("$CLUSTER_DIR/build.sh" components)
@@ -155,5 +158,6 @@ wait_until 60 "the default ServiceAccount" kubectl -n default get serviceaccount
 kubectl apply -f "$CLUSTER_DIR/coredns/coredns.yaml" > /dev/null
 wait_until 60 "the node" node_ready
 wait_until 60 "cluster DNS" dns_ready
+wait_until 60 "enforced network policies" policies_enforced
 say "Cluster $NAME is ready after $((SECONDS - started)) s; $STATE/tools holds its kubectl and helm"
 echo "$STATE/admin.kubeconfig"

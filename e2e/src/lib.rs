@@ -8,7 +8,8 @@
 //!            prometheus → a real one, with the chart's jobs and rules
 //!            dashboards → what the chart's dashboards ask it
 //!            processes → those of the cluster, to kill
-//! tests/     install serve quantized stream recover isolation invalid scale observe alerts upgrade
+//!            reach   → what a pod reaches over the network
+//! tests/     install serve quantized stream recover isolation network invalid scale observe alerts upgrade
 //! ```
 //!
 //! **Invariants.**
@@ -21,7 +22,8 @@
 //! **Environment.** `KUBECONFIG` names any cluster that can pull the images in `ASHLAR_E2E_OPERATOR_IMAGE` and
 //! `ASHLAR_E2E_RUNTIME_IMAGE`, and whose Service names and addresses answer from here. `make e2e` starts one and sets all three.
 //! `ASHLAR_E2E_PREVIOUS_CHART` and `ASHLAR_E2E_PREVIOUS_OPERATOR_IMAGE` are those of the last release, to upgrade from.
-//! `ASHLAR_E2E_MODEL_URI` replaces the embedded default model, `ASHLAR_E2E_AWQ_MODEL_URI` its AWQ checkpoint.
+//! `ASHLAR_E2E_MODEL_URI` replaces the embedded default model, `ASHLAR_E2E_AWQ_MODEL_URI` its AWQ checkpoint,
+//! `ASHLAR_E2E_CLIENT_IMAGE` the image with `curl`. The cluster must enforce network policies.
 
 #![forbid(unsafe_code)]
 
@@ -33,6 +35,7 @@ pub mod dump;
 pub mod namespace;
 pub mod processes;
 pub mod prometheus;
+pub mod reach;
 pub mod service;
 pub mod wait;
 

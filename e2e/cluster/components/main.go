@@ -28,6 +28,7 @@ func main() {
 		"kube-scheduler":          func() *cobra.Command { return scheduler.NewSchedulerCommand() },
 		"kubelet":                 func() *cobra.Command { return kubelet.NewKubeletCommand(context.Background()) },
 		"kube-proxy":              kubeproxy.NewProxyCommand,
+		"policies":                newPoliciesCommand,
 	}
 	if len(os.Args) > 1 && os.Args[1] == "etcd" {
 		etcdmain.Main(os.Args[1:])
