@@ -7,8 +7,9 @@
 //!            client  → HTTP and server-sent events                 dump      → what to read after a failure
 //!            prometheus → a real one, with the chart's jobs and rules
 //!            dashboards → what the chart's dashboards ask it
+//!            external_metrics → its figures for HorizontalPodAutoscalers
 //!            processes → those of the cluster, to kill
-//! tests/     install serve quantized stream recover isolation invalid scale observe alerts upgrade
+//! tests/     install serve quantized stream recover isolation invalid scale hpa observe alerts upgrade
 //! ```
 //!
 //! **Invariants.**
@@ -29,6 +30,7 @@ pub mod client;
 pub mod cluster;
 pub mod dashboards;
 pub mod dump;
+pub mod external_metrics;
 pub mod namespace;
 pub mod processes;
 pub mod prometheus;
