@@ -49,6 +49,8 @@ pub struct Tracked<B: Body> {
     ended: bool,
     /// Events that go on with those that follow at once.
     gathered: Vec<Bytes>,
+    /// The server asks twice in a round; this was the second time.
+    asked_again: bool,
     /// What comes after them.
     after: Option<Result<Frame<Bytes>, BoxError>>,
 }
@@ -64,6 +66,7 @@ impl<B: Body> Tracked<B> {
             events,
             at_boundary: true,
             gathered: Vec::new(),
+            asked_again: false,
             after: None,
         }
     }
@@ -97,6 +100,7 @@ where
                         self.gathered.push(chunk);
                         let bytes: usize = self.gathered.iter().map(Bytes::len).sum();
                         if self.gathered.len() < TOGETHER && bytes < TOGETHER_BYTES {
+                            self.asked_again = false;
                             cx.waker().wake_by_ref();
                             return Poll::Pending;
                         }
@@ -106,6 +110,11 @@ where
                 Poll::Ready(Some(Err(error))) => self.after = Some(Err(error)),
                 Poll::Ready(None) => {}
                 Poll::Pending if self.gathered.is_empty() => return Poll::Pending,
+                Poll::Pending if !self.asked_again => {
+                    self.asked_again = true;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
                 Poll::Pending => {}
             }
         }
