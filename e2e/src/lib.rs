@@ -7,9 +7,10 @@
 //!            client  → HTTP and server-sent events                 dump      → what to read after a failure
 //!            prometheus → a real one, with the chart's jobs and rules
 //!            dashboards → what the chart's dashboards ask it
+//!            external_metrics → its figures for HorizontalPodAutoscalers
 //!            processes → those of the cluster, to kill
 //!            reach   → what a pod reaches over the network
-//! tests/     install serve quantized stream recover isolation network invalid scale observe alerts upgrade
+//! tests/     install serve quantized stream recover isolation network invalid scale hpa observe alerts upgrade tls
 //! ```
 //!
 //! **Invariants.**
@@ -32,6 +33,7 @@ pub mod client;
 pub mod cluster;
 pub mod dashboards;
 pub mod dump;
+pub mod external_metrics;
 pub mod namespace;
 pub mod processes;
 pub mod prometheus;

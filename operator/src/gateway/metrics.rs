@@ -1,24 +1,26 @@
 //! What the gateway tells Prometheus. Labels are only ever names of services that exist, and no key or client.
 
+mod labels;
+mod meter;
+
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+pub use self::labels::{Cause, CutBy, Outcome, Trial};
+pub use self::meter::{Held, Meter};
 
 use prometheus::{
-    Encoder as _, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder,
+    Encoder as _, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
-use super::limits::Permit;
 use super::snapshot::{Service, ServiceId, Snapshot};
 
 /// Buckets from a cached answer to a long generation, in seconds.
 const SECONDS: [f64; 16] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
 ];
-
-/// The status counted for a client that left before it had an answer.
-const CLIENT_LEFT: u16 = 499;
 
 /// The gateway's metrics, all in one registry.
 pub struct Metrics {
@@ -45,86 +47,6 @@ struct Seen {
     codes: HashSet<u16>,
     /// The revision on trial of each service that has one.
     trials: HashMap<ServiceId, String>,
-}
-
-/// Why an attempt was made again on another replica; also the reason label of cut streams.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    /// The connection could not be opened.
-    Connect,
-    /// The replica drains.
-    Draining,
-    /// The connection broke before the first byte.
-    Reset,
-}
-
-impl Cause {
-    const ALL: [Self; 3] = [Self::Connect, Self::Draining, Self::Reset];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Connect => "connect",
-            Self::Draining => "draining",
-            Self::Reset => "reset",
-        }
-    }
-}
-
-/// Who cut a response short after its first byte.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CutBy {
-    /// The client left.
-    Client,
-    /// The replica broke off.
-    Upstream,
-}
-
-impl CutBy {
-    const ALL: [Self; 2] = [Self::Client, Self::Upstream];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Client => "client",
-            Self::Upstream => "upstream",
-        }
-    }
-}
-
-/// What became of a request at a revision on trial.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// It was answered to the end, or until the client left.
-    Answered,
-    /// A 5xx, or the connection broke before the answer's end.
-    Failed,
-}
-
-impl Outcome {
-    const ALL: [Self; 2] = [Self::Answered, Self::Failed];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Answered => "answered",
-            Self::Failed => "failed",
-        }
-    }
-}
-
-/// One request at a revision on trial, counted once: when its answer has ended. A trial that is over meanwhile keeps no
-/// label for it.
-pub struct Trial {
-    answered: IntCounter,
-    failed: IntCounter,
-}
-
-impl Trial {
-    /// Counts the request.
-    pub fn end(self, outcome: Outcome) {
-        match outcome {
-            Outcome::Answered => self.answered.inc(),
-            Outcome::Failed => self.failed.inc(),
-        }
-    }
 }
 
 impl Metrics {
@@ -261,12 +183,12 @@ impl Metrics {
 
     /// Starts counting a request for `service`, which began at `started`.
     #[must_use]
-    pub fn meter(self: &std::sync::Arc<Self>, service: &ServiceId, started: Instant) -> Meter {
+    pub fn meter(self: &Arc<Self>, service: &ServiceId, started: Instant) -> Meter {
         let labels = [service.namespace.as_str(), service.name.as_str()];
         let in_flight = self.in_flight.with_label_values(&labels);
         in_flight.inc();
         Meter {
-            metrics: std::sync::Arc::clone(self),
+            metrics: Arc::clone(self),
             service: service.clone(),
             started,
             code: None,
@@ -387,125 +309,10 @@ where
     metric
 }
 
-/// One request's accounting, from resolution to the last byte; dropped early it counts the client as gone.
-pub struct Meter {
-    metrics: std::sync::Arc<Metrics>,
-    service: ServiceId,
-    started: Instant,
-    code: Option<u16>,
-    first_byte: bool,
-    in_flight: IntGauge,
-    /// Counts the request for its client's limits as long as it lasts.
-    permit: Option<Permit>,
-    counts: bool,
-}
-
-impl Meter {
-    /// Keeps the client's permit until the request ends.
-    pub fn keep(&mut self, permit: Option<Permit>) {
-        self.permit = permit;
-    }
-
-    /// Ends the accounting without counting the request.
-    pub fn forget(mut self) {
-        self.counts = false;
-    }
-
-    /// The response's head is known.
-    pub fn head(&mut self, code: u16) {
-        self.code = Some(code);
-    }
-
-    /// A byte of the response's body is on its way.
-    pub fn byte(&mut self) {
-        if !self.first_byte {
-            self.first_byte = true;
-            self.metrics
-                .first_byte
-                .with_label_values(&self.labels())
-                .observe(self.started.elapsed().as_secs_f64());
-        }
-    }
-
-    /// The request is tried again.
-    pub fn retry(&self, cause: Cause) {
-        let [namespace, name] = self.labels();
-        self.metrics
-            .retries
-            .with_label_values(&[namespace, name, cause.label()])
-            .inc();
-    }
-
-    /// The response ends before its last byte.
-    pub fn cut(&mut self, by: CutBy) {
-        let [namespace, name] = self.labels();
-        self.metrics
-            .cut
-            .with_label_values(&[namespace, name, by.label()])
-            .inc();
-    }
-
-    /// The request waits for a replica until the guard is dropped.
-    #[must_use]
-    pub fn hold(&self) -> Held {
-        let gauge = self.metrics.held.with_label_values(&self.labels());
-        gauge.inc();
-        Held(gauge)
-    }
-
-    /// Time since the request's head arrived.
-    #[must_use]
-    pub fn elapsed(&self) -> Duration {
-        self.started.elapsed()
-    }
-
-    fn labels(&self) -> [&str; 2] {
-        [&self.service.namespace, &self.service.name]
-    }
-}
-
-impl Drop for Meter {
-    fn drop(&mut self) {
-        self.in_flight.dec();
-        if !self.counts {
-            return;
-        }
-        let code = self.code.unwrap_or(CLIENT_LEFT);
-        let [namespace, name] = self.labels();
-        self.metrics
-            .requests
-            .with_label_values(&[namespace, name, &code.to_string()])
-            .inc();
-        self.metrics
-            .duration
-            .with_label_values(&[namespace, name])
-            .observe(self.started.elapsed().as_secs_f64());
-        let mut seen = self
-            .metrics
-            .seen
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        seen.codes.insert(code);
-        if !seen.services.contains(&self.service) {
-            seen.services.insert(self.service.clone());
-        }
-    }
-}
-
-/// A request that waits for a replica.
-pub struct Held(IntGauge);
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.0.dec();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::snapshot::testing::{service, snapshot};
     use super::*;
-    use std::sync::Arc;
 
     #[test]
     fn a_request_is_counted_once_with_its_status() {

@@ -6,6 +6,8 @@
 //! moment it is used; a request that kills its replica must not visit them all). The client's leaving drops the
 //! future and with it the replica's connection.
 
+mod admit;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,21 +19,21 @@ use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, request};
 use hyper::body::Incoming;
 use tokio::sync::watch;
 
+use self::admit::Admitted;
 use super::affinity::{self, Prefix};
 use super::attempt::Attempt;
-use super::auth::{self, KeyDigest};
+use super::auth;
 use super::connect::{Replicas, SendError};
 use super::error::GatewayError;
 use super::headers;
 use super::hold::{Ask, Holds, Picked, Turn};
-use super::keys::{KeyStore, OnMiss, Verdict};
-use super::limits::Refusal;
+use super::keys::KeyStore;
 use super::metrics::{Cause, Meter, Metrics};
 use super::models;
 use super::request_body::{AttemptBody, BodyLimits, ReplayBody};
-use super::resolve::{self, ModelMatch, Target};
+use super::resolve::{self, Target};
 use super::response_body::{GatewayBody, Tracked};
-use super::snapshot::{Access, Replica, Service, Snapshot};
+use super::snapshot::{Replica, Service, Snapshot};
 use crate::model_tls::Trust;
 
 /// Attempts on different replicas before giving up; draining and restarting ones are passed over quickly.
@@ -80,17 +82,6 @@ struct Outgoing {
     /// The time that it has until the answer begins, and when that is over.
     timeout: Duration,
     deadline: tokio::time::Instant,
-}
-
-/// A request whose service is known and that may be answered by it.
-struct Admitted {
-    service: Arc<Service>,
-    path: PathAndQuery,
-    client: Option<String>,
-    body: ReplayBody<Incoming>,
-    /// By how many bytes the body's length changed.
-    grown: i64,
-    meter: Meter,
 }
 
 impl Proxy {
@@ -200,158 +191,6 @@ impl Proxy {
             deadline: tokio::time::Instant::from_std(started) + timeout,
         };
         self.forward(admitted, &outgoing).await
-    }
-
-    /// Lets a request in at a service that Host, path or `NAMESPACE/NAME` named.
-    async fn admit(
-        &self,
-        service: Arc<Service>,
-        path: PathAndQuery,
-        key: Option<KeyDigest>,
-        body: ReplayBody<Incoming>,
-        started: Instant,
-    ) -> Result<Admitted, Failure> {
-        let meter = self.metrics.meter(&service.spec.id, started);
-        let client = match self.authorise(&service, key).await {
-            Ok(client) => client,
-            Err(error) => return Err(Failure(error, Some(meter))),
-        };
-        Ok(self.within_limits(Admitted {
-            service,
-            path,
-            client,
-            body,
-            grown: 0,
-            meter,
-        })?)
-    }
-
-    /// Lets the request on if its client may have it now.
-    fn within_limits(&self, mut admitted: Admitted) -> Result<Admitted, GatewayError> {
-        let service = &admitted.service;
-        let (limits, id) = (&service.spec.limits, &service.spec.id);
-        let client = admitted.client.as_deref().unwrap_or_default();
-        let gateways = self.snapshots.borrow().gateways;
-        let quotas = &service.state.quotas;
-        match quotas.admit(limits, client, gateways, Instant::now()) {
-            Ok(permit) => {
-                admitted.meter.keep(permit);
-                Ok(admitted)
-            }
-            Err(refusal) => {
-                self.metrics.limited(id);
-                let service = id.clone();
-                // It is no load of the service's, and does not count as one.
-                admitted.meter.forget();
-                Err(match refusal {
-                    Refusal::Rate { retry_after } => GatewayError::RateLimited {
-                        service,
-                        retry_after,
-                    },
-                    Refusal::Concurrency => GatewayError::TooManyOpen { service },
-                })
-            }
-        }
-    }
-
-    /// The name of the key's holder, or nothing at an open service.
-    async fn authorise(
-        &self,
-        service: &Service,
-        key: Option<KeyDigest>,
-    ) -> Result<Option<String>, GatewayError> {
-        if service.spec.access == Access::Open {
-            return Ok(None);
-        }
-        let key = key.ok_or(GatewayError::KeyMissing)?;
-        match self.keys.check(service, &key, OnMiss::ReadAgain).await {
-            Verdict::Client(client) => Ok(Some(client)),
-            Verdict::Rejected => Err(GatewayError::KeyRejected),
-            Verdict::Unreadable(reason) => Err(GatewayError::KeysUnreadable {
-                service: service.spec.id.clone(),
-                reason,
-            }),
-        }
-    }
-
-    /// Finds the service by the body's `model`, and lets the request in there.
-    async fn admit_by_model(
-        &self,
-        snapshot: &Snapshot,
-        uri: &Uri,
-        key: Option<KeyDigest>,
-        body: ReplayBody<Incoming>,
-        started: Instant,
-    ) -> Result<Admitted, Failure> {
-        let path = uri
-            .path_and_query()
-            .cloned()
-            .unwrap_or_else(|| PathAndQuery::from_static("/"));
-        let (model, literal) = body.model().await?;
-        match resolve::by_model(snapshot, &model) {
-            ModelMatch::Direct(service) => {
-                let served = service.spec.model.clone();
-                let mut admitted = self
-                    .admit(Arc::clone(service), path, key, body, started)
-                    .await?;
-                admitted.grown = admitted.body.replace(&literal, &served);
-                Ok(admitted)
-            }
-            ModelMatch::Among(candidates) => {
-                // Without a key there is nothing to be found: the answer is the same as for a key of nobody's.
-                let Some(key) = key else {
-                    return Err(GatewayError::ModelNotFound { model }.into());
-                };
-                let mut accepted = self.accepting(candidates, key, OnMiss::ReadAgain).await;
-                let (Some((service, client)), None) = (accepted.pop(), accepted.pop()) else {
-                    return Err(GatewayError::ModelNotFound { model }.into());
-                };
-                Ok(self.within_limits(Admitted {
-                    meter: self.metrics.meter(&service.spec.id, started),
-                    service,
-                    path,
-                    client: Some(client),
-                    body,
-                    grown: 0,
-                })?)
-            }
-        }
-    }
-
-    /// Those of `services` that accept the key, with the name that each knows its holder by.
-    async fn accepting(
-        &self,
-        services: &[Arc<Service>],
-        key: KeyDigest,
-        on_miss: OnMiss,
-    ) -> Vec<(Arc<Service>, String)> {
-        let checks = services.iter().map(|service| async move {
-            match self.keys.check(service, &key, on_miss).await {
-                Verdict::Client(client) => Some((Arc::clone(service), client)),
-                Verdict::Rejected | Verdict::Unreadable(_) => None,
-            }
-        });
-        let verdicts = futures::future::join_all(checks).await;
-        verdicts.into_iter().flatten().collect()
-    }
-
-    /// The services that a key's holder may know of.
-    async fn visible(
-        &self,
-        snapshot: &Snapshot,
-        key: Option<KeyDigest>,
-    ) -> Result<Vec<Arc<Service>>, GatewayError> {
-        let key = key.ok_or(GatewayError::KeyMissing)?;
-        let keyed: Vec<_> = snapshot
-            .services()
-            .filter(|service| matches!(service.spec.access, Access::Keys { .. }))
-            .cloned()
-            .collect();
-        let accepted = self.accepting(&keyed, key, OnMiss::Reject).await;
-        if accepted.is_empty() {
-            return Err(GatewayError::KeyRejected);
-        }
-        Ok(accepted.into_iter().map(|(service, _)| service).collect())
     }
 
     /// Sends the request to replica after replica until one answers.

@@ -3,6 +3,9 @@
 //!
 //! Dropping it drops the replica's response, which closes that connection and so ends the generation. A stream of
 //! events that breaks off at the replica ends with an error event, so the client sees more than a closed socket.
+//!
+//! Events that have arrived together go on together: each alone would cost the client's connection a write. None waits
+//! for another that has not arrived ([`Tracked::gather`]).
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -22,6 +25,10 @@ const BROKEN_STREAM: &str = concat!(
     "\n\ndata: [DONE]\n\n"
 );
 
+/// Chunks of events that go on at once at most, and the bytes from which on they wait for no more.
+const TOGETHER: usize = 32;
+const TOGETHER_BYTES: usize = 4096;
+
 /// A response of the gateway's own, or a replica's.
 pub enum GatewayBody<B: Body> {
     /// The gateway's own, with the meter that counts it if a service was found.
@@ -40,6 +47,12 @@ pub struct Tracked<B: Body> {
     /// The last byte passed on was the end of an event.
     at_boundary: bool,
     ended: bool,
+    /// Events that go on with those that follow at once.
+    gathered: Vec<Bytes>,
+    /// The server asks twice in a round; this was the second time.
+    asked_again: bool,
+    /// What comes after them.
+    after: Option<Result<Frame<Bytes>, BoxError>>,
 }
 
 impl<B: Body> Tracked<B> {
@@ -52,7 +65,16 @@ impl<B: Body> Tracked<B> {
             attempt,
             events,
             at_boundary: true,
+            gathered: Vec::new(),
+            asked_again: false,
+            after: None,
         }
+    }
+
+    /// The client has, or is about to be given, everything.
+    fn is_done(&self) -> bool {
+        let all = self.ended || self.source.is_end_stream();
+        all && self.gathered.is_empty() && self.after.is_none()
     }
 }
 
@@ -62,6 +84,53 @@ where
     B::Error: Into<BoxError>,
 {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.events {
+            return self.gather(cx);
+        }
+        self.poll_source(cx)
+    }
+
+    /// The next events. The replica's connection hands over one chunk at a time and reads the next from what has arrived
+    /// only when this one is taken: so each is kept for one round of the scheduler, in which that connection has its turn.
+    fn gather(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.after.is_none() {
+            match self.poll_source(cx) {
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(chunk) => {
+                        self.gathered.push(chunk);
+                        let bytes: usize = self.gathered.iter().map(Bytes::len).sum();
+                        if self.gathered.len() < TOGETHER && bytes < TOGETHER_BYTES {
+                            self.asked_again = false;
+                            cx.waker().wake_by_ref();
+                            return Poll::Pending;
+                        }
+                    }
+                    Err(frame) => self.after = Some(Ok(frame)),
+                },
+                Poll::Ready(Some(Err(error))) => self.after = Some(Err(error)),
+                Poll::Ready(None) => {}
+                Poll::Pending if self.gathered.is_empty() => return Poll::Pending,
+                Poll::Pending if !self.asked_again => {
+                    self.asked_again = true;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                Poll::Pending => {}
+            }
+        }
+        let together = match self.gathered.len() {
+            0 => return Poll::Ready(self.after.take()),
+            1 => self.gathered.remove(0),
+            _ => Bytes::from(self.gathered.concat()),
+        };
+        self.gathered.clear();
+        Poll::Ready(Some(Ok(Frame::data(together))))
+    }
+
+    fn poll_source(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         if self.ended {
             return Poll::Ready(None);
         }
@@ -94,7 +163,7 @@ where
 impl<B: Body> Drop for Tracked<B> {
     fn drop(&mut self) {
         // The server stops polling after the last announced byte, so the end may not have been seen here.
-        if !self.ended && !self.source.is_end_stream() {
+        if !self.is_done() {
             self.meter.cut(CutBy::Client);
         }
     }
@@ -128,7 +197,7 @@ where
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Own(body, _) => body.is_end_stream(),
-            Self::Replica(body) => body.ended || body.source.is_end_stream(),
+            Self::Replica(body) => body.is_done(),
         }
     }
 
@@ -148,6 +217,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Instant;
 
+    use futures::{Stream, StreamExt as _};
     use http_body_util::{BodyExt as _, StreamBody};
 
     use super::super::health::FAILURES;
@@ -164,13 +234,22 @@ mod tests {
         items: Vec<Item>,
         events: bool,
     ) -> GatewayBody<impl Body<Data = Bytes, Error = BoxError> + Unpin> {
+        tracked_stream(metrics, snapshot, futures::stream::iter(items), events)
+    }
+
+    fn tracked_stream(
+        metrics: &Arc<Metrics>,
+        snapshot: &Snapshot,
+        items: impl Stream<Item = Item> + Unpin,
+        events: bool,
+    ) -> GatewayBody<impl Body<Data = Bytes, Error = BoxError> + Unpin> {
         let service = snapshot.service("a", "s").unwrap();
         let replica = Arc::clone(&service.replicas[0]);
         let in_flight = replica.enter();
         let mut attempt = Attempt::new(metrics, service, replica, in_flight);
         attempt.head(http::StatusCode::OK);
         let meter = metrics.meter(&service.spec.id, Instant::now());
-        let source = StreamBody::new(futures::stream::iter(items));
+        let source = StreamBody::new(items);
         GatewayBody::Replica(Tracked::new(source, meter, attempt, events))
     }
 
@@ -227,18 +306,52 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn events_that_are_there_go_on_together_and_wait_for_no_other() {
+        let (metrics, world) = world();
+        let items = [data("data: 1\n\n"), data("data: 2\n\n")];
+        let source = futures::stream::iter(items).chain(futures::stream::pending());
+        let mut body = tracked_stream(&metrics, &world, source, true);
+        let first = body.frame().await.unwrap().unwrap().into_data().unwrap();
+        assert_eq!(first, "data: 1\n\ndata: 2\n\n");
+        assert!(futures::poll!(body.frame()).is_pending());
+        drop(body);
+        assert!(metrics.render().contains("by=\"client\""));
+    }
+
+    #[tokio::test]
+    async fn a_long_run_of_events_goes_on_in_parts() {
+        let (metrics, world) = world();
+        let event: &str = "data: 0123456789\n\n";
+        let items = (0..1000).map(|_| data(event)).collect();
+        let mut body = tracked(&metrics, &world, items, true);
+        let (mut all, mut parts) = (0, 0);
+        while let Some(frame) = body.frame().await {
+            (all, parts) = (all + frame.unwrap().into_data().unwrap().len(), parts + 1);
+        }
+        assert_eq!(
+            (all, parts),
+            (1000 * event.len(), 1000_usize.div_ceil(TOGETHER))
+        );
+        drop(body);
+        assert!(!metrics.render().contains("cut_responses_total{"));
+    }
+
+    #[tokio::test]
     async fn a_replica_that_breaks_off_is_ejected_unless_the_client_left() {
-        let cut = || vec![data("data: x\n\n"), broken()];
-        for (frames, ejected) in [(1, false), (9, true)] {
+        for breaks in [false, true] {
             let (metrics, world) = world();
             for _ in 0..FAILURES {
-                let mut body = tracked(&metrics, &world, cut(), true);
-                for _ in 0..frames {
+                let mut items = vec![data("data: x\n\n")];
+                items.extend(breaks.then(broken));
+                let source = futures::stream::iter(items).chain(futures::stream::pending());
+                let mut body = tracked_stream(&metrics, &world, source, true);
+                body.frame().await;
+                if breaks {
                     body.frame().await;
                 }
             }
             let replica = &world.service("a", "s").unwrap().replicas[0];
-            assert_eq!(replica.is_ejected(), ejected);
+            assert_eq!(replica.is_ejected(), breaks);
         }
     }
 
