@@ -168,13 +168,15 @@ fn steps(
         };
     }
     if let Some(failure) = &newest.failed {
-        // A pod that goes back to work and finds no node shows it too, when how the rollout went is no longer known.
-        let no_room = in_place.is_some() || older.iter().any(|r| r.unschedulable);
+        let back = wanted - newest.ready.min(wanted);
+        let needs_place = in_place.is_some()
+            || older.iter().any(|r| r.unschedulable)
+            || finds_no_place(previous, back, circumstances.room);
         return RolloutPlan {
             halted: true,
             ..step(
-                kept_of_failed(newest, no_room),
-                wanted - newest.ready.min(wanted),
+                kept_of_failed(newest, needs_place),
+                back,
                 Some(format!("Halted: {failure}")),
             )
         };
@@ -239,9 +241,15 @@ fn why_in_place(
     }
 }
 
-/// Keeps one failing pod to look at where there is room for it; otherwise its place is given back.
-fn kept_of_failed(newest: &RevisionState, no_room: bool) -> i32 {
-    if no_room {
+/// Whether the revision that serves again has fewer pods on nodes than it needs, and no other places are known for them. In
+/// place this is always so, and it is seen without a memory of how the rollout went; after a surge all its pods are there.
+fn finds_no_place(previous: &RevisionState, back: i32, room: Option<i32>) -> bool {
+    back - previous.scheduled > room.unwrap_or(0).max(0)
+}
+
+/// Keeps one failing pod to look at while the old revision does not need its place.
+fn kept_of_failed(newest: &RevisionState, needs_place: bool) -> i32 {
+    if needs_place {
         newest.ready
     } else {
         newest.ready.max(1).min(newest.replicas)
@@ -261,6 +269,7 @@ mod tests {
             number,
             replicas,
             pods: replicas,
+            scheduled: replicas,
             ready,
             ..RevisionState::default()
         }
@@ -377,16 +386,42 @@ mod tests {
                 (0, Some(("a".into(), 1)), true)
             );
         }
-        // The rollout's way is forgotten, and the old revision's pod waits for the place of the failing one.
-        let waits = RevisionState {
-            unschedulable: true,
+    }
+
+    #[test]
+    fn a_failing_pod_stays_only_where_the_old_revision_does_not_need_its_place() {
+        let failed = RevisionState {
+            failed: Some("exit 1".into()),
+            ..state("b", 2, 1, 0)
+        };
+        let waiting = |unschedulable| RevisionState {
+            scheduled: 0,
+            unschedulable,
             ..state("a", 1, 1, 0)
         };
-        let gone = plan(&auto(1, Some(0)), &failed, &[waits]);
-        assert_eq!(
-            (gone.newest, gone.previous, gone.halted),
-            (0, Some(("a".into(), 1)), true)
-        );
+        // How the rollout went is forgotten in all of these.
+        for (wanted, room, old, kept) in [
+            (1, None, state("a", 1, 0, 0), 0),
+            (1, Some(0), state("a", 1, 0, 0), 0),
+            (2, None, state("a", 1, 1, 1), 0),
+            (1, Some(0), waiting(false), 0),
+            // The room was not for this pod.
+            (1, Some(1), waiting(true), 0),
+            (1, Some(1), waiting(false), 1),
+            (1, Some(1), state("a", 1, 0, 0), 1),
+            (2, Some(1), state("a", 1, 0, 0), 0),
+            // It surged: the old revision has all its pods, even if one is not ready just now.
+            (1, None, state("a", 1, 1, 1), 1),
+            (2, Some(0), state("a", 1, 2, 1), 1),
+        ] {
+            let what = format!("{wanted} wanted, room for {room:?}, {old:?}");
+            let plan = plan(&auto(wanted, room), &failed, &[old]);
+            assert_eq!(
+                (plan.newest, plan.previous, plan.halted),
+                (kept, Some(("a".into(), wanted)), true),
+                "{what}"
+            );
+        }
     }
 
     #[test]
@@ -536,33 +571,63 @@ mod tests {
         places: i32,
         newest: RevisionState,
         old: RevisionState,
+        /// Pods of the newest revision crash instead of becoming ready.
+        bad: bool,
     }
 
     impl Cluster {
-        fn free(&self) -> i32 {
-            self.places - self.newest.scheduled - self.old.pods
+        fn new(places: i32, wanted: i32, bad: bool) -> Self {
+            Self {
+                places,
+                newest: state("b", 2, 0, 0),
+                old: state("a", 1, wanted, wanted),
+                bad,
+            }
         }
 
-        /// Pods come and go as asked; the `event`-th kind of thing happens next.
-        fn happen(&mut self, event: u8) {
-            self.newest.pods = self
-                .newest
-                .replicas
-                .max(self.newest.ready.min(self.newest.replicas));
+        fn free(&self) -> i32 {
+            self.places - self.newest.scheduled - self.old.scheduled
+        }
+
+        /// Takes the plan's counts; replicas are pods at once, and pods of the newest that are too many go at once.
+        fn ask(&mut self, plan: &RolloutPlan) {
+            self.newest.replicas = plan.newest;
+            self.old.replicas = plan.previous.as_ref().map_or(0, |(_, replicas)| *replicas);
+            self.newest.pods = self.newest.replicas;
             self.newest.scheduled = self.newest.scheduled.min(self.newest.pods);
-            self.newest.ready = self.newest.ready.min(self.newest.replicas);
+            self.newest.ready = self.newest.ready.min(self.newest.pods);
+            self.old.pods = self.old.pods.max(self.old.replicas);
             self.old.ready = self.old.ready.min(self.old.replicas);
-            match event % 4 {
-                0 => self.old.pods = (self.old.pods - 1).max(self.old.replicas),
-                1 if self.newest.scheduled < self.newest.pods && self.free() > 0 => {
-                    self.newest.scheduled += 1
+        }
+
+        /// The `event`-th kind of thing happens next.
+        fn happen(&mut self, event: u8) {
+            let (free, newest, old) = (self.free(), &mut self.newest, &mut self.old);
+            match event % EVENTS {
+                0 => {
+                    old.pods = (old.pods - 1).max(old.replicas);
+                    old.scheduled = old.scheduled.min(old.pods);
                 }
-                2 if self.newest.ready < self.newest.scheduled => self.newest.ready += 1,
+                1 if newest.scheduled < newest.pods && free > 0 => newest.scheduled += 1,
+                2 if newest.ready < newest.scheduled && self.bad => {
+                    newest.failed = Some("exit 1".into());
+                }
+                2 if newest.ready < newest.scheduled => newest.ready += 1,
+                3 if old.scheduled < old.pods && free > 0 => old.scheduled += 1,
+                4 if old.ready < old.scheduled.min(old.replicas) => old.ready += 1,
                 _ => {}
             }
-            self.newest.unschedulable =
-                self.newest.scheduled < self.newest.pods && self.free() <= 0 && event % 4 == 3;
+            let waits = self.newest.scheduled < self.newest.pods && self.free() <= 0;
+            self.newest.unschedulable = waits && event % EVENTS == 5;
         }
+    }
+
+    /// Kinds of events.
+    const EVENTS: u8 = 6;
+
+    /// Each kind of event in turn, long enough for anything to end.
+    fn orderly() -> impl Iterator<Item = u8> {
+        (0..60).flat_map(|_| 0..EVENTS)
     }
 
     proptest! {
@@ -576,22 +641,16 @@ mod tests {
             surge in prop::sample::select(vec![Surge::Auto, Surge::Never]),
             events in prop::collection::vec(any::<u8>(), 400),
         ) {
-            let mut cluster = Cluster {
-                places: wanted + spare,
-                newest: state("b", 2, 0, 0),
-                old: state("a", 1, wanted, wanted),
-            };
+            let mut cluster = Cluster::new(wanted + spare, wanted, false);
             let mut in_place = false;
-            let orderly = (0..60).flat_map(|_| 0..4u8);
-            for event in events.into_iter().chain(orderly) {
+            for event in events.into_iter().chain(orderly()) {
                 let room = known.then(|| (cluster.free() - (cluster.newest.pods - cluster.newest.scheduled)).max(0));
                 let now = Circumstances { wanted, surge, room, in_place, canary: None };
                 let plan = plan(&now, &cluster.newest, std::slice::from_ref(&cluster.old));
                 let rollout = plan.rollout.clone().unwrap_or_default();
                 in_place |= rollout.starts_with("InPlace");
                 prop_assert!(!plan.halted);
-                cluster.newest.replicas = plan.newest;
-                cluster.old.replicas = plan.previous.map_or(0, |(_, replicas)| replicas);
+                cluster.ask(&plan);
                 prop_assert!(cluster.newest.replicas + cluster.old.replicas <= wanted + 1);
                 let serving = cluster.newest.ready.min(plan.newest) + cluster.old.ready.min(cluster.old.replicas);
                 prop_assert!(serving >= wanted - i32::from(in_place), "{serving} of {wanted} serve");
@@ -599,6 +658,36 @@ mod tests {
                 cluster.happen(event);
             }
             prop_assert_eq!((cluster.newest.ready, cluster.old.pods), (wanted, 0));
+        }
+
+        /// A bad revision, whatever room there is, whether or not it is known at each step, and with nothing remembered but the
+        /// last status: in the end the old revision serves all again, without any pod having waited long enough to be called
+        /// unschedulable; and where it surged, it served all along and the failing pod is still there to be looked at.
+        #[test]
+        fn a_bad_revision_gives_the_old_one_its_places_back(
+            wanted in 1..6i32,
+            spare in 0..3i32,
+            surge in prop::sample::select(vec![Surge::Auto, Surge::Never, Surge::Always]),
+            events in prop::collection::vec(any::<u8>(), 200),
+        ) {
+            // With `Always` and no room the new pod waits for ever, as asked.
+            let spare = if surge == Surge::Always { spare.max(1) } else { spare };
+            let mut cluster = Cluster::new(wanted + spare, wanted, true);
+            let (mut status, mut gave_up) = (String::new(), false);
+            for event in events.into_iter().chain(orderly()) {
+                let room = (event < 128).then(|| cluster.free().max(0));
+                let in_place = status.starts_with("InPlace");
+                gave_up |= in_place;
+                let now = Circumstances { wanted, surge, room, in_place, canary: None };
+                let plan = plan(&now, &cluster.newest, std::slice::from_ref(&cluster.old));
+                status = plan.rollout.clone().unwrap_or_default();
+                cluster.ask(&plan);
+                prop_assert!(cluster.old.ready >= wanted || gave_up || status.starts_with("InPlace"));
+                cluster.happen(event);
+            }
+            prop_assert!(status.starts_with("Halted"), "{status}");
+            prop_assert_eq!(cluster.old.ready, wanted);
+            prop_assert!(gave_up || cluster.newest.scheduled == 1);
         }
 
         /// On trial the newest revision never gets more than its share of the replicas, the old one keeps the rest and at least
