@@ -1,4 +1,4 @@
-//! Leader election by a Lease: 10 s lease, 7 s to renew, a try every 2 s.
+//! Leader election by a Lease: 10 s lease, 7 s to renew, a try every 2 s, by who waits for it every second.
 //!
 //! Expiry is judged by this process's own monotonic clock, from when it last saw the Lease change: clocks of other
 //! machines do not matter. A leader that cannot renew in time leaves, and the process with it.
@@ -82,7 +82,8 @@ impl Elector {
                 Ok(false) => {}
                 Err(error) => tracing::warn!(%error, "cannot reach the Lease"),
             }
-            sleep(self.timing.retry.mul_f64(0.9 + 0.2 * rand::random::<f64>())).await;
+            // Twice as often as a leader renews: a Lease that was given up is found within about a second.
+            sleep(self.timing.retry.mul_f64(0.4 + 0.2 * rand::random::<f64>())).await;
         }
     }
 
