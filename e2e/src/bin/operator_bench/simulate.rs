@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use ashlar_e2e::wait::{self, Seen};
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Secret};
@@ -15,6 +16,9 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::watch;
+
+use crate::processes::PATIENCE;
 
 /// Calls at one time.
 const PARALLEL: usize = 32;
@@ -113,8 +117,8 @@ pub(crate) async fn serve_metrics() -> Result<()> {
 /// Pods that exist, by Deployment.
 type Counts = Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<i32>>>>>;
 
-/// Makes and removes pods as Deployments ask, for ever.
-pub(crate) async fn pods(client: Client) -> Result<()> {
+/// Makes and removes pods as Deployments ask, for ever, and while `runs` is true.
+pub(crate) async fn pods(client: Client, runs: watch::Receiver<bool>) -> Result<()> {
     let api: Api<Deployment> = Api::all(client.clone());
     let config = watcher::Config::default().labels(ashlar_crds::names::SERVICE_LABEL);
     let counts = Counts::default();
@@ -123,7 +127,10 @@ pub(crate) async fn pods(client: Client) -> Result<()> {
     while let Some(event) = events.next().await {
         let Ok(deployment) = event else { continue };
         let (client, counts, places) = (client.clone(), Arc::clone(&counts), Arc::clone(&places));
+        let mut runs = runs.clone();
         tokio::spawn(async move {
+            // Fails only when the benchmark is over.
+            let _ = runs.wait_for(|runs| *runs).await;
             let _place = places.acquire().await;
             let key = format!(
                 "{}/{}",
@@ -136,8 +143,13 @@ pub(crate) async fn pods(client: Client) -> Result<()> {
             };
             // One at a time for each Deployment, and always to what it asks for now.
             let mut count = count.lock().await;
-            if let Err(error) = converge(&client, &deployment, &mut count).await {
-                complain(&format!("simulated pods: {error:#}"));
+            // The API server may be one that misbehaves.
+            let done = wait::until("simulated pods", PATIENCE, async || {
+                converge(&client, &deployment, &mut count).await?;
+                Ok(Seen::Done(()))
+            });
+            if let Err(error) = done.await {
+                complain(&format!("{error:#}"));
             }
         });
     }
@@ -158,8 +170,16 @@ pub(crate) async fn endings(client: Client) -> Result<()> {
                 Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
             async move {
                 let now = DeleteParams::default().grace_period(0);
-                // One that is gone already is as good.
-                let _ = api.delete(&pod.name_any(), &now).await;
+                let gone = wait::until("the end of a pod", PATIENCE, async || {
+                    match api.delete(&pod.name_any(), &now).await {
+                        Err(kube::Error::Api(error)) if error.code == 404 => {}
+                        other => drop(other?),
+                    }
+                    Ok(Seen::Done(()))
+                });
+                if let Err(error) = gone.await {
+                    complain(&format!("{error:#}"));
+                }
             }
         })
         .await;
@@ -220,8 +240,14 @@ async fn make(api: &Api<Pod>, deployment: &Deployment, index: i32) -> Result<()>
         },
         "spec": spec,
     });
-    api.create(&PostParams::default(), &serde_json::from_value(pod)?)
-        .await?;
+    match api
+        .create(&PostParams::default(), &serde_json::from_value(pod)?)
+        .await
+    {
+        // From a try whose answer was lost.
+        Err(kube::Error::Api(error)) if error.code == 409 => {}
+        other => drop(other?),
+    }
     let now = k8s_openapi::jiff::Timestamp::now().to_string();
 
     let conditions = ["PodScheduled", "Initialized", "ContainersReady", "Ready"]
