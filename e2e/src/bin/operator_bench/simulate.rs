@@ -7,7 +7,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use ashlar_e2e::wait::{self, Seen};
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Secret};
@@ -18,7 +17,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::watch;
 
-use crate::processes::PATIENCE;
+use crate::processes::until;
 
 /// Calls at one time.
 const PARALLEL: usize = 32;
@@ -141,12 +140,12 @@ pub(crate) async fn pods(client: Client, runs: watch::Receiver<bool>) -> Result<
                 let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
                 Arc::clone(counts.entry(key).or_default())
             };
-            // One at a time for each Deployment, and always to what it asks for now.
-            let mut count = count.lock().await;
+            let (client, deployment, count) = (&client, &deployment, &count);
             // The API server may be one that misbehaves.
-            let done = wait::until("simulated pods", PATIENCE, async || {
-                converge(&client, &deployment, &mut count).await?;
-                Ok(Seen::Done(()))
+            let done = until("simulated pods", || async move {
+                // One at a time for each Deployment, and always to what it asks for now.
+                let mut count = count.lock().await;
+                converge(client, deployment, &mut count).await.is_ok()
             });
             if let Err(error) = done.await {
                 complain(&format!("{error:#}"));
@@ -170,12 +169,12 @@ pub(crate) async fn endings(client: Client) -> Result<()> {
                 Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
             async move {
                 let now = DeleteParams::default().grace_period(0);
-                let gone = wait::until("the end of a pod", PATIENCE, async || {
-                    match api.delete(&pod.name_any(), &now).await {
-                        Err(kube::Error::Api(error)) if error.code == 404 => {}
-                        other => drop(other?),
+                let (api, name, now) = (&api, &pod.name_any(), &now);
+                let gone = until("the end of a pod", || async move {
+                    match api.delete(name, now).await {
+                        Err(kube::Error::Api(error)) => error.code == 404,
+                        other => other.is_ok(),
                     }
-                    Ok(Seen::Done(()))
                 });
                 if let Err(error) = gone.await {
                     complain(&format!("{error:#}"));
