@@ -16,6 +16,8 @@ use kube::{
 };
 use tokio::time::{sleep, timeout};
 
+use super::tenure::Tenure;
+
 /// The times of an election.
 #[derive(Debug, Clone, Copy)]
 pub struct Timing {
@@ -53,6 +55,7 @@ pub struct Elector {
     timing: Timing,
     /// The Lease's holder and renewal as last seen, and when that was.
     seen: Option<(String, Option<MicroTime>, Instant)>,
+    tenure: Tenure,
 }
 
 impl Elector {
@@ -71,14 +74,22 @@ impl Elector {
             identity,
             timing,
             seen: None,
+            tenure: Tenure::default(),
         }
+    }
+
+    /// Until when this candidate leads.
+    #[must_use]
+    pub fn tenure(&self) -> Tenure {
+        self.tenure.clone()
     }
 
     /// Returns once this candidate leads.
     pub async fn acquire(&mut self) {
         loop {
+            let start = Instant::now();
             match self.attempt().await {
-                Ok(true) => return,
+                Ok(true) => return self.renewed(start),
                 Ok(false) => {}
                 Err(error) => tracing::warn!(%error, "cannot reach the Lease"),
             }
@@ -96,11 +107,18 @@ impl Elector {
             let start = Instant::now();
             let left = self.timing.renew_deadline.saturating_sub(renewed.elapsed());
             match timeout(left, self.attempt()).await {
-                Ok(Ok(true)) => renewed = start,
+                Ok(Ok(true)) => {
+                    renewed = start;
+                    self.renewed(start);
+                }
                 Ok(Ok(false)) | Err(_) => return LeadershipLost,
                 Ok(Err(error)) => tracing::warn!(%error, "cannot renew the Lease"),
             }
         }
+    }
+
+    fn renewed(&self, at: Instant) {
+        self.tenure.lasts_until(at + self.timing.renew_deadline);
     }
 
     /// Gives the Lease up, so that the next leader need not wait for it to expire.
