@@ -24,10 +24,15 @@ inside() {
     ip link add bench0 type bridge
     ip addr add 10.255.255.1/24 dev bench0
     ip link set bench0 up
-    "$kc" etcd --name bench --data-dir etcd --unsafe-no-fsync --log-level error --quota-backend-bytes 8589934592 \
-        --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379 \
-        --listen-peer-urls http://127.0.0.1:2380 --initial-advertise-peer-urls http://127.0.0.1:2380 \
-        --initial-cluster bench=http://127.0.0.1:2380 > etcd.log 2>&1 &
+    # Started again when it ends: one of the faults kills it.
+    while :; do
+        "$kc" etcd --name bench --data-dir etcd --unsafe-no-fsync --log-level error --quota-backend-bytes 8589934592 \
+            --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379 \
+            --listen-peer-urls http://127.0.0.1:2380 --initial-advertise-peer-urls http://127.0.0.1:2380 \
+            --initial-cluster bench=http://127.0.0.1:2380 >> etcd.log 2>&1 &
+        echo "$!" > etcd.pid
+        wait "$!" || true
+    done &
     "$kc" kube-apiserver --etcd-servers=http://127.0.0.1:2379 --cert-dir=certificates --bind-address=127.0.0.1 --secure-port=6443 \
         --advertise-address=10.255.255.1 --token-auth-file=tokens.csv --authorization-mode=RBAC --service-cluster-ip-range=10.96.0.0/12 \
         --service-account-issuer=https://bench --service-account-key-file=sa.pub --service-account-signing-key-file=sa.key \
@@ -70,6 +75,7 @@ cargo build --release --quiet -p ashlar-operator -p ashlar-e2e --bin ashlar-oper
 binaries=${CARGO_TARGET_DIR:-$REPO/target}/release
 dir=$(mktemp -d "${TMPDIR:-/tmp}/ashlar-operator-bench.XXXXXX")
 trap 'rm -rf "$dir"' EXIT
+cc -O2 -shared -fPIC -o "$dir/skew.so" "$REPO/e2e/bench/skew.c"
 openssl genrsa -out "$dir/sa.key" 2048 2> /dev/null
 openssl rsa -in "$dir/sa.key" -pubout -out "$dir/sa.pub" 2> /dev/null
 cat > "$dir/audit.yaml" << 'YAML'

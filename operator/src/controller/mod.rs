@@ -12,7 +12,7 @@
 //! - a replica count goes down only after the least busy pods have been marked (`victims`);
 //! - a revision's template is rendered once, into its ControllerRevision: an upgrade of the operator renders nothing;
 //! - workloads are applied last, after everything they need;
-//! - only the leader writes, and it stops when its Lease cannot be renewed.
+//! - only the leader writes, and it stops when its Lease cannot be renewed (`tenure`).
 
 pub mod apply;
 mod backoff;
@@ -34,6 +34,7 @@ mod revisions;
 pub mod rollout;
 mod service_metrics;
 pub mod status;
+pub mod tenure;
 pub mod validate;
 mod victims;
 
@@ -283,6 +284,7 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     }
     tracing::info!("leading");
     metrics.set_leader(true);
+    let client = elector.tenure().guard(client);
     let work = async {
         warmed
             .await

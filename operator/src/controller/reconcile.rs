@@ -284,7 +284,9 @@ fn next_step(
         .older
         .iter()
         .any(|old| old.replicas > 0 || old.pods > 0);
-    let pod = view.template.spec.as_ref().filter(|_| rolling);
+    // A new revision that fails by itself may stay where the old one finds room beside it.
+    let asks = rolling || view.newest.failed.is_some();
+    let pod = view.template.spec.as_ref().filter(|_| asks);
     let room = pod.and_then(|pod| {
         let capacity = &context.capacity;
         capacity.room(&key, &service.namespace, pod, service.wanted.max(1))

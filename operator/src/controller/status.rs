@@ -1,16 +1,16 @@
 //! `status`, computed from what was applied and what the pods say. Pure.
 
+mod verdicts;
+mod written;
+
+use std::sync::Arc;
+
 use ashlar_crds::{
-    Auth, CanaryStatus, InferenceService, InferenceServiceStatus, ModelStatus, RevisionStatus,
+    CanaryStatus, InferenceService, InferenceServiceStatus, ModelStatus, RevisionStatus,
     ScalingStatus,
     conditions::{ENDPOINT_READY, MODEL_READY, READY, SCALING_READY, WORKLOADS_READY, reason},
     names::SERVICE_LABEL,
 };
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-};
-
 use k8s_openapi::{
     api::core::v1::Pod,
     apimachinery::pkg::apis::meta::v1::{Condition, Time},
@@ -26,6 +26,11 @@ use super::{
     rollout::{RevisionState, RolloutPlan},
     validate::ValidatedService,
 };
+use verdicts::{
+    Verdict, endpoint_verdict, model_verdict, ready_verdict, scaling_verdict, verdict,
+    workloads_verdict,
+};
+pub use written::Written;
 
 /// Whether the gateway can check the users' keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,74 +83,6 @@ pub struct Facts<'a> {
     pub largest_node: Option<f64>,
     /// Now.
     pub now: Timestamp,
-}
-
-/// Statuses written but not yet seen again by the watch, so that a reconcile in between starts from the newest.
-#[derive(Default)]
-pub struct Written(Mutex<HashMap<(String, String), (u64, InferenceServiceStatus)>>);
-
-impl Written {
-    /// The service with the newest status that is known.
-    #[must_use]
-    pub fn newest(&self, service: &Arc<InferenceService>) -> Arc<InferenceService> {
-        let mut written = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = key(service);
-        match written.get(&key) {
-            Some((version, status)) if version_of(service) < *version => {
-                let mut newest = (**service).clone();
-                newest.status = Some(status.clone());
-                Arc::new(newest)
-            }
-            Some(_) => {
-                written.remove(&key);
-                Arc::clone(service)
-            }
-            None => Arc::clone(service),
-        }
-    }
-
-    /// Remembers what the API server has just stored.
-    pub fn remember(&self, stored: &InferenceService) {
-        let Some(status) = stored.status.clone() else {
-            return;
-        };
-        let mut written = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Only services that were deleted before the watch showed the write stay behind.
-        if written.len() >= MAX_WRITTEN {
-            written.clear();
-        }
-        written.insert(key(stored), (version_of(stored), status));
-    }
-}
-
-/// Most statuses remembered at one time.
-const MAX_WRITTEN: usize = 16_384;
-
-fn key(service: &InferenceService) -> (String, String) {
-    let meta = &service.metadata;
-    (
-        meta.uid.clone().unwrap_or_default(),
-        meta.name.clone().unwrap_or_default(),
-    )
-}
-
-fn version_of(service: &InferenceService) -> u64 {
-    let version = service.metadata.resource_version.as_deref();
-    version.and_then(|v| v.parse().ok()).unwrap_or(0)
-}
-
-struct Verdict {
-    ok: bool,
-    reason: &'static str,
-    message: String,
-}
-
-fn verdict(ok: bool, reason: &'static str, message: impl Into<String>) -> Verdict {
-    Verdict {
-        ok,
-        reason,
-        message: message.into(),
-    }
 }
 
 /// The status of a service that was built and applied.
@@ -323,224 +260,6 @@ fn url(service: &ValidatedService, defaults: &Defaults) -> String {
         "http://{}.{}.svc/{}/{}/v1",
         defaults.gateway_service, defaults.namespace, service.namespace, service.name
     )
-}
-
-fn endpoint_verdict(facts: &Facts<'_>) -> Verdict {
-    let spec = &facts.service.service.spec.endpoint;
-    if facts.gateway_endpoints == 0 {
-        return verdict(
-            false,
-            reason::GATEWAY_UNAVAILABLE,
-            format!(
-                "Service {} in namespace {} has no ready endpoint; look at its Deployment",
-                facts.defaults.gateway_service, facts.defaults.namespace
-            ),
-        );
-    }
-    if let Some(conflict) = facts.host_conflict {
-        // By its other addresses the service answers, but not by all that the user asked for.
-        return verdict(false, reason::HOST_CONFLICT, conflict);
-    }
-    if spec.gateway_ref.is_some() && !facts.has_http_routes {
-        return verdict(
-            false,
-            reason::API_NOT_INSTALLED,
-            "spec.endpoint.gatewayRef needs the Gateway API (HTTPRoute, gateway.networking.k8s.io/v1), which this cluster does not have; install it, or remove the field",
-        );
-    }
-    match (spec.auth, facts.keys) {
-        (Auth::Keys, KeyAccess::Denied) => verdict(
-            false,
-            reason::KEYS_UNREADABLE,
-            format!(
-                "the gateway may not read Secret {}; let it: ashlar-operator grant {}/{} | kubectl apply -f -",
-                spec.api_key_secret_ref
-                    .as_ref()
-                    .map_or("", |s| s.name.as_str()),
-                facts.service.namespace,
-                facts.service.name
-            ),
-        ),
-        (Auth::Keys, KeyAccess::Unknown) => verdict(
-            false,
-            reason::KEYS_UNREADABLE,
-            "it is not known yet whether the gateway may read the keys",
-        ),
-        (Auth::Keys, KeyAccess::Allowed) => verdict(true, reason::AVAILABLE, "callers show a key"),
-        (Auth::None, _) => verdict(
-            true,
-            reason::AVAILABLE,
-            "open to whoever reaches the gateway",
-        ),
-    }
-}
-
-fn workloads_verdict(facts: &Facts<'_>, worst: Option<&Blocker>) -> Verdict {
-    let wanted = facts.service.wanted;
-    if facts.plan.halted {
-        if let Some(why) = &facts.newest.rolled_back {
-            return verdict(
-                false,
-                reason::REVISION_FAILED,
-                format!(
-                    "revision {} was rolled back: {why}; apply the old spec, or another",
-                    facts.newest.hash
-                ),
-            );
-        }
-        let words = facts.newest.failed.clone().unwrap_or_default();
-        return verdict(
-            false,
-            reason::REVISION_FAILED,
-            format!(
-                "revision {} does not start: {words}; apply the old spec to go back",
-                facts.newest.hash
-            ),
-        );
-    }
-    if wanted == 0 {
-        return verdict(true, reason::SCALED_TO_ZERO, "no replica is wanted");
-    }
-    if facts.newest.ready >= wanted && facts.plan.rollout.is_none() {
-        return verdict(
-            true,
-            reason::AVAILABLE,
-            format!("{wanted} of {wanted} replicas are ready"),
-        );
-    }
-    let progress = format!(
-        "{} of {wanted} replicas of revision {} are ready",
-        facts.newest.ready, facts.newest.hash
-    );
-    match worst {
-        Some(blocker) if blocker.severity >= 3 => verdict(
-            false,
-            blocker.reason,
-            format!("{progress}; {}", blocker.message),
-        ),
-        _ if facts.plan.rollout.is_some() => {
-            let reason = if worst.is_some_and(|b| b.reason == reason::DRAINING) {
-                reason::DRAINING
-            } else {
-                reason::ROLLING_OUT
-            };
-            verdict(
-                false,
-                reason,
-                format!(
-                    "{progress}; {}",
-                    facts.plan.rollout.clone().unwrap_or_default()
-                ),
-            )
-        }
-        Some(blocker) => verdict(
-            false,
-            blocker.reason,
-            format!("{progress}; {}", blocker.message),
-        ),
-        None => verdict(false, reason::STARTING, progress),
-    }
-}
-
-fn model_verdict(facts: &Facts<'_>, ready: usize, worst: Option<&Blocker>) -> Verdict {
-    if ready > 0 {
-        return verdict(
-            true,
-            reason::AVAILABLE,
-            format!("{} is loaded", facts.service.service.spec.model.uri),
-        );
-    }
-    match worst {
-        Some(blocker) => verdict(false, blocker.reason, blocker.message.clone()),
-        None if facts.service.wanted == 0 => {
-            verdict(true, reason::SCALED_TO_ZERO, "no replica is wanted")
-        }
-        None => verdict(false, reason::STARTING, "no pod exists yet"),
-    }
-}
-
-fn ready_verdict(
-    facts: &Facts<'_>,
-    ready: usize,
-    endpoint: &Verdict,
-    workloads: &Verdict,
-    worst: Option<&Blocker>,
-) -> Verdict {
-    // A host that leads nowhere does not keep `status.url` from answering.
-    let of_hosts = [reason::HOST_CONFLICT, reason::API_NOT_INSTALLED].contains(&endpoint.reason);
-    if !endpoint.ok && !of_hosts {
-        return verdict(false, endpoint.reason, endpoint.message.clone());
-    }
-    if ready > 0 {
-        let reason = if facts.plan.halted {
-            reason::REVISION_FAILED
-        } else {
-            reason::AVAILABLE
-        };
-        let message = if workloads.ok {
-            "requests are answered".to_owned()
-        } else {
-            format!("requests are answered; {}", workloads.message)
-        };
-        return verdict(true, reason, message);
-    }
-    let was_ready = facts.service.service.status.as_ref().is_some_and(|status| {
-        let same = status
-            .revision
-            .as_ref()
-            .is_some_and(|r| r.current == facts.newest.hash);
-        same && status
-            .conditions
-            .iter()
-            .any(|c| c.type_ == READY && c.status == "True")
-    });
-    let scaled = facts.service.service.spec.scaling.is_some();
-    if facts.service.wanted == 0 {
-        let message = if scaled {
-            "no replica is wanted; the next request is held and wakes the service"
-        } else {
-            "no replica is wanted; set replicas to serve again"
-        };
-        return verdict(was_ready, reason::SCALED_TO_ZERO, message);
-    }
-    // Requests are held while a service that slept wakes up: nothing is wrong unless its pods cannot start.
-    let waking = was_ready
-        && scaled
-        && facts.service.service.status.as_ref().is_some_and(|status| {
-            let mut conditions = status.conditions.iter();
-            conditions.any(|c| {
-                c.type_ == READY
-                    && [reason::SCALED_TO_ZERO, reason::WAKING_UP].contains(&&*c.reason)
-            })
-        });
-    if waking && worst.is_none_or(|blocker| blocker.severity < 3) {
-        return verdict(
-            true,
-            reason::WAKING_UP,
-            "requests are held until the first pod is ready",
-        );
-    }
-    verdict(false, workloads.reason, workloads.message.clone())
-}
-
-fn scaling_verdict(service: &ValidatedService, outcome: Option<&Outcome>) -> Verdict {
-    let Some(scaling) = &service.service.spec.scaling else {
-        return verdict(
-            true,
-            reason::FIXED_REPLICAS,
-            "spec.replicas, kubectl scale, HPA or KEDA set the number of replicas",
-        );
-    };
-    if let Some(blind) = outcome.and_then(|outcome| outcome.blind.as_ref()) {
-        return verdict(false, reason::METRICS_UNAVAILABLE, blind.clone());
-    }
-    let range = format!(
-        "between {} and {} replicas by KV-cache use and waiting requests",
-        scaling.min_replicas, scaling.max_replicas
-    );
-    let last = outcome.and_then(|o| o.explanation.as_ref());
-    let message = last.map_or(range.clone(), |last| format!("{range}; last {last}"));
-    verdict(true, reason::AVAILABLE, message)
 }
 
 /// Conditions with their transition times carried over where nothing changed.

@@ -2,7 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use ashlar_operator::controller::leader::{Elector, Timing};
+use ashlar_operator::controller::{
+    leader::{Elector, Timing},
+    tenure::Tenure,
+};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::{Api, api::DeleteParams};
 use serde_json::{Value, json};
 
 use crate::support::{Server, api};
@@ -138,5 +143,47 @@ async fn a_leader_whose_lease_was_taken_gives_up_at_once() {
     elector.acquire().await;
     elector.hold().await;
     drop(elector);
+    script.await.unwrap();
+}
+
+#[tokio::test]
+async fn writes_end_with_the_tenure_and_reads_go_on() {
+    const MAP: &str = "/api/v1/namespaces/chat/configmaps/m";
+    let (client, mut server) = api();
+    let tenure = Tenure::default();
+    let maps: Api<ConfigMap> = Api::namespaced(tenure.guard(client), "chat");
+    let delete = async || maps.delete("m", &DeleteParams::default()).await;
+    assert!(delete().await.is_err(), "it never led");
+    tenure.lasts_until(Instant::now() + Duration::from_secs(60));
+    let script = tokio::spawn(async move {
+        let deleted = json!({"kind": "Status", "apiVersion": "v1", "status": "Success"});
+        server.answers(&format!("DELETE {MAP}"), 200, deleted).await;
+        // The next that arrives is the read.
+        server.fails(&format!("GET {MAP}"), 404).await;
+    });
+    assert!(delete().await.is_ok());
+    tenure.lasts_until(Instant::now());
+    let refused = delete().await.unwrap_err();
+    assert!(refused.to_string().contains("renewed"), "{refused}");
+    assert!(maps.get_opt("m").await.unwrap().is_none());
+    script.await.unwrap();
+}
+
+#[tokio::test]
+async fn who_takes_a_lease_may_write_until_it_has_to_be_renewed() {
+    let (client, mut server) = api();
+    let script = tokio::spawn(async move {
+        let mut free = theirs("2026-01-01T00:00:00.000000Z", "1");
+        free["spec"]["holderIdentity"] = json!("");
+        takes(&mut server, free).await;
+    });
+    let mut elector = elector(client);
+    let tenure = elector.tenure();
+    assert!(!tenure.lasts());
+    elector.acquire().await;
+    assert!(tenure.lasts());
+    while tenure.lasts() {
+        tokio::task::yield_now().await;
+    }
     script.await.unwrap();
 }

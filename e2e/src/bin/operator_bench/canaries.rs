@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use ashlar_crds::InferenceService;
 use ashlar_e2e::wait::{self, Seen};
 use kube::Api;
@@ -126,13 +126,7 @@ async fn play(
     };
     // Requests in all and of the new revision, when its trial began and as it went on.
     let (mut first, mut last) = (None, (0, 0));
-    let end = loop {
-        if start.elapsed() > LONGEST {
-            bail!(
-                "{name} does not end: {:?}",
-                services.get(name).await?.status
-            );
-        }
+    let end = wait::until(&format!("the end of {name}"), LONGEST, async || {
         let status = services.get(name).await?.status.unwrap_or_default();
         let revision = status.revision.unwrap_or_default();
         let way = revision.rollout.unwrap_or_default();
@@ -141,12 +135,13 @@ async fn play(
             last = (load.total(), of_new());
             first.get_or_insert(last);
         } else if newer && way.starts_with("Halted") {
-            break "rolled back";
+            return Ok(Seen::Done("rolled back"));
         } else if newer && first.is_some() && !way.starts_with("Canary") {
-            break "promoted";
+            return Ok(Seen::Done("promoted"));
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    };
+        Ok(Seen::NotYet(way))
+    })
+    .await?;
     let took = start.elapsed();
     // The gateway hears of it by its own watch: until only one revision has engines, requests may go to the other.
     wait::until("one revision's engines to be left", LONGEST, async || {

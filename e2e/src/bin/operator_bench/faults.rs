@@ -3,6 +3,7 @@
 
 use std::{
     convert::Infallible,
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicU8, AtomicUsize, Ordering},
@@ -12,6 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use ashlar_crds::InferenceService;
+use ashlar_e2e::wait::{self, Seen};
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use http::{Request, Response};
@@ -32,6 +34,8 @@ use crate::report::Report;
 const ADDRESS: &str = "127.0.0.1:7443";
 /// How long each fault lasts. Longer than the Lease's renew deadline, so that a partition costs the leadership.
 const LASTS: Duration = Duration::from_secs(12);
+/// Time between two changes.
+const PACE: Duration = Duration::from_millis(400);
 /// Of requests that may fail, one in so many does.
 const ONE_IN: usize = 3;
 /// What a watch is held back for each piece.
@@ -52,9 +56,11 @@ enum Fault {
     LostWatch,
     ExpiredWatch,
     Partition,
+    EtcdKilled,
+    KubeletsStopped,
 }
 
-const FAULTS: [Fault; 7] = [
+const FAULTS: [Fault; 9] = [
     Fault::Unavailable,
     Fault::Conflict,
     Fault::TooMany,
@@ -62,6 +68,8 @@ const FAULTS: [Fault; 7] = [
     Fault::LostWatch,
     Fault::ExpiredWatch,
     Fault::Partition,
+    Fault::EtcdKilled,
+    Fault::KubeletsStopped,
 ];
 
 struct Proxy {
@@ -215,20 +223,17 @@ impl Supervised {
 
     /// Starts it as often as it takes until it leads.
     async fn lead(&mut self, args: &Args) -> Result<()> {
-        let start = Instant::now();
-        loop {
+        wait::until("an operator to lead", PATIENCE, async || {
             self.look(args)?;
-            if let Some(operator) = &self.operator
-                && operator
-                    .metric("ashlar_operator_leader", "")
-                    .await
-                    .is_ok_and(|leads| leads > 0.0)
-            {
-                return Ok(());
-            }
-            anyhow::ensure!(start.elapsed() < PATIENCE, "no operator leads");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+            let operator = self.operator.as_ref().context("started")?;
+            let leads = operator.metric("ashlar_operator_leader", "").await?;
+            Ok(if leads > 0.0 {
+                Seen::Done(())
+            } else {
+                Seen::NotYet("it waits for the Lease".to_owned())
+            })
+        })
+        .await
     }
 }
 
@@ -249,18 +254,22 @@ pub(crate) async fn run(args: &Args, client: Client, report: &mut Report) -> Res
     let mut changes = 0;
     for fault in FAULTS {
         proxy.fault.store(fault as u8, Ordering::SeqCst);
+        // It fails only when nobody listens.
+        let _ = bench.kubelets.send(fault != Fault::KubeletsStopped);
+        if fault == Fault::EtcdKilled {
+            kill_etcd(args)?;
+        }
         let start = Instant::now();
+        let mut turn = tokio::time::interval(PACE);
         while start.elapsed() < LASTS {
+            turn.tick().await;
             operator.look(args)?;
-            let (namespace, name) = place(changes % args.services);
-            let api: Api<InferenceService> = Api::namespaced(client.clone(), &namespace);
-            let spec = json!({"spec": {"runtime": {"args": [format!("--max-model-len={}", 5000 + changes)]}}});
-            api.patch(&name, &PatchParams::default(), &Patch::Merge(spec))
-                .await?;
+            change(&client, changes, args.services).await?;
             changes += 1;
-            tokio::time::sleep(Duration::from_millis(400)).await;
         }
     }
+    // The last of them is over.
+    let _ = bench.kubelets.send(true);
     proxy.fault.store(Fault::None as u8, Ordering::SeqCst);
     let start = Instant::now();
     operator.lead(args).await?;
@@ -290,6 +299,28 @@ pub(crate) async fn run(args: &Args, client: Client, report: &mut Report) -> Res
         changes * WRITES_A_CHANGE,
     );
     bench.rest(last, report).await
+}
+
+/// SIGKILL; operator.sh starts it again.
+fn kill_etcd(args: &Args) -> Result<()> {
+    let pid = std::fs::read_to_string(args.state.join("etcd.pid"))?;
+    let killed = Command::new("kill").args(["-9", pid.trim()]).status()?;
+    anyhow::ensure!(killed.success(), "no etcd to kill");
+    Ok(())
+}
+
+/// A new revision for one of the services, by a user who tries again when the API server cannot.
+async fn change(client: &Client, number: usize, services: usize) -> Result<()> {
+    let (namespace, name) = place(number % services);
+    let api: Api<InferenceService> = Api::namespaced(client.clone(), &namespace);
+    let spec =
+        json!({"spec": {"runtime": {"args": [format!("--max-model-len={}", 5000 + number)]}}});
+    let patch = Patch::Merge(spec);
+    wait::until("a change to be taken", PATIENCE, async || {
+        api.patch(&name, &PatchParams::default(), &patch).await?;
+        Ok(Seen::Done(()))
+    })
+    .await
 }
 
 /// Every service's newest Deployment has its arguments and its replicas, and no other has any.

@@ -1,5 +1,8 @@
 //! What is measured, each on the benchmark's own clock.
 
+mod changes;
+mod failover;
+
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
@@ -8,16 +11,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use ashlar_crds::{InferenceService, inference_service_crd, names::SERVICE_LABEL};
+use ashlar_crds::{InferenceService, inference_service_crd};
 use futures::{StreamExt as _, TryStreamExt as _};
-use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Namespace, Service};
+use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::api::PostParams;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
-use tokio::sync::mpsc;
+use tokio::sync::watch;
 
 use crate::processes::{Operator, PATIENCE, until};
 use crate::report::Report;
@@ -35,6 +37,8 @@ pub(crate) struct Bench {
     args: Args,
     client: Client,
     audit: PathBuf,
+    /// Whether the kubelets run.
+    pub(crate) kubelets: watch::Sender<bool>,
     /// Services that a watch has shown Ready for their newest spec.
     ready: Arc<Mutex<HashMap<String, i64>>>,
 }
@@ -110,11 +114,13 @@ impl Bench {
             .await
             .context("the gateway")?;
         simulate::serve_metrics().await.context("metrics of pods")?;
-        tokio::spawn(simulate::pods(client.clone()));
+        let (kubelets, run) = watch::channel(true);
+        tokio::spawn(simulate::pods(client.clone(), run));
         tokio::spawn(simulate::endings(client.clone()));
         let bench = Self {
             args: args.clone(),
             audit: args.state.join("audit.log"),
+            kubelets,
             ready: Arc::default(),
             client,
         };
@@ -272,261 +278,4 @@ impl Bench {
         );
         Ok(())
     }
-
-    /// A channel of Deployments as a watch shows them, and when.
-    fn deployments(&self) -> mpsc::UnboundedReceiver<(Deployment, Instant)> {
-        let (send, receive) = mpsc::unbounded_channel();
-        let api = Api::<Deployment>::all(self.client.clone());
-        tokio::spawn(async move {
-            let config = watcher::Config::default().labels(SERVICE_LABEL);
-            let events = watcher(api, config).default_backoff();
-            let mut events = std::pin::pin!(events);
-            while let Some(event) = events.next().await {
-                if let Ok(watcher::Event::Apply(deployment)) = event
-                    && send.send((deployment, Instant::now())).is_err()
-                {
-                    return;
-                }
-            }
-        });
-        receive
-    }
-
-    /// Time from the answer to a PATCH until the watch shows the last child that has to change for it.
-    async fn change(
-        &self,
-        index: usize,
-        spec: serde_json::Value,
-        seen: &mut mpsc::UnboundedReceiver<(Deployment, Instant)>,
-        is_it: impl Fn(&Deployment) -> bool,
-    ) -> Result<Duration> {
-        let (api, name) = self.api(index);
-        let (namespace, _) = place(index);
-        let patch = Patch::Merge(json!({"spec": spec}));
-        api.patch(&name, &PatchParams::default(), &patch).await?;
-        let answered = Instant::now();
-        let of_service = |d: &Deployment| {
-            d.labels().get(SERVICE_LABEL) == Some(&name)
-                && d.namespace().as_deref() == Some(&namespace)
-        };
-        loop {
-            let next = tokio::time::timeout(PATIENCE, seen.recv()).await;
-            let (deployment, at) = next
-                .with_context(|| format!("{name} did not change"))?
-                .context("the watch ended")?;
-            if of_service(&deployment) && is_it(&deployment) {
-                return Ok(at.saturating_duration_since(answered));
-            }
-        }
-    }
-
-    /// New revisions and new replica counts, one service after the other.
-    pub(crate) async fn changes(&self, report: &mut Report) -> Result<()> {
-        let mut seen = self.deployments();
-        // The watch is there when it shows a change.
-        let note =
-            |n: usize| json!({"runtime": {"args": [format!("--max-model-len={}", 1000 + n)]}});
-        let few = self.args.patches.min(self.args.services);
-        let stride = self.args.services / few.max(1);
-        let mut revisions = Vec::new();
-        for n in 0..few {
-            let argument = format!("--max-model-len={}", 1000 + n);
-            let is_it = |d: &Deployment| {
-                let spec = d.spec.as_ref().and_then(|s| s.template.spec.as_ref());
-                let args = spec
-                    .and_then(|s| s.containers.first()?.args.clone())
-                    .unwrap_or_default();
-                args.contains(&argument)
-            };
-            if n == 0 {
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
-            revisions.push(self.change(n * stride, note(n), &mut seen, is_it).await?);
-        }
-        percentiles(
-            report,
-            "PATCH of the model's arguments → last child",
-            revisions,
-        );
-        if !self.args.scaled {
-            let mut counts = Vec::new();
-            for n in (0..few).rev() {
-                // Those whose rollout is long over.
-                let index = (n * stride + stride / 2).min(self.args.services - 1);
-                if index == n * stride {
-                    continue;
-                }
-                let three = |d: &Deployment| d.spec.as_ref().and_then(|s| s.replicas) == Some(3);
-                counts.push(
-                    self.change(index, json!({"replicas": 3}), &mut seen, three)
-                        .await?,
-                );
-            }
-            if !counts.is_empty() {
-                percentiles(report, "PATCH of replicas → Deployment", counts);
-            }
-        }
-        Ok(())
-    }
-
-    /// Children edited and deleted by hand.
-    pub(crate) async fn drift(&self, report: &mut Report) -> Result<()> {
-        let mut worst = Duration::ZERO;
-        for index in (0..self.args.services).step_by((self.args.services / 20).max(1)) {
-            let (namespace, name) = place(index);
-            let services: Api<Service> = Api::namespaced(self.client.clone(), &namespace);
-            let child = format!("{name}-pods");
-            let edit = Patch::Merge(json!({"spec": {"selector": {"by": "hand"}}}));
-            services
-                .patch(&child, &PatchParams::default(), &edit)
-                .await?;
-            let start = Instant::now();
-            until("an edited child is repaired", || async {
-                let found = services
-                    .get(&child)
-                    .await
-                    .ok()
-                    .and_then(|s| s.spec?.selector);
-                found.is_some_and(|selector| !selector.contains_key("by"))
-            })
-            .await?;
-            worst = worst.max(start.elapsed());
-            services.delete(&child, &DeleteParams::default()).await?;
-            let start = Instant::now();
-            until("a deleted child is back", || async {
-                services
-                    .get_opt(&child)
-                    .await
-                    .is_ok_and(|found| found.is_some())
-            })
-            .await?;
-            worst = worst.max(start.elapsed());
-        }
-        report.time(
-            "drift: edited or deleted child repaired, the slowest",
-            worst,
-            Duration::from_secs(2),
-        );
-        Ok(())
-    }
-
-    /// A deleted service leaves no child behind.
-    pub(crate) async fn deletion(&self, report: &mut Report) -> Result<()> {
-        let index = self.args.services - 1;
-        let (api, name) = self.api(index);
-        api.delete(&name, &DeleteParams::background()).await?;
-        let start = Instant::now();
-        let (namespace, _) = place(index);
-        let left = || async {
-            let ours = ListParams::default().labels(&format!("{SERVICE_LABEL}={name}"));
-            let deployments: Api<Deployment> = Api::namespaced(self.client.clone(), &namespace);
-            let services: Api<Service> = Api::namespaced(self.client.clone(), &namespace);
-            let pods: Api<k8s_openapi::api::core::v1::Pod> =
-                Api::namespaced(self.client.clone(), &namespace);
-            let (a, b, c) = (
-                deployments.list(&ours).await,
-                services.list(&ours).await,
-                pods.list(&ours).await,
-            );
-            match (a, b, c) {
-                (Ok(a), Ok(b), Ok(c)) => a.items.len() + b.items.len() + c.items.len(),
-                _ => usize::MAX,
-            }
-        };
-        until("the children of a deleted service are gone", || async {
-            left().await == 0
-        })
-        .await?;
-        report.note(
-            "service deleted → all children gone",
-            format!("{:.0} ms", start.elapsed().as_secs_f64() * 1e3),
-        );
-        Ok(())
-    }
-
-    /// Leaders that end in one way or another, and the time until the next one acts.
-    pub(crate) async fn failover(&self, first: Operator, report: &mut Report) -> Result<()> {
-        let start_of = |user: &str, port: u16| {
-            Operator::start(&self.args.operator, &self.args.state, user, port)
-        };
-        let mut seen = self.deployments();
-        let second = start_of("operator-b", 9082)?;
-        second.is_warm().await?;
-        tokio::time::sleep(Duration::from_secs(3)).await;
-        let mut next = 0_usize;
-        let mut acts = async |seen: &mut mpsc::UnboundedReceiver<(Deployment, Instant)>| {
-            next += 1;
-            let argument = format!("--max-model-len={}", 3000 + next);
-            let spec = json!({"runtime": {"args": [argument]}});
-            let is_it = |d: &Deployment| {
-                let spec = d.spec.as_ref().and_then(|s| s.template.spec.as_ref());
-                spec.and_then(|s| s.containers.first()?.args.clone())
-                    .unwrap_or_default()
-                    .contains(&argument)
-            };
-            self.change(next, spec, seen, is_it).await
-        };
-        let start = Instant::now();
-        first.kill()?;
-        acts(&mut seen).await?;
-        report.time(
-            "leader SIGKILL → next acts",
-            start.elapsed(),
-            Duration::from_secs(15),
-        );
-        self.never_both(report)?;
-
-        let third = start_of("operator-a", 9083)?;
-        third.is_warm().await?;
-        tokio::time::sleep(Duration::from_secs(3)).await;
-        let start = Instant::now();
-        second.terminate().await?;
-        acts(&mut seen).await?;
-        report.time(
-            "leader SIGTERM → next acts",
-            start.elapsed(),
-            Duration::from_secs(2),
-        );
-        third.terminate().await?;
-
-        let start = Instant::now();
-        let fourth = start_of("operator-b", 9084)?;
-        acts(&mut seen).await?;
-        let what = format!("start at {} services → acts", self.args.services);
-        report.time(&what, start.elapsed(), Duration::from_secs(10));
-        fourth.terminate().await
-    }
-
-    /// By the audit log: once the second leader has written, the first never does.
-    fn never_both(&self, report: &mut Report) -> Result<()> {
-        let audited = self.audited()?;
-        let who = |event: &BTreeMap<String, String>| event.get("user").cloned().unwrap_or_default();
-        let first_of_b = audited.iter().position(|event| who(event) == "operator-b");
-        let late = first_of_b.map_or(0, |from| {
-            audited[from..]
-                .iter()
-                .filter(|e| who(e) == "operator-a")
-                .count()
-        });
-        report.count(
-            "writes of the old leader after the new one's first",
-            late,
-            0,
-        );
-        Ok(())
-    }
-}
-
-fn percentiles(report: &mut Report, what: &str, mut times: Vec<Duration>) {
-    times.sort();
-    let at = |share: f64| times[((times.len() - 1) as f64 * share).ceil() as usize];
-    report.note(
-        &format!("{what}, p50 of {}", times.len()),
-        format!("{:.0} ms", at(0.5).as_secs_f64() * 1e3),
-    );
-    report.time(
-        &format!("{what}, p99"),
-        at(0.99),
-        Duration::from_millis(250),
-    );
 }

@@ -21,11 +21,28 @@ pub(crate) struct Operator {
 impl Operator {
     /// Starts one under the name `user`.
     pub(crate) fn start(binary: &Path, state: &Path, user: &str, port: u16) -> Result<Self> {
+        Self::start_at(binary, state, user, port, 0)
+    }
+
+    /// The same with a clock that is so many seconds ahead.
+    pub(crate) fn start_at(
+        binary: &Path,
+        state: &Path,
+        user: &str,
+        port: u16,
+        skew: i64,
+    ) -> Result<Self> {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
             .open(state.join(format!("{user}.log")))?;
-        let process = Command::new(binary)
+        let mut command = Command::new(binary);
+        if skew != 0 {
+            command
+                .env("LD_PRELOAD", state.join("skew.so"))
+                .env("CLOCK_SKEW", skew.to_string());
+        }
+        let process = command
             .args(["--log", "warn", "run", "--runtime-image=bench/runtime:1"])
             .arg(format!("--admin-listen=127.0.0.1:{port}"))
             .arg(format!("--identity={user}"))
@@ -116,16 +133,28 @@ impl Operator {
         Ok(())
     }
 
-    /// SIGTERM, and waits for the end.
-    pub(crate) async fn terminate(mut self) -> Result<()> {
+    /// Sends it a signal: `TERM`, `STOP` or `CONT`.
+    pub(crate) fn signal(&self, signal: &str) -> Result<()> {
         let asked = Command::new("kill")
+            .args(["-s", signal])
             .arg(self.process.id().to_string())
             .status()?;
         anyhow::ensure!(asked.success(), "kill failed");
+        Ok(())
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub(crate) async fn terminate(self) -> Result<()> {
+        self.signal("TERM")?;
+        self.ended().await
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn ended(mut self) -> Result<()> {
         let start = Instant::now();
         while self.process.try_wait()?.is_none() {
             if start.elapsed() > PATIENCE {
-                bail!("the operator does not end after SIGTERM");
+                bail!("the operator does not end");
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

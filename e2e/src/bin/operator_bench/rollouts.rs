@@ -10,8 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use ashlar_crds::InferenceService;
+use ashlar_e2e::wait::{self, Seen};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::client::legacy::{Client as Http, connect::HttpConnector};
@@ -37,6 +38,8 @@ const PIECES: u64 = 30;
 /// Services and rounds of the scale-downs.
 const SCALED: usize = 10;
 const ROUNDS: usize = 10;
+/// Longest wait for the end of a rollout.
+const LONGEST: Duration = Duration::from_secs(120);
 
 /// A process that ends with this one.
 struct Gateway(Child);
@@ -366,39 +369,31 @@ async fn play(
         .await?;
     let start = Instant::now();
     let mut ways: Vec<String> = Vec::new();
-    let mut again = None;
-    loop {
-        if start.elapsed() > Duration::from_secs(120) {
-            bail!(
-                "{name} does not roll out: {:?}",
-                services.get(name).await?.status
-            );
-        }
+    let over = format!("the end of {name}'s rollout");
+    let again = wait::until(&over, LONGEST, async || {
         let service = services.get(name).await?;
         let status = service.status.clone().unwrap_or_default();
         let way = status.revision.and_then(|r| r.rollout).unwrap_or_default();
         if !way.is_empty() && ways.last() != Some(&way) {
             ways.push(way.clone());
         }
-        let workloads = status
-            .conditions
-            .iter()
-            .find(|c| c.type_ == "WorkloadsReady");
-        let reason = workloads.map(|c| (c.status.as_str(), c.reason.as_str()));
-        let observed = status.observed_generation == service.metadata.generation;
         if scenario.bad && way.starts_with("Halted") && status.ready_replicas > 0 {
             let crashed = *kubelet
                 .crashed
                 .lock()
                 .unwrap_or_else(std::sync::PoisonError::into_inner);
-            again = crashed.map(|at| at.elapsed());
-            break;
+            return Ok(Seen::Done(crashed.map(|at| at.elapsed())));
         }
-        if !scenario.bad && observed && reason.is_some_and(|(ok, _)| ok == "True") {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+        let mut conditions = status.conditions.iter();
+        let ready = conditions.any(|c| c.type_ == "WorkloadsReady" && c.status == "True");
+        let observed = status.observed_generation == service.metadata.generation;
+        Ok(if !scenario.bad && observed && ready {
+            Seen::Done(None)
+        } else {
+            Seen::NotYet(way)
+        })
+    })
+    .await?;
     let rollout = start.elapsed();
     until("all requests are sent", || async {
         load.total() >= REQUESTS

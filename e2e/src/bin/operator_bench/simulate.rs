@@ -15,6 +15,9 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::watch;
+
+use crate::processes::until;
 
 /// Calls at one time.
 const PARALLEL: usize = 32;
@@ -113,8 +116,8 @@ pub(crate) async fn serve_metrics() -> Result<()> {
 /// Pods that exist, by Deployment.
 type Counts = Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<i32>>>>>;
 
-/// Makes and removes pods as Deployments ask, for ever.
-pub(crate) async fn pods(client: Client) -> Result<()> {
+/// Makes and removes pods as Deployments ask, for ever, and while `runs` is true.
+pub(crate) async fn pods(client: Client, runs: watch::Receiver<bool>) -> Result<()> {
     let api: Api<Deployment> = Api::all(client.clone());
     let config = watcher::Config::default().labels(ashlar_crds::names::SERVICE_LABEL);
     let counts = Counts::default();
@@ -123,7 +126,10 @@ pub(crate) async fn pods(client: Client) -> Result<()> {
     while let Some(event) = events.next().await {
         let Ok(deployment) = event else { continue };
         let (client, counts, places) = (client.clone(), Arc::clone(&counts), Arc::clone(&places));
+        let mut runs = runs.clone();
         tokio::spawn(async move {
+            // Fails only when the benchmark is over.
+            let _ = runs.wait_for(|runs| *runs).await;
             let _place = places.acquire().await;
             let key = format!(
                 "{}/{}",
@@ -134,10 +140,15 @@ pub(crate) async fn pods(client: Client) -> Result<()> {
                 let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
                 Arc::clone(counts.entry(key).or_default())
             };
-            // One at a time for each Deployment, and always to what it asks for now.
-            let mut count = count.lock().await;
-            if let Err(error) = converge(&client, &deployment, &mut count).await {
-                complain(&format!("simulated pods: {error:#}"));
+            let (client, deployment, count) = (&client, &deployment, &count);
+            // The API server may be one that misbehaves.
+            let done = until("simulated pods", || async move {
+                // One at a time for each Deployment, and always to what it asks for now.
+                let mut count = count.lock().await;
+                converge(client, deployment, &mut count).await.is_ok()
+            });
+            if let Err(error) = done.await {
+                complain(&format!("{error:#}"));
             }
         });
     }
@@ -158,8 +169,16 @@ pub(crate) async fn endings(client: Client) -> Result<()> {
                 Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
             async move {
                 let now = DeleteParams::default().grace_period(0);
-                // One that is gone already is as good.
-                let _ = api.delete(&pod.name_any(), &now).await;
+                let (api, name, now) = (&api, &pod.name_any(), &now);
+                let gone = until("the end of a pod", || async move {
+                    match api.delete(name, now).await {
+                        Err(kube::Error::Api(error)) => error.code == 404,
+                        other => other.is_ok(),
+                    }
+                });
+                if let Err(error) = gone.await {
+                    complain(&format!("{error:#}"));
+                }
             }
         })
         .await;
@@ -220,8 +239,14 @@ async fn make(api: &Api<Pod>, deployment: &Deployment, index: i32) -> Result<()>
         },
         "spec": spec,
     });
-    api.create(&PostParams::default(), &serde_json::from_value(pod)?)
-        .await?;
+    match api
+        .create(&PostParams::default(), &serde_json::from_value(pod)?)
+        .await
+    {
+        // From a try whose answer was lost.
+        Err(kube::Error::Api(error)) if error.code == 409 => {}
+        other => drop(other?),
+    }
     let now = k8s_openapi::jiff::Timestamp::now().to_string();
 
     let conditions = ["PodScheduled", "Initialized", "ContainersReady", "Ready"]

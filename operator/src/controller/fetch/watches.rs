@@ -1,0 +1,163 @@
+//! The watches that fill the caches, and whom they wake.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use ashlar_crds::names::SERVICE_LABEL;
+use futures::future::BoxFuture;
+use k8s_openapi::api::{core::v1::Pod, discovery::v1::EndpointSlice};
+use kube::{
+    Api, Client,
+    api::{DynamicObject, ObjectMeta},
+    runtime::{WatchStreamExt as _, reflector, watcher},
+};
+use tokio::sync::mpsc;
+
+use super::{
+    Trigger,
+    reduce::{Stored, reduce_child, reduce_pod},
+};
+use crate::controller::{
+    build::children::{SLICE_SERVICE_LABEL, http_routes},
+    index::{Index, Reduced},
+    timed,
+};
+
+/// Objects of one answer when a watch lists.
+const PAGE: u32 = 250;
+/// How often a cluster without an optional kind is looked at again.
+const DISCOVERY: Duration = Duration::from_secs(60);
+
+/// Where triggers go. Until somebody listens they are dropped: whoever starts to listen looks at every service first.
+#[derive(Clone)]
+pub(super) struct Triggers {
+    send: mpsc::Sender<Trigger>,
+    heard: Arc<AtomicBool>,
+}
+
+impl Triggers {
+    /// Those of a channel, sent once `heard` is true.
+    pub(super) fn new(send: mpsc::Sender<Trigger>, heard: Arc<AtomicBool>) -> Self {
+        Self { send, heard }
+    }
+
+    /// Sends one; false once nobody will ever listen.
+    async fn send(&self, trigger: Trigger) -> bool {
+        !self.heard.load(Ordering::Acquire) || self.send.send(trigger).await.is_ok()
+    }
+
+    /// What a cache calls with each service that looks different.
+    fn wake(
+        self,
+        trigger: impl Fn(String) -> Trigger,
+    ) -> impl Fn(String) -> BoxFuture<'static, bool> {
+        move |service| {
+            let (triggers, trigger) = (self.clone(), trigger(service));
+            Box::pin(async move { triggers.send(trigger).await })
+        }
+    }
+}
+
+fn labelled(label: &str) -> watcher::Config {
+    watcher::Config::default().labels(label).page_size(PAGE)
+}
+
+fn reference(service: String) -> Trigger {
+    let (namespace, name) = service.split_once('/')?;
+    Some(reflector::ObjectRef::new(name).within(namespace))
+}
+
+pub(super) fn spawn_children(
+    index: Index<Stored>,
+    api: Api<DynamicObject>,
+    kind: String,
+    triggers: Triggers,
+) {
+    tokio::spawn(async move {
+        let events = watcher(api, labelled(SERVICE_LABEL)).default_backoff();
+        let wake = triggers.wake(reference);
+        index.follow(events, &kind, reduce_child, wake).await;
+    });
+}
+
+pub(super) fn spawn_pods(
+    index: Index<Arc<Pod>>,
+    client: &Client,
+    watched: Option<&str>,
+    label: &'static str,
+    triggers: Triggers,
+) {
+    let api: Api<Pod> = match watched {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    };
+    tokio::spawn(async move {
+        let events = watcher(api, labelled(label)).default_backoff();
+        let wake = triggers.wake(reference);
+        let reduce = |pod| reduce_pod(pod, label);
+        index.follow(events, "Pod", reduce, wake).await;
+    });
+}
+
+/// Looks for the kind until the cluster has it, then follows it.
+pub(super) fn spawn_routes(
+    index: Index<Stored>,
+    client: &Client,
+    watched: Option<&str>,
+    has_routes: Arc<AtomicBool>,
+    triggers: Triggers,
+) {
+    let (client, kind) = (client.clone(), http_routes());
+    let api: Api<DynamicObject> = match watched {
+        Some(namespace) => Api::namespaced_with(client.clone(), namespace, &kind),
+        None => Api::all_with(client.clone(), &kind),
+    };
+    tokio::spawn(async move {
+        loop {
+            let resources = client.list_api_group_resources(&kind.api_version);
+            let found = timed(resources).await;
+            if found.is_ok_and(|all| all.resources.iter().any(|r| r.name == kind.plural)) {
+                break;
+            }
+            tokio::time::sleep(DISCOVERY).await;
+        }
+        has_routes.store(true, Ordering::Release);
+        if triggers.send(None).await {
+            spawn_children(index, api, kind.kind, triggers);
+        }
+    });
+}
+
+/// A change of the gateway's endpoints concerns every service's alias.
+pub(super) fn spawn_gateway(
+    index: Index<Arc<EndpointSlice>>,
+    client: &Client,
+    (namespace, service): (&str, &str),
+    triggers: Triggers,
+) {
+    let api: Api<EndpointSlice> = Api::namespaced(client.clone(), namespace);
+    let selector = format!("{SLICE_SERVICE_LABEL}={service},!{SERVICE_LABEL}");
+    let config = watcher::Config::default().labels(&selector);
+    let reduce = |mut slice: EndpointSlice| {
+        let name = slice.metadata.name.take()?;
+        slice.metadata = ObjectMeta {
+            name: Some(name.clone()),
+            ..ObjectMeta::default()
+        };
+        Some(Reduced {
+            service: String::new(),
+            name,
+            value: Arc::new(slice),
+        })
+    };
+    tokio::spawn(async move {
+        let events = watcher(api, config).default_backoff();
+        let wake = triggers.wake(|_| None);
+        index.follow(events, "EndpointSlice", reduce, wake).await;
+    });
+}
