@@ -33,9 +33,9 @@ impl Bench {
             while let Some(event) = events.next().await {
                 match event {
                     Ok(watcher::Event::Apply(deployment)) => {
-                        if send.send((deployment, Instant::now())).is_err() {
-                            return;
-                        }
+                        let sent = send.send((deployment, Instant::now()));
+                        // Nobody reads any more.
+                        let Ok(()) = sent else { return };
                     }
                     Ok(watcher::Event::InitDone) => {
                         if let Some(listed) = listed.take() {
