@@ -230,14 +230,23 @@ fn pull_policy(service: &ValidatedService, defaults: &Defaults) -> NetworkPolicy
     }
 }
 
-/// A part of Ashlar itself.
+/// A part of Ashlar itself, as the chart labels its pods: others in its namespace may be a gateway or an operator too.
 fn peer(defaults: &Defaults, component: &str) -> NetworkPolicyPeer {
     NetworkPolicyPeer {
         namespace_selector: Some(match_labels(
             "kubernetes.io/metadata.name",
             &defaults.namespace,
         )),
-        pod_selector: Some(match_labels("app.kubernetes.io/component", component)),
+        pod_selector: Some(LabelSelector {
+            match_labels: Some(BTreeMap::from([
+                ("app.kubernetes.io/name".to_owned(), "ashlar".to_owned()),
+                (
+                    "app.kubernetes.io/component".to_owned(),
+                    component.to_owned(),
+                ),
+            ])),
+            ..LabelSelector::default()
+        }),
         ip_block: None,
     }
 }
