@@ -1,4 +1,4 @@
-//! What watching a large fleet costs the leader: 2,000 pods of 200 services asked each second, decided on twice a second.
+//! What watching a large fleet costs the leader: 2,000 pods of 200 services asked each second, decided on at [`PERIOD`].
 //! `make scrape-bench`; ends with an error when it takes more than half a core, when decisions come more than 200 ms off
 //! their time, or when scrapes fail. `PODS` and `SECONDS` (2000, 30) change it.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use ashlar_crds::InferenceService;
 use ashlar_crds::names::{RUNTIME_PORT, SERVICE_LABEL};
-use ashlar_operator::autoscaler::{Autoscaler, World};
+use ashlar_operator::autoscaler::{Autoscaler, PERIOD, World};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, from_value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -19,9 +19,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
 const PODS_OF_A_SERVICE: usize = 10;
-/// Decisions a second.
-const DECISIONS: f64 = 2.0;
-
 /// One address of the loopback for each pod: all of them reach the one stub.
 fn address(pod: usize) -> Ipv4Addr {
     let [_, a, b, c] = (pod as u32 + 1).to_be_bytes();
@@ -168,7 +165,7 @@ async fn measure() -> Result<()> {
     }
     let looks = looks.into_inner().unwrap_or_default();
     let gaps = looks.windows(2).filter(|pair| pair[0] >= began);
-    let off = gaps.map(|pair| ((pair[1] - pair[0]).as_secs_f64() - 1.0 / DECISIONS).abs());
+    let off = gaps.map(|pair| ((pair[1] - pair[0]).as_secs_f64() - PERIOD.as_secs_f64()).abs());
     let jitter = off.fold(0.0_f64, f64::max);
     let [failed, good] = scrapes;
     let rate = good / (seconds as f64 + 5.0);

@@ -47,7 +47,7 @@ use scrape::{GatewayLoads, Kind, Scraper, Target};
 use signal::{GatewayLoad, Signal};
 
 /// How often every service is decided on.
-const PERIOD: Duration = Duration::from_millis(250);
+pub const PERIOD: Duration = Duration::from_millis(250);
 
 /// Nobody can have answered when a service is first looked at: until so many seconds later nothing counts as missing.
 const FIRST_LOOK_SECONDS: f64 = 5.0;
