@@ -26,7 +26,7 @@ const BROKEN_STREAM: &str = concat!(
 );
 
 /// Chunks of events that go on at once at most, and the bytes from which on they wait for no more.
-const TOGETHER: usize = 32;
+const TOGETHER: usize = 64;
 const TOGETHER_BYTES: usize = 4096;
 
 /// A response of the gateway's own, or a replica's.
