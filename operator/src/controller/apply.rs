@@ -63,6 +63,7 @@ pub fn is_current(desired: &Value, live: &Value) -> bool {
     match (desired, live) {
         (Value::Object(desired), Value::Object(live)) => {
             desired.iter().all(|(key, desired)| match live.get(key) {
+                Some(live) if SELECTORS.contains(&key.as_str()) => desired == live,
                 Some(live) if QUANTITIES.contains(&key.as_str()) => same_quantities(desired, live),
                 Some(live) => is_current(desired, live),
                 // The API server drops what is empty.
@@ -81,6 +82,13 @@ pub fn is_current(desired: &Value, live: &Value) -> bool {
     }
 }
 
+/// Fields to which the API server adds nothing: one label more selects other pods.
+const SELECTORS: [&str; 4] = [
+    "selector",
+    "podSelector",
+    "namespaceSelector",
+    "matchLabels",
+];
 /// Fields whose values the API server writes in its own form: `0.5` becomes `500m`.
 const QUANTITIES: [&str; 3] = ["limits", "requests", "sizeLimit"];
 
@@ -265,6 +273,17 @@ mod tests {
             &json!({"spec": {"replicas": 1, "ports": [{"port": 80}, {"port": 81}]}})
         ));
         assert!(!is_current(&desired, &json!({"spec": {"replicas": 1}})));
+        for (ours, edited) in [
+            (json!({"app": "m"}), json!({"app": "m", "by": "hand"})),
+            (
+                json!({"matchLabels": {"app": "m"}}),
+                json!({"matchLabels": {"app": "m"}, "matchExpressions": [{"key": "by", "operator": "Exists"}]}),
+            ),
+        ] {
+            let spec = |selector| json!({"spec": {"selector": selector}});
+            assert!(is_current(&spec(&ours), &spec(&ours)));
+            assert!(!is_current(&spec(&ours), &spec(&edited)));
+        }
     }
 
     #[test]
