@@ -28,7 +28,7 @@ found += [f"{picture} is not shown anywhere" for picture in pictures - shown]
 
 conditions = (repo / "crds/src/conditions.rs").read_text()
 reasons = set(re.findall(r'pub const \w+: &str = "(\w+)";', conditions.split("pub mod reason")[1]))
-decisions = (repo / "operator/src/autoscaler/decide.rs").read_text()
+decisions = (repo / "operator/src/autoscaler/decision.rs").read_text()
 reasons |= set(re.findall(r'Self::\w+ => "([A-Z]\w+)"', decisions))
 entries = re.findall(r"^### (\w+)$", (book / "troubleshooting.md").read_text(), re.M)
 found += [f"troubleshooting.md: no entry for {reason}" for reason in reasons - set(entries)]

@@ -100,7 +100,7 @@ def check_same(what, known, told):
 
 def check_reasons():
     conditions = (REPO / "crds/src/conditions.rs").read_text().partition("pub mod reason")[2]
-    decisions = (REPO / "operator/src/autoscaler/decide.rs").read_text().partition("pub fn as_str")[2].partition("\n    }\n")[0]
+    decisions = (REPO / "operator/src/autoscaler/decision.rs").read_text().partition("pub fn as_str")[2].partition("\n    }\n")[0]
     page = (BOOK / "troubleshooting.md").read_text()
     known = re.findall(r'&str = "(\w+)"', conditions) + re.findall(r'=> "(\w+)"', decisions)
     yield from check_same("reason", known, re.findall(r"^### (\w+)$", page, re.MULTILINE))

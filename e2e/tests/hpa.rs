@@ -54,8 +54,12 @@ async fn load(ns: &Namespace, url: &str, clients: &AtomicUsize) -> Result<usize>
     let one = async |number: usize| {
         let mut answered = 0;
         while number < clients.load(Ordering::Relaxed) {
-            let question = format!("{QUESTION} Say it {} times.", number + answered);
-            let answer = ns.http.post(url, &chat("smollm2", &question, 16)).await;
+            let mut question = chat("smollm2", QUESTION, 16);
+            // Prompts that begin alike go to replicas that know them, which may leave one of three without.
+            let alone = json!({"role": "system", "content": format!("You are helper {number}.")});
+            let messages = question["messages"].as_array_mut();
+            messages.context("a chat: this is a bug")?.insert(0, alone);
+            let answer = ns.http.post(url, &question).await;
             let text = answer.and_then(|answer| answer.chat_text());
             let text = text.with_context(|| format!("request {answered} of client {number}"))?;
             ensure!(!text.is_empty(), "an empty answer");
