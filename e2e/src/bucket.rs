@@ -12,6 +12,8 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 
+use crate::cluster::Cluster;
+
 /// The bucket's name.
 pub const BUCKET: &str = "models";
 /// The file's key.
@@ -21,19 +23,32 @@ pub const KEY: &str = "team/model.gguf";
 pub struct Bucket {
     /// `http://ADDRESS:PORT`, as pods reach it.
     pub endpoint: String,
+    /// The file's bytes.
+    pub size: usize,
     downloads: Arc<AtomicUsize>,
 }
 
 impl Bucket {
+    /// Serves the default model where the cluster's pods reach it.
+    ///
+    /// # Errors
+    /// When `ASHLAR_TEST_MODEL` names no file, or the cluster's node is not this machine.
+    pub async fn of_the_model(cluster: &Cluster) -> Result<Self> {
+        let model = std::env::var("ASHLAR_TEST_MODEL")
+            .context("ASHLAR_TEST_MODEL is not set: run `make e2e`")?;
+        Self::start(cluster.node_address().await?, std::fs::read(&model)?).await
+    }
+
     /// Serves `content` on an address of this machine.
     ///
     /// # Errors
     /// When there is no port.
-    pub async fn start(address: IpAddr, content: Vec<u8>) -> Result<Self> {
+    async fn start(address: IpAddr, content: Vec<u8>) -> Result<Self> {
         let listener = tokio::net::TcpListener::bind((address, 0))
             .await
             .with_context(|| format!("listening on {address}"))?;
         let bound: SocketAddr = listener.local_addr()?;
+        let size = content.len();
         let (content, downloads) = (Bytes::from(content), Arc::new(AtomicUsize::new(0)));
         let counted = Arc::clone(&downloads);
         tokio::spawn(async move {
@@ -52,6 +67,7 @@ impl Bucket {
         });
         Ok(Self {
             endpoint: format!("http://{bound}"),
+            size,
             downloads,
         })
     }

@@ -1,9 +1,10 @@
 //! The cluster under test, with the chart installed once for all tests.
 
+use std::net::IpAddr;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, ListParams};
 use kube::{Client, Config};
 use tokio::sync::OnceCell;
@@ -37,6 +38,23 @@ impl Cluster {
         };
         INSTALLED.get_or_try_init(install).await?;
         Ok(cluster)
+    }
+
+    /// Where pods reach the cluster's first node, which is this machine when the cluster is.
+    ///
+    /// # Errors
+    /// When the API server does not answer, or no node has an address.
+    pub async fn node_address(&self) -> Result<IpAddr> {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let nodes = nodes.list(&ListParams::default()).await?.items.into_iter();
+        let addresses = nodes.filter_map(|node| node.status?.addresses).flatten();
+        let internal = addresses
+            .into_iter()
+            .find(|address| address.type_ == "InternalIP");
+        Ok(internal
+            .context("no node has an address")?
+            .address
+            .parse()?)
     }
 
     /// The pods of a chart component (`operator`, `gateway`) that are not on their way out.

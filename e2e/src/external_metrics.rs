@@ -14,9 +14,8 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::kube_aggregator::pkg::apis::apiregistration::v1::APIService;
-use kube::api::{Api, DeleteParams, ListParams, PostParams};
+use kube::api::{Api, DeleteParams, PostParams};
 use rustls::ServerConfig;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde_json::{Value, json};
@@ -106,17 +105,7 @@ fn name() -> String {
 
 /// An address of this machine that the cluster's nodes reach.
 async fn address_for_cluster(ns: &Namespace) -> Result<IpAddr> {
-    let nodes: Api<Node> = Api::all(ns.client.clone());
-    let nodes = nodes.list(&ListParams::default()).await?;
-    let addresses = nodes
-        .items
-        .into_iter()
-        .filter_map(|node| node.status?.addresses);
-    let internal = addresses.flatten().find(|a| a.type_ == "InternalIP");
-    let node: IpAddr = internal
-        .context("no node has an address")?
-        .address
-        .parse()?;
+    let node = ns.cluster.node_address().await?;
     // Nothing is sent: it only asks the routes which of our addresses would be used.
     let unspecified = if node.is_ipv4() {
         "0.0.0.0:0"

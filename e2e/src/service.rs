@@ -1,7 +1,9 @@
 //! InferenceServices as a user writes them, and what a user reads back.
 
-use anyhow::{Context, Result};
-use kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams};
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+use kube::api::{Api, ApiResource, DynamicObject, ListParams, Patch, PatchParams};
 use kube::core::GroupVersionKind;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -93,6 +95,28 @@ impl Namespace {
     #[must_use]
     pub fn services(&self) -> Api<DynamicObject> {
         Api::namespaced_with(self.client.clone(), &self.name, &resource())
+    }
+
+    /// The pods of a service.
+    ///
+    /// # Errors
+    /// When the API server does not answer.
+    pub async fn pods_of(&self, service: &str) -> Result<Vec<Pod>> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.name);
+        let its = ListParams::default().labels(&format!("{SERVICE_LABEL}={service}"));
+        Ok(pods.list(&its).await?.items)
+    }
+
+    /// Asks a service [`QUESTION`] at its own address; the answer must be right.
+    ///
+    /// # Errors
+    /// When it has no address, or the answer is none or wrong.
+    pub async fn ask(&self, service: &DynamicObject) -> Result<()> {
+        let url = format!("{}/chat/completions", text(service, "/status/url")?);
+        let question = chat(&service.name_any(), QUESTION, 32);
+        let answer = self.http.post(&url, &question).await?.chat_text()?;
+        ensure!(answer.contains("Paris"), "the answer is {answer:?}");
+        Ok(())
     }
 
     /// Applies a manifest of any kind, as `kubectl apply --server-side` does.

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use ashlar_e2e::bucket::{BUCKET, Bucket, KEY};
-use ashlar_e2e::service::{QUESTION, chat, manifest, text};
+use ashlar_e2e::service::{manifest, text};
 use ashlar_e2e::wait::{self, Seen};
 use ashlar_e2e::with_namespace;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{Node, PersistentVolume, Pod};
+use k8s_openapi::api::core::v1::PersistentVolume;
 use kube::api::{Api, DeleteParams, ListParams, PostParams};
 use serde_json::json;
 
@@ -48,19 +48,7 @@ fn volume(name: &str, namespace: &str, path: &Path) -> serde_json::Value {
 #[tokio::test]
 async fn a_model_in_a_bucket_is_downloaded_once_for_all_pods() -> Result<()> {
     with_namespace("cache", async |ns| {
-        let nodes: Api<Node> = Api::all(ns.client.clone());
-        let node = nodes.list(&ListParams::default()).await?.items.remove(0);
-        let addresses = node
-            .status
-            .and_then(|status| status.addresses)
-            .unwrap_or_default();
-        let address = addresses
-            .iter()
-            .find(|address| address.type_ == "InternalIP");
-        let address = address.context("a node has an address")?.address.parse()?;
-        let model = std::env::var("ASHLAR_TEST_MODEL")
-            .context("ASHLAR_TEST_MODEL is not set: run `make e2e`")?;
-        let bucket = Bucket::start(address, std::fs::read(&model)?).await?;
+        let bucket = Bucket::of_the_model(&ns.cluster).await?;
 
         let folder = Folder::new(&ns.name)?;
         let volumes: Api<PersistentVolume> = Api::all(ns.client.clone());
@@ -92,7 +80,7 @@ async fn a_model_in_a_bucket_is_downloaded_once_for_all_pods() -> Result<()> {
         });
         let service = both.await?;
         ensure!(bucket.downloads() == 1, "{} downloads", bucket.downloads());
-        let size = std::fs::metadata(&model)?.len();
+        let size = bucket.size;
         let status = &service.data["status"]["model"];
         ensure!(
             status["downloadedBytes"] == json!(size) && status["totalBytes"] == json!(size),
@@ -106,9 +94,7 @@ async fn a_model_in_a_bucket_is_downloaded_once_for_all_pods() -> Result<()> {
         let jobs: Api<Job> = Api::namespaced(ns.client.clone(), &ns.name);
         let all = jobs.list(&ListParams::default()).await?.items;
         ensure!(all.len() == 1, "{} Jobs", all.len());
-        let pods: Api<Pod> = Api::namespaced(ns.client.clone(), &ns.name);
-        let serving = ListParams::default().labels("serving.ashlar.dev/service=smollm2");
-        for pod in pods.list(&serving).await? {
+        for pod in ns.pods_of("smollm2").await? {
             let spec = pod.spec.context("a pod has a spec")?;
             ensure!(
                 spec.init_containers.is_none_or(|all| all.is_empty()),
@@ -116,13 +102,7 @@ async fn a_model_in_a_bucket_is_downloaded_once_for_all_pods() -> Result<()> {
             );
         }
 
-        let url = format!("{}/chat/completions", text(&service, "/status/url")?);
-        let answer = ns
-            .http
-            .post(&url, &chat("smollm2", QUESTION, 32))
-            .await?
-            .chat_text()?;
-        ensure!(answer.contains("Paris"), "the answer is {answer:?}");
+        ns.ask(&service).await?;
         volumes.delete(&ns.name, &DeleteParams::default()).await?;
         Ok(())
     })

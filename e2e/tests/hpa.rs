@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use ashlar_e2e::external_metrics::ExternalMetrics;
 use ashlar_e2e::prometheus::{CHART, Prometheus};
-use ashlar_e2e::service::{QUESTION, SERVICE_LABEL, chat, manifest, text};
+use ashlar_e2e::service::{QUESTION, chat, manifest, text};
 use ashlar_e2e::wait::{self, Seen};
 use ashlar_e2e::{Namespace, with_namespace};
 use futures::future::try_join_all;
-use k8s_openapi::api::core::v1::{Event, Pod};
+use k8s_openapi::api::core::v1::Event;
 use kube::api::{Api, ListParams};
 use serde_json::{Value, json};
 
@@ -72,13 +72,11 @@ async fn load(ns: &Namespace, url: &str, clients: &AtomicUsize) -> Result<usize>
 
 /// Waits until the autoscaler has set so many replicas, and so many are ready and no other pod is left.
 async fn replicas(ns: &Namespace, count: usize, limit: Duration) -> Result<()> {
-    let pods: Api<Pod> = Api::namespaced(ns.client.clone(), &ns.name);
-    let mine = ListParams::default().labels(&format!("{SERVICE_LABEL}=smollm2"));
     wait::until(&format!("{count} replicas"), limit, async || {
         let service = ns.services().get("smollm2").await?;
         let number = |pointer: &str| service.data.pointer(pointer).and_then(Value::as_u64);
         let (wanted, ready) = (number("/spec/replicas"), number("/status/readyReplicas"));
-        let pods = pods.list(&mine).await?.items.len();
+        let pods = ns.pods_of("smollm2").await?.len();
         let all = Some(count as u64);
         Ok(if wanted == all && ready == all && pods == count {
             Seen::Done(())

@@ -2,16 +2,16 @@
 //! Ashlar's own can be what closes it, and without.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use ashlar_e2e::cluster::{self, SYSTEM_NAMESPACE};
 use ashlar_e2e::reach::only;
-use ashlar_e2e::service::{QUESTION, SERVICE_LABEL, chat, manifest, text};
+use ashlar_e2e::service::manifest;
 use ashlar_e2e::wait::{self, Seen};
 use ashlar_e2e::{Namespace, with_namespace};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::ResourceExt as _;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use serde_json::json;
 
 const GATEWAY: &str = "http://ashlar-gateway.ashlar-system.svc/v1/models";
@@ -46,9 +46,7 @@ fn address(pod: &Pod) -> Result<String> {
 
 /// The one pod of the service.
 async fn model_pod(ns: &Namespace) -> Result<Pod> {
-    let pods: Api<Pod> = Api::namespaced(ns.client.clone(), &ns.name);
-    let mine = ListParams::default().labels(&format!("{SERVICE_LABEL}=smollm2"));
-    pods.list(&mine).await?.items.pop().context("no pod")
+    ns.pods_of("smollm2").await?.pop().context("no pod")
 }
 
 /// Where a pod of the chart has its metrics.
@@ -90,13 +88,7 @@ async fn only_gateway_operator_and_named_peers_reach_a_model_pod() -> Result<()>
             close(&ns, &ns.name).await?;
             only("a stranger and a closed pod", &["gateway"], stranger).await?;
 
-            let url = format!("{}/chat/completions", text(&ready, "/status/url")?);
-            let answer = ns
-                .http
-                .post(&url, &chat("smollm2", QUESTION, 32))
-                .await?
-                .chat_text()?;
-            ensure!(answer.contains("Paris"), "the answer is {answer:?}");
+            ns.ask(&ready).await?;
             the_operator_scrapes(&ns).await?;
 
             // Both selectors of one peer must hold.

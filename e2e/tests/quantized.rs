@@ -2,10 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use anyhow::{Result, ensure};
-use ashlar_e2e::service::{QUESTION, SERVICE_LABEL, chat, manifest, text};
+use ashlar_e2e::service::manifest;
 use ashlar_e2e::with_namespace;
-use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, ListParams};
 use serde_json::json;
 
 #[tokio::test]
@@ -17,11 +15,8 @@ async fn an_awq_model_answers_from_a_pod() -> Result<()> {
         wanted["spec"]["model"] = json!({"uri": uri, "quantization": "awq"});
         let service = ns.serve(&wanted).await?;
 
-        let pods: Api<Pod> = Api::namespaced(ns.client.clone(), &ns.name);
-        let selector = format!("{SERVICE_LABEL}=smollm2-awq");
-        let pods = pods.list(&ListParams::default().labels(&selector)).await?;
+        let pods = ns.pods_of("smollm2-awq").await?;
         let args = pods
-            .items
             .iter()
             .flat_map(|pod| &pod.spec.as_ref().unwrap().containers)
             .flat_map(|container| container.args.iter().flatten());
@@ -31,11 +26,7 @@ async fn an_awq_model_answers_from_a_pod() -> Result<()> {
             args.collect::<Vec<_>>()
         );
 
-        let url = format!("{}/chat/completions", text(&service, "/status/url")?);
-        let request = chat("smollm2-awq", QUESTION, 32);
-        let answer = ns.http.post(&url, &request).await?.chat_text()?;
-        ensure!(answer.contains("Paris"), "the answer is {answer:?}");
-        Ok(())
+        ns.ask(&service).await
     })
     .await
 }

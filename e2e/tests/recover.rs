@@ -21,20 +21,9 @@ use k8s_openapi::api::core::v1::{Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use kube::api::{Api, DeleteParams, DynamicObject, ListParams};
+use kube::api::{Api, DeleteParams, ListParams};
 use kube::{Resource, ResourceExt};
 use serde_json::json;
-
-async fn ask(ns: &Namespace, service: &DynamicObject) -> Result<()> {
-    let url = format!("{}/chat/completions", text(service, "/status/url")?);
-    let answer = ns
-        .http
-        .post(&url, &chat(&service.name_any(), QUESTION, 32))
-        .await?
-        .chat_text()?;
-    ensure!(answer.contains("Paris"), "the answer is {answer:?}");
-    Ok(())
-}
 
 #[tokio::test]
 async fn a_deleted_pod_is_replaced() -> Result<()> {
@@ -66,7 +55,7 @@ async fn a_deleted_pod_is_replaced() -> Result<()> {
         })
         .await?;
         ns.ready("smollm2").await?;
-        ask(&ns, &service).await
+        ns.ask(&service).await
     })
     .await
 }
@@ -81,10 +70,10 @@ async fn a_killed_operator_comes_back_and_goes_on() -> Result<()> {
                 .await?;
         }
         // The data path does not need the operator …
-        ask(&ns, &service).await?;
+        ns.ask(&service).await?;
         // … and what is applied meanwhile is picked up by its successor.
         let second = ns.serve(&manifest(&ns, "smollm2")).await?;
-        ask(&ns, &second).await?;
+        ns.ask(&second).await?;
         ensure!(
             is_ready(&ns.services().get("first").await?),
             "the first service is no longer Ready"
@@ -233,7 +222,7 @@ async fn a_deleted_or_edited_child_is_repaired() -> Result<()> {
         )
         .await?;
         ns.ready("smollm2").await?;
-        ask(&ns, &service).await
+        ns.ask(&service).await
     })
     .await
 }

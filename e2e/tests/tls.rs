@@ -3,10 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use ashlar_e2e::cluster::{self, SYSTEM_NAMESPACE};
 use ashlar_e2e::namespace::Namespace;
-use ashlar_e2e::service::{QUESTION, SERVICE_LABEL, chat, manifest, text};
+use ashlar_e2e::service::manifest;
 use ashlar_e2e::with_namespace;
-use k8s_openapi::api::core::v1::{Pod, Secret};
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::json;
 
@@ -59,14 +59,9 @@ async fn served_by_tls(ns: &Namespace, issuer: &Issuer<'_, KeyPair>) -> Result<(
     service["spec"]["runtime"]["tlsSecretName"] = json!("pods");
     let service = ns.serve(&service).await?;
 
-    let url = format!("{}/chat/completions", text(&service, "/status/url")?);
-    let question = chat("smollm2", QUESTION, 32);
-    let answer = ns.http.post(&url, &question).await?.chat_text()?;
-    ensure!(answer.contains("Paris"), "the answer is {answer:?}");
+    ns.ask(&service).await?;
 
-    let pods: Api<Pod> = Api::namespaced(ns.client.clone(), &ns.name);
-    let of_service = ListParams::default().labels(&format!("{SERVICE_LABEL}=smollm2"));
-    let pod = pods.list(&of_service).await?.items.pop();
+    let pod = ns.pods_of("smollm2").await?.pop();
     let status = pod.and_then(|pod| pod.status).context("no pod")?;
     let address = status.pod_ip.context("the pod has no address")?;
     let plain = ns.http.get(&format!("http://{address}:8000/health")).await;

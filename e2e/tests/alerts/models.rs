@@ -1,14 +1,12 @@
 //! Faults of models and revisions that do not start.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use ashlar_e2e::Namespace;
 use ashlar_e2e::bucket::{BUCKET, Bucket, KEY};
 use ashlar_e2e::prometheus::Prometheus;
 use ashlar_e2e::service::{QUESTION, chat, manifest, text};
 use ashlar_e2e::wait;
 use futures::future::join_all;
-use k8s_openapi::api::core::v1::Node;
-use kube::api::{Api, ListParams};
 use serde_json::{Value, json};
 
 use super::FIRES;
@@ -89,23 +87,9 @@ pub(super) async fn a_model_that_is_not_to_be_had(
         .await
 }
 
-/// Where pods reach this machine.
-pub(super) async fn node_address(ns: &Namespace) -> Result<String> {
-    let nodes: Api<Node> = Api::all(ns.client.clone());
-    let node = nodes.list(&ListParams::default()).await?.items.remove(0);
-    let addresses = node.status.and_then(|status| status.addresses);
-    let found = addresses
-        .into_iter()
-        .flatten()
-        .find(|one| one.type_ == "InternalIP");
-    Ok(found.context("the node has no address")?.address)
-}
-
 /// No fault: what downloads show is empty for models in an image, which the others are.
 pub(super) async fn a_model_that_is_downloaded(ns: &Namespace) -> Result<()> {
-    let model = std::env::var("ASHLAR_TEST_MODEL")
-        .context("ASHLAR_TEST_MODEL is not set: run `make e2e`")?;
-    let bucket = Bucket::start(node_address(ns).await?.parse()?, std::fs::read(&model)?).await?;
+    let bucket = Bucket::of_the_model(&ns.cluster).await?;
     let mut service = manifest(ns, "fetched");
     service["spec"]["model"] =
         json!({"uri": format!("s3://{BUCKET}/{KEY}"), "endpoint": bucket.endpoint});
@@ -115,7 +99,7 @@ pub(super) async fn a_model_that_is_downloaded(ns: &Namespace) -> Result<()> {
 /// A hub that takes connections and never answers.
 pub(super) async fn a_hub_that_goes_silent(ns: &Namespace, prometheus: &Prometheus) -> Result<()> {
     let hub = tokio::net::TcpListener::bind("0.0.0.0:0").await?;
-    let address = node_address(ns).await?;
+    let address = ns.cluster.node_address().await?;
     let endpoint = format!("http://{address}:{}", hub.local_addr()?.port());
     let mut service = manifest(ns, "silent");
     service["spec"]["model"] = json!({"uri": "hf://nobody/nothing", "endpoint": endpoint});

@@ -35,6 +35,13 @@ fn theirs(renewed: &str, version: &str) -> Value {
     })
 }
 
+/// A Lease that nobody holds.
+fn free() -> Value {
+    let mut free = theirs("2026-01-01T00:00:00.000000Z", "1");
+    free["spec"]["holderIdentity"] = json!("");
+    free
+}
+
 async fn takes(server: &mut Server, found: Value) -> Value {
     server.answers(&format!("GET {LEASE}"), 200, found).await;
     server
@@ -96,8 +103,7 @@ async fn another_holds_it_until_it_has_not_changed_for_the_whole_lease() {
 #[tokio::test]
 async fn who_loses_the_race_for_a_free_lease_does_not_lead() {
     let (client, mut server) = api();
-    let mut free = theirs("2026-01-01T00:00:00.000000Z", "1");
-    free["spec"]["holderIdentity"] = json!("");
+    let free = free();
     let script = tokio::spawn(async move {
         server
             .answers(&format!("GET {LEASE}"), 200, free.clone())
@@ -113,9 +119,7 @@ async fn who_loses_the_race_for_a_free_lease_does_not_lead() {
 async fn a_leader_without_an_api_server_gives_up_at_the_deadline() {
     let (client, mut server) = api();
     let silence = tokio::spawn(async move {
-        let mut free = theirs("2026-01-01T00:00:00.000000Z", "1");
-        free["spec"]["holderIdentity"] = json!("");
-        takes(&mut server, free).await;
+        takes(&mut server, free()).await;
         server // kept open, and never answers again
     });
     let mut elector = elector(client);
@@ -132,9 +136,7 @@ async fn a_leader_without_an_api_server_gives_up_at_the_deadline() {
 async fn a_leader_whose_lease_was_taken_gives_up_at_once() {
     let (client, mut server) = api();
     let script = tokio::spawn(async move {
-        let mut free = theirs("2026-01-01T00:00:00.000000Z", "1");
-        free["spec"]["holderIdentity"] = json!("");
-        takes(&mut server, free).await;
+        takes(&mut server, free()).await;
         let taken = theirs("2026-01-01T00:00:05.000000Z", "10");
         server.answers(&format!("GET {LEASE}"), 200, taken).await;
         server.finish().await;
@@ -173,9 +175,7 @@ async fn writes_end_with_the_tenure_and_reads_go_on() {
 async fn who_takes_a_lease_may_write_until_it_has_to_be_renewed() {
     let (client, mut server) = api();
     let script = tokio::spawn(async move {
-        let mut free = theirs("2026-01-01T00:00:00.000000Z", "1");
-        free["spec"]["holderIdentity"] = json!("");
-        takes(&mut server, free).await;
+        takes(&mut server, free()).await;
     });
     let mut elector = elector(client);
     let tenure = elector.tenure();
