@@ -1,6 +1,7 @@
 // Products of at most 64 rows with four-bit weights, for Hopper: y[m][n] = Σk x[m][k] · w[n][k], fp16.
 //
-// The weights are the A operand and go through registers: the copy engine brings a step's words of all rows several steps ahead,
+// The weights are the A operand and go through registers: the copy engine brings words of all rows several steps ahead, by pairs of
+// steps, because 64 bytes of a row take it as long as 128,
 // and a thread turns those of its own rows into fp16 and multiplies by warpgroup with x, the B operand, in shared memory. So a
 // weight is turned once for all tokens and never written back.
 //
@@ -24,7 +25,7 @@ template <Scheme SCHEME, int TOKENS> struct Memory {
     static constexpr int CONSUMERS = 4 * GROUP, THREADS = CONSUMERS + GROUP, ROWS = 4 * 64;
     static constexpr int X_BYTES = TOKENS * STEP * 2, WORDS_BYTES = ROWS * STEP / 2, CELLS_BYTES = ROWS * 4 * (SCHEME == GROUPS_OF_128 ? 1 : 4);
     // Steps in flight: of x in its order, of x as it comes, of weights. When x of a step has been multiplied in its order, the places
-    // of all three are free, so that waiting for that is enough.
+    // of all three are free, so that waiting for that is enough. Words and cells come by pairs.
     static constexpr int X_DEPTH = TOKENS <= 16 ? 4 : 2, RAW_DEPTH = 2 * X_DEPTH, DEPTH = TOKENS <= 16 ? 8 : 6;
     static constexpr int RAW = X_DEPTH * X_BYTES, WORDS = RAW + RAW_DEPTH * X_BYTES, CELLS = WORDS + DEPTH * WORDS_BYTES;
     static constexpr int FULL_X = CELLS + DEPTH * CELLS_BYTES, EMPTY_X = FULL_X + X_DEPTH * 8;
@@ -46,19 +47,15 @@ __device__ __forceinline__ float4 read_of(uint32_t address, int rank) {
     return v;
 }
 
-// The steps of a block that shares a tile with others, and which of them it begins with: blocks that all read the same part of x
-// at once would all ask the same part of the L2 cache.
+// The steps of a block that shares a tile with others, an even number.
 struct Work {
-    int tile, rank, splits, first, steps, begin;
+    int tile, rank, splits, first, steps;
     __device__ __forceinline__ Work(const Skinny &p) {
         asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(splits));
         tile = blockIdx.x / splits, rank = blockIdx.x % splits;
-        const int all = (p.k + STEP - 1) / STEP, tiles = gridDim.x / splits;
-        first = all * rank / splits, steps = all * (rank + 1) / splits - first;
-        begin = steps * tile / tiles;
+        const int pairs = (p.k + 2 * STEP - 1) / (2 * STEP);
+        first = pairs * rank / splits * 2, steps = pairs * (rank + 1) / splits * 2 - first;
     }
-    // Where the columns of a step are, in steps.
-    __device__ __forceinline__ int place(int step) const { return first + (begin + step < steps ? begin + step : begin + step - steps); }
 };
 
 // The tensors that the copy engine reads.
@@ -66,17 +63,17 @@ struct Maps {
     const CUtensorMap *words, *cells, *x;
 };
 
-// Asks for a step's words and cells. Of SILU_MUL half of a tile's rows are gates, and behind them lie the ups.
+// Asks for the words and cells of a pair of steps. Of SILU_MUL half of a tile's rows are gates, and behind them lie the ups.
 template <typename M, Output OUTPUT>
 __device__ __forceinline__ void ask_for_weights(const Skinny &p, const Work &work, const Maps &maps, uint32_t memory, int step) {
     constexpr int PARTS = OUTPUT == SILU_MUL ? 2 : 1, ROWS = M::ROWS / PARTS;
-    const int place = step % M::DEPTH, column = work.place(step), cell_rows = max(1, 4 >> min(p.group_shift, 2));
-    const uint32_t full = memory + M::FULL + place * 8;
-    barrier_expect(full, M::WORDS_BYTES + M::ROWS * 4 * cell_rows);
+    const int place = step % M::DEPTH, column = work.first + step, cell_rows = max(1, 8 >> min(p.group_shift, 3));
+    const uint32_t full = memory + M::FULL + place / 2 * 8;
+    barrier_expect(full, 2 * M::WORDS_BYTES + M::ROWS * 4 * cell_rows);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
         const int row = work.tile * ROWS + part * p.n;
-        copy_box(memory + M::WORDS + place * M::WORDS_BYTES + part * ROWS * (STEP / 2), maps.words, full, column * (STEP / 8), row);
+        copy_box(memory + M::WORDS + place * M::WORDS_BYTES + part * ROWS * STEP, maps.words, full, column * (STEP / 8), row);
         copy_box(memory + M::CELLS + place * M::CELLS_BYTES + part * ROWS * 4 * cell_rows, maps.cells, full, row, column * 4 >> p.group_shift);
     }
 }
@@ -87,7 +84,7 @@ template <typename M> __device__ __forceinline__ void ask_for_x(const Work &work
     const uint32_t full = memory + M::FULL_RAW + place * 8, to = memory + M::RAW + place * M::X_BYTES;
     barrier_expect(full, M::X_BYTES);
 #pragma unroll
-    for (int half = 0; half < 2; half++) copy_box(to + half * (M::X_BYTES / 2), maps.x, full, work.place(step) * STEP + half * (STEP / 2), 0);
+    for (int half = 0; half < 2; half++) copy_box(to + half * (M::X_BYTES / 2), maps.x, full, (work.first + step) * STEP + half * (STEP / 2), 0);
 }
 
 // Puts x in order: each warp some eights of tokens of each step, or one of some steps. One thread asks for all that comes.
@@ -99,7 +96,7 @@ __device__ __forceinline__ void bring(const Skinny &p, const Work &work, const M
     const int warp = threadIdx.x / 32 % MOST, lane = threadIdx.x % 32, row_in = lane % 8, unit = lane / 8;
     const bool asks = warp % EIGHTS == 0 && lane == 0;
     if (threadIdx.x == M::CONSUMERS)
-        for (int step = 0; step < min(M::DEPTH, work.steps); step++) ask_for_weights<M, OUTPUT>(p, work, maps, memory, step);
+        for (int step = 0; step < min(M::DEPTH, work.steps); step += 2) ask_for_weights<M, OUTPUT>(p, work, maps, memory, step);
     wait_for_previous(); // for x
     if (threadIdx.x == M::CONSUMERS)
         for (int step = 0; step < min(M::RAW_DEPTH, work.steps); step++) ask_for_x<M>(work, maps, memory, step);
@@ -109,7 +106,8 @@ __device__ __forceinline__ void bring(const Skinny &p, const Work &work, const M
         barrier_wait(memory + M::EMPTY_X + stage * 8, (step / M::X_DEPTH & 1) ^ 1); // of the first round all stages are empty
         if (asks && before >= 0) {
             if (before + M::RAW_DEPTH < work.steps) ask_for_x<M>(work, maps, memory, before + M::RAW_DEPTH);
-            if (before + M::DEPTH < work.steps) ask_for_weights<M, OUTPUT>(p, work, maps, memory, before + M::DEPTH);
+            // Both steps of a pair are multiplied.
+            if (before % 2 == 1 && before + M::DEPTH < work.steps) ask_for_weights<M, OUTPUT>(p, work, maps, memory, before - 1 + M::DEPTH);
         }
         barrier_wait(memory + M::FULL_RAW + raw * 8, step / M::RAW_DEPTH & 1);
 #pragma unroll
@@ -138,14 +136,20 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
     constexpr int REGISTERS = TOKENS / 2;
     const int thread = threadIdx.x, lane = thread % 32, quad = lane % 4, group = lane / 4;
     const int row_of_warp = thread / 32 * 16;
+    // Lanes that read together take rows that meet no bank twice.
+    const int row = group / 2 | group % 2 << 2;
     // Where a step's words and cells of the thread's two rows are.
-    const int cell_row = SCHEME == GROUPS_OF_128 || p.group_shift >= 2 ? 0 : quad >> p.group_shift;
-    const int cell_rows = SCHEME == GROUPS_OF_128 ? 1 : max(1, 4 >> min(p.group_shift, 2));
-    const int row0 = OUTPUT == SILU_MUL ? thread / 32 * 8 + group : row_of_warp + group;
+    const int cell_rows = SCHEME == GROUPS_OF_128 ? 2 : max(1, 8 >> min(p.group_shift, 3));
+    const int row0 = OUTPUT == SILU_MUL ? thread / 32 * 8 + row : row_of_warp + row;
     constexpr int ROWS = OUTPUT == SILU_MUL ? M::ROWS / 2 : M::ROWS; // of one copy
-    constexpr int TO_WORDS = (OUTPUT == SILU_MUL ? ROWS : 8) * (STEP / 2);
-    const char *my_words = shared + M::WORDS + row0 * (STEP / 2) + quad * 16;
-    const char *my_cells = shared + M::CELLS + (cell_row * ROWS + row0) * 4;
+    constexpr int TO_WORDS = (OUTPUT == SILU_MUL ? ROWS : 8) * STEP;
+    const char *my_words = shared + M::WORDS + row0 * STEP, *my_cells = shared + M::CELLS + row0 * 4;
+    int words_of_step[2], cells_of_step[2];
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+        words_of_step[step] = ((step * 4 + quad) ^ row) * 16;
+        cells_of_step[step] = (SCHEME == GROUPS_OF_128 ? step : (step * 4 + quad) >> min(p.group_shift, 3)) * ROWS * 4;
+    }
     const int to_cells = OUTPUT == SILU_MUL ? ROWS * 4 * cell_rows : 8 * 4;
 
     float acc[REGISTERS], sums[REGISTERS]; // `sums` of a step alone
@@ -158,13 +162,13 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
         for (int place = 0; place < M::DEPTH; place++) {
             const int stage = place % M::X_DEPTH;
             if (round * M::DEPTH + place >= work.steps) break;
-            barrier_wait(memory + M::FULL + place * 8, round & 1);
+            if (place % 2 == 0) barrier_wait(memory + M::FULL + place / 2 * 8, round & 1);
             Vec8 raw[2];
             uint32_t cells[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                raw[i].v = *reinterpret_cast<const uint4 *>(my_words + place * M::WORDS_BYTES + i * TO_WORDS);
-                cells[i] = *reinterpret_cast<const uint32_t *>(my_cells + place * M::CELLS_BYTES + i * to_cells);
+                raw[i].v = *reinterpret_cast<const uint4 *>(my_words + place / 2 * 2 * M::WORDS_BYTES + words_of_step[place % 2] + i * TO_WORDS);
+                cells[i] = *reinterpret_cast<const uint32_t *>(my_cells + place / 2 * 2 * M::CELLS_BYTES + cells_of_step[place % 2] + i * to_cells);
             }
             wgmma_wait<0>();
             if (place > 0 || round > 0) {
@@ -208,7 +212,7 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
 #pragma unroll
         for (int i = 0; i < REGISTERS; i++) acc[i] += scales[i / 2 % 2] * sums[i];
     named_sync(1, M::CONSUMERS); // none reads x or weights any more
-    float *to = reinterpret_cast<float *>(shared) + row_of_warp + group;
+    float *to = reinterpret_cast<float *>(shared) + row_of_warp + row;
 #pragma unroll
     for (int i = 0; i < REGISTERS; i++) to[(i / 4 * 8 + quad * 2 + i % 2) * M::PITCH + i / 2 % 2 * 8] = acc[i];
 }
@@ -279,7 +283,7 @@ __device__ __forceinline__ void int4_skinny(const Skinny &p, const Maps &maps) {
             barrier_init(memory + M::EMPTY_X + stage * 8, M::CONSUMERS / 32);
         }
         for (int place = 0; place < M::RAW_DEPTH; place++) barrier_init(memory + M::FULL_RAW + place * 8, 1); // who asks
-        for (int place = 0; place < M::DEPTH; place++) barrier_init(memory + M::FULL + place * 8, 1);
+        for (int pair = 0; pair < M::DEPTH / 2; pair++) barrier_init(memory + M::FULL + pair * 8, 1);
         barrier_init_done();
         prefetch_map(maps.words);
         prefetch_map(maps.cells);

@@ -54,13 +54,13 @@ template <typename T> __device__ __forceinline__ void apply_norm(Vec8 *x, const 
     }
 }
 
-// Sums the warps' parts of tile `tile` of 16 rows and does with the sums what OUTPUT says.
+// Sums the warps' parts of tile `tile` of 16 rows and does with the sums what OUTPUT says; `thread` among those of WARPS warps.
 template <typename T, int M, Output OUTPUT>
-__device__ __forceinline__ void finish_tile(const Skinny &p, float (*partial)[16][M + 1], int tile) {
+__device__ __forceinline__ void finish_tile(const Skinny &p, float (*partial)[16][M + 1], int tile, int thread = threadIdx.x) {
     using N = Num<T>;
     constexpr int ROWS = OUTPUT == SILU_MUL ? 8 : 16;
     // Neighbouring threads hold neighbouring outputs of one token.
-    for (int i = threadIdx.x; i < ROWS * M; i += WARPS * 32) {
+    for (int i = thread; i < ROWS * M; i += WARPS * 32) {
         const int r = i % ROWS, m = i / ROWS;
         const int n = tile * ROWS + r;
         const bool valid = n < p.n && m < p.m;

@@ -114,7 +114,7 @@ impl Bench {
                 group,
                 affine: false,
             };
-            for m in [1usize, 4, 8, 16, 32, 64] {
+            for m in [1usize, 2, 4, 8, 16, 32, 64] {
                 let (x, y) = (self.random(m * k), self.device.alloc(m * n * 2).unwrap());
                 let us = self.time(2 * sets.max(10), |i| {
                     SkinnyGemm {
@@ -312,7 +312,7 @@ impl Bench {
         ] {
             let sets = ((400 << 20) / (n * k * 2)).clamp(1, 64);
             let weights: Vec<DeviceBuffer> = (0..sets).map(|_| self.random(n * k)).collect();
-            for m in [1usize, 8, 16, 32, 64, 256] {
+            for m in [1usize, 2, 8, 16, 32, 64, 256] {
                 let (x, y) = (
                     self.random(bucket(m) * k),
                     self.device.alloc(bucket(m) * n * 4).unwrap(),

@@ -61,7 +61,7 @@ impl Int4Skinny<'_> {
 
     /// The launch, and how many blocks share a tile: what takes the least rounds and steps.
     pub(super) fn shape(&self, device: &Device, name: &str) -> Result<(Shape, usize), CudaError> {
-        let (tiles, steps) = (self.rows.div_ceil(ROWS), self.k.div_ceil(STEP));
+        let (tiles, pairs) = (self.rows.div_ceil(ROWS), self.k.div_ceil(2 * STEP));
         let cells = if self.scheme() == "int4_128" { 4 } else { 16 };
         // Steps of x in flight, in its order and as it comes, and of weights.
         let (in_order, raw, depth) = if self.tokens() <= 16 {
@@ -74,23 +74,23 @@ impl Int4Skinny<'_> {
             threads: 640,
             shared: (in_order + raw) * self.tokens() * STEP * Float::BYTES
                 + depth * ROWS * (STEP / 2 + cells)
-                + (2 * in_order + raw + depth) * 8,
+                + (2 * in_order + raw + depth / 2) * 8,
         };
         let mut best = (usize::MAX, 1);
-        for splits in 1..=MAX_SPLITS.min(steps) {
+        for splits in 1..=MAX_SPLITS.min(pairs) {
             let (at_once, sharing) = if splits == 1 {
                 (device.multiprocessors() as usize, 0)
             } else {
                 let at_once = device.clusters_at_once(name, shape(splits), splits)?;
                 (at_once, SHARING)
             };
-            let cost = tiles.div_ceil(at_once) * (steps.div_ceil(splits) + ROUND + sharing);
+            let cost = tiles.div_ceil(at_once) * (2 * pairs.div_ceil(splits) + ROUND + sharing);
             best = best.min((cost, splits));
         }
         Ok((shape(best.1), best.1))
     }
 
-    /// The maps of the weight's words and cells and of x.
+    /// The maps of the weight's words and cells, by pairs of steps, and of x.
     pub(super) fn maps(&self) -> Result<[TensorMap; 3], CudaError> {
         let (rows, k) = (self.rows as u64, self.k as u64);
         let tile_rows = (ROWS / self.parts) as u32;
@@ -101,15 +101,15 @@ impl Int4Skinny<'_> {
             self.weight.words,
             &[k / 8, rows],
             &[k / 2],
-            &[STEP as u32 / 8, tile_rows],
-            Swizzle::None,
+            &[2 * STEP as u32 / 8, tile_rows],
+            Swizzle::Bytes128,
         )?;
         let cells = TensorMap::new(
             Element::U32,
             self.weight.cells,
             &[rows, k / self.weight.group as u64],
             &[rows * 4],
-            &[tile_rows, (4 >> shift.min(2)).max(1)],
+            &[tile_rows, (8 >> shift.min(3)).max(1)],
             Swizzle::None,
         )?;
         let x = TensorMap::new(

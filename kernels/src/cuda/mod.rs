@@ -10,6 +10,7 @@
 //! skinny      products with few rows (decode), with what stands before and after them fused in
 //! int4        four-bit weights: how they are stored, and turned into 16 bits
 //! int4_gemm   products of many rows with them, on Hopper
+//! int4_few    products of one or two rows with them, on Hopper
 //! int4_skinny products of few rows with them, on Hopper
 //! eight_bit   eight-bit weights, floats and integers, likewise
 //! attention   paged attention: single rows (decode) and many rows (prefill)
@@ -33,6 +34,7 @@ pub mod eight_bit;
 pub mod elementwise;
 pub mod gemm;
 pub mod int4;
+mod int4_few;
 pub mod int4_gemm;
 mod int4_skinny;
 pub mod memory;

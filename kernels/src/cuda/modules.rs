@@ -28,6 +28,7 @@ const IMAGES: &[(&str, &[u8])] = &[
     fatbin!("rope"),
     fatbin!("skinny_gemm"),
     fatbin!("int4"),
+    fatbin!("int4_few_sm90a"),
     fatbin!("int4_gemm_sm90a"),
     fatbin!("int4_skinny_sm90a"),
     fatbin!("eight_bit"),
@@ -55,7 +56,8 @@ unsafe impl Sync for Module {}
 
 pub(super) struct Modules {
     modules: Vec<Module>,
-    functions: Mutex<HashMap<String, Function>>,
+    /// With the dynamic shared memory that each may take.
+    functions: Mutex<HashMap<String, (Function, usize)>>,
     /// Clusters of a kernel that run at once, by their size.
     clusters: Mutex<HashMap<(String, usize), usize>>,
 }
@@ -120,13 +122,18 @@ impl Modules {
 
     fn function(&self, name: &str, shared: usize) -> Result<Function, CudaError> {
         let mut functions = lock(&self.functions);
-        if let Some(function) = functions.get(name) {
-            return Ok(*function);
+        let known = functions.get(name).copied();
+        if let Some((function, most)) = known
+            && shared <= most
+        {
+            return Ok(function);
         }
         let c_name = CString::new(name).expect("kernel names have no zero byte: this is a bug");
-        let found = self.modules.iter().find_map(|module| {
-            // SAFETY: the module is loaded.
-            unsafe { result::module::get_function(module.0, c_name.clone()) }.ok()
+        let found = known.map(|(function, _)| function.0).or_else(|| {
+            self.modules.iter().find_map(|module| {
+                // SAFETY: the module is loaded.
+                unsafe { result::module::get_function(module.0, c_name.clone()) }.ok()
+            })
         });
         let function = found.ok_or_else(|| CudaError::Driver {
             call: "cuModuleGetFunction",
@@ -141,7 +148,7 @@ impl Modules {
             unsafe { result::function::set_function_attribute(function, attribute, bytes) }
                 .map_err(driver_error("cuFuncSetAttribute"))?;
         }
-        functions.insert(name.to_owned(), Function(function));
+        functions.insert(name.to_owned(), (Function(function), shared));
         Ok(Function(function))
     }
 }

@@ -4,6 +4,7 @@ use super::{
     CudaError, Device, Float, View,
     eight_bit::{self, EightBit},
     int4::{Int4View, group_shift},
+    int4_few::Int4Few,
     int4_skinny::Int4Skinny,
     modules::{Shape, arguments},
     need,
@@ -137,6 +138,19 @@ impl SkinnyGemm<'_> {
         (1..=MAX_INT4_ROWS).contains(&m) && k > 0 && k.is_multiple_of(32)
     }
 
+    /// Whether the norm in front of a product with weights like this one costs next to nothing on the product's way.
+    #[must_use]
+    pub fn norms_int4(device: &Device, weight: Int4View<'_>, m: usize, k: usize) -> bool {
+        let few = Int4Few {
+            weight,
+            m,
+            rows: k,
+            k,
+            parts: 1,
+        };
+        few.is_for(device)
+    }
+
     fn validate(&self) -> Result<(), CudaError> {
         let op = "skinny_gemm";
         let (m, n, k) = (self.m, self.n, self.k);
@@ -221,6 +235,21 @@ impl SkinnyGemm<'_> {
         product.is_for(device).then_some(product)
     }
 
+    /// The product by Hopper's kernels for the fewest rows, where they know it; `parts` of the weight's rows go into an output.
+    fn few<'a>(&'a self, device: &Device, parts: usize) -> Option<Int4Few<'a>> {
+        let Weight::Int4(weight) = self.weight else {
+            return None;
+        };
+        let few = Int4Few {
+            weight,
+            m: self.m,
+            rows: self.n * parts,
+            k: self.k,
+            parts,
+        };
+        few.is_for(device).then_some(few)
+    }
+
     /// Queues it.
     ///
     /// # Errors
@@ -280,6 +309,15 @@ impl SkinnyGemm<'_> {
                 ("silu", 8)
             }
         };
+        if let Some(few) = self.few(device, 16 / rows) {
+            let [words, cells] = few.maps()?;
+            // SAFETY: the parameters are the kernel's own struct and maps of the weights, which lie in their views; all views hold
+            // what the shape needs (`validate`).
+            return unsafe {
+                let arguments = arguments![parameters, words, cells];
+                device.launch(&few.name(kind), few.shape(device), arguments)
+            };
+        }
         let tiles = self.m.div_ceil(8).next_power_of_two();
         let tile_count = |row_tiles: usize| self.n.div_ceil(rows * row_tiles);
         let (name, blocks, shared) = match self.weight {
