@@ -3,6 +3,7 @@
 //! ```text
 //! controller   InferenceService → pods: fetch → validate → build → apply → status
 //! autoscaler   load of pods and gateways → replicas: scrape → signal → decide, inside the leading controller
+//! exposition   Prometheus' text about many services, part by part
 //! gateway      requests → pods: resolve → auth → hold → route → proxy
 //! check        asks an installed gateway, for `helm test`
 //! model_tls    connections to model pods, plain or by TLS
@@ -17,6 +18,7 @@
 pub mod autoscaler;
 pub mod check;
 pub mod controller;
+mod exposition;
 pub mod gateway;
 pub mod model_tls;
 pub mod node_cache;
