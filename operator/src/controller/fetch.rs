@@ -1,6 +1,7 @@
 //! The only reads of a reconcile, all from caches that watches keep: a reconcile asks the API server nothing.
 
 mod reduce;
+mod rest;
 mod watches;
 
 use std::sync::{
@@ -30,7 +31,8 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::{build::children::http_routes, index::Index};
-use reduce::{Stored, live_child, typed};
+use crate::autoscaler::ReadyPod;
+use reduce::{Stored, StoredPod, live_child, typed};
 use watches::{Triggers, spawn_children, spawn_gateway, spawn_pods, spawn_routes};
 
 /// Changes that wait for the controller to look at their service; more make the watch wait.
@@ -84,8 +86,8 @@ pub struct LiveChild {
 #[derive(Clone)]
 pub struct Caches {
     children: Vec<(ApiResource, Index<Stored>)>,
-    pods: Index<Arc<Pod>>,
-    pull_pods: Index<Arc<Pod>>,
+    pods: Index<StoredPod>,
+    pull_pods: Index<StoredPod>,
     gateway_slices: Index<Arc<EndpointSlice>>,
     /// HTTPRoutes, once the cluster has the kind.
     routes: Index<Stored>,
@@ -170,16 +172,16 @@ impl Caches {
         self.gateway_slices.ready().await;
     }
 
-    /// Pods of all services.
+    /// Pods of all services that are ready.
     #[must_use]
-    pub fn pods(&self) -> Vec<Arc<Pod>> {
-        self.pods.all()
+    pub fn ready_pods(&self) -> Vec<Arc<ReadyPod>> {
+        self.pods.all_of(|pod| pod.ready.clone())
     }
 
     /// The gateway's own EndpointSlices.
     #[must_use]
     pub fn gateway_slices(&self) -> Vec<Arc<EndpointSlice>> {
-        self.gateway_slices.all()
+        self.gateway_slices.all_of(|slice| Some(Arc::clone(slice)))
     }
 
     /// Everything of one service.
@@ -199,14 +201,9 @@ impl Caches {
         Observed {
             revisions: typed(&live),
             deployments: typed(&live),
-            pods: self.pods.of(namespace, name),
-            pull_pods: self.pull_pods.of(namespace, name),
-            gateway_slices: self
-                .gateway_slices
-                .all()
-                .iter()
-                .map(|slice| (**slice).clone())
-                .collect(),
+            pods: unpacked(&self.pods, namespace, name),
+            pull_pods: unpacked(&self.pull_pods, namespace, name),
+            gateway_slices: self.gateway_slices.all_of(|slice| Some((**slice).clone())),
             live,
         }
     }
@@ -220,6 +217,12 @@ impl Caches {
     /// Pods of one service, as the watch shows them now.
     #[must_use]
     pub fn pods_of(&self, namespace: &str, name: &str) -> Vec<Arc<Pod>> {
-        self.pods.of(namespace, name)
+        unpacked(&self.pods, namespace, name)
     }
+}
+
+/// Pods of one service, read again.
+fn unpacked(pods: &Index<StoredPod>, namespace: &str, name: &str) -> Vec<Arc<Pod>> {
+    let stored = pods.of(namespace, name);
+    stored.iter().map(StoredPod::pod).collect()
 }

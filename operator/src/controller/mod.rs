@@ -20,6 +20,7 @@ pub mod build;
 mod canary;
 mod capacity;
 mod endpoint;
+mod events;
 pub mod fetch;
 mod index;
 pub mod leader;
@@ -65,7 +66,7 @@ const CONCURRENCY: u16 = 32;
 /// Services with a cluster address that are created at one time.
 const NEW_ADDRESSES: usize = 8;
 /// Objects of one answer when a watch lists.
-const PAGE: u32 = 250;
+const PAGE: u32 = 100;
 /// Changes within this time are looked at together.
 const DEBOUNCE: Duration = Duration::from_millis(20);
 
@@ -206,7 +207,7 @@ pub(crate) struct Context {
     pub(crate) gateway_account: String,
     pub(crate) gateway_metrics_port: u16,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) events: kube::runtime::events::Recorder,
+    events: events::Recorder,
     pub(crate) written: status::Written,
     pub(crate) autoscaler: Arc<Autoscaler>,
     /// All services, for what they share: host names.
@@ -323,26 +324,28 @@ async fn control(
         .modify(slim)
         .reflect(writer)
         .touched_objects();
-    metrics
-        .registry()
-        .register(Box::new(service_metrics::ServiceMetrics::new(
-            store.clone(),
-        )))
-        .expect("each name once: this is a bug");
+    let autoscaler = Arc::new(
+        Autoscaler::new(
+            metrics.registry(),
+            args.gateway_metrics_port,
+            Arc::clone(&trust),
+        )
+        .expect("each name once: this is a bug"),
+    );
+    metrics.tell_of(service_metrics::ServiceMetrics::new(
+        store.clone(),
+        Arc::clone(&autoscaler),
+    ));
     let controller = Controller::for_stream(services, store.clone()).with_config(
         kube::runtime::controller::Config::default()
             .debounce(DEBOUNCE)
             .concurrency(CONCURRENCY),
     );
-    let reporter = kube::runtime::events::Reporter {
-        controller: "ashlar-operator".into(),
-        instance: Some(args.identity.clone()),
-    };
     let context = Arc::new(Context {
-        events: kube::runtime::events::Recorder::new(client.clone(), reporter),
+        events: events::Recorder::new(client.clone(), args.identity.clone()),
         services: store.clone(),
         capacity,
-        victims: victims::Victims::new(Arc::clone(&trust)),
+        victims: victims::Victims::new(trust),
         downloads: probe::Downloads::default(),
         key_answers: endpoint::KeyAnswers::default(),
         failures: backoff::Failures::default(),
@@ -361,10 +364,7 @@ async fn control(
         },
         gateway_account: args.gateway_service_account,
         gateway_metrics_port: args.gateway_metrics_port,
-        autoscaler: Arc::new(
-            Autoscaler::new(metrics.registry(), args.gateway_metrics_port, trust)
-                .expect("each name once: this is a bug"),
-        ),
+        autoscaler,
         metrics,
         written: status::Written::default(),
     });
@@ -373,7 +373,7 @@ async fn control(
         let services = store.clone();
         let look = move || World {
             services: services.state(),
-            pods: caches.pods(),
+            pods: caches.ready_pods(),
             gateway_slices: caches.gateway_slices(),
         };
         let (send, mut receive) = tokio::sync::mpsc::channel(MAX_RESCALED);

@@ -20,7 +20,8 @@ use tokio::sync::mpsc;
 
 use super::{
     Trigger,
-    reduce::{Stored, reduce_child, reduce_pod},
+    reduce::{Stored, StoredPod, reduce_child, reduce_pod},
+    rest::Packer,
 };
 use crate::controller::{
     build::children::{SLICE_SERVICE_LABEL, http_routes},
@@ -29,7 +30,7 @@ use crate::controller::{
 };
 
 /// Objects of one answer when a watch lists.
-const PAGE: u32 = 250;
+const PAGE: u32 = 100;
 /// How often a cluster without an optional kind is looked at again.
 const DISCOVERY: Duration = Duration::from_secs(60);
 
@@ -81,12 +82,14 @@ pub(super) fn spawn_children(
     tokio::spawn(async move {
         let events = watcher(api, labelled(SERVICE_LABEL)).default_backoff();
         let wake = triggers.wake(reference);
-        index.follow(events, &kind, reduce_child, wake).await;
+        let packer = Packer::default();
+        let reduce = |child| reduce_child(child, &packer);
+        index.follow(events, &kind, reduce, wake).await;
     });
 }
 
 pub(super) fn spawn_pods(
-    index: Index<Arc<Pod>>,
+    index: Index<StoredPod>,
     client: &Client,
     watched: Option<&str>,
     label: &'static str,
@@ -99,7 +102,8 @@ pub(super) fn spawn_pods(
     tokio::spawn(async move {
         let events = watcher(api, labelled(label)).default_backoff();
         let wake = triggers.wake(reference);
-        let reduce = |pod| reduce_pod(pod, label);
+        let packer = Packer::default();
+        let reduce = |pod| reduce_pod(pod, label, &packer);
         index.follow(events, "Pod", reduce, wake).await;
     });
 }
