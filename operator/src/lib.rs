@@ -5,8 +5,9 @@
 //! autoscaler   load of pods and gateways → replicas: scrape → signal → decide, inside the leading controller
 //! gateway      requests → pods: resolve → auth → hold → route → proxy
 //! check        asks an installed gateway, for `helm test`
-//! model_tls    connections to model pods, plain or by TLS
+//! model_tls    whom to believe to be a model pod
 //! node_cache   folders of a node for models, made by a DaemonSet
+//! pod_http     requests to model pods, plain or by TLS
 //! renewal      files of Secrets, looked at again for new ones
 //! ```
 //!
@@ -20,4 +21,5 @@ pub mod controller;
 pub mod gateway;
 pub mod model_tls;
 pub mod node_cache;
+pub mod pod_http;
 mod renewal;
