@@ -6,8 +6,9 @@
 //! exposition   Prometheus' text about many services, part by part
 //! gateway      requests → pods: resolve → auth → hold → route → proxy
 //! check        asks an installed gateway, for `helm test`
-//! model_tls    connections to model pods, plain or by TLS
+//! model_tls    whom to believe to be a model pod
 //! node_cache   folders of a node for models, made by a DaemonSet
+//! pod_http     requests to model pods, plain or by TLS
 //! renewal      files of Secrets, looked at again for new ones
 //! ```
 //!
@@ -22,4 +23,5 @@ mod exposition;
 pub mod gateway;
 pub mod model_tls;
 pub mod node_cache;
+pub mod pod_http;
 mod renewal;
