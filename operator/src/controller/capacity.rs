@@ -23,7 +23,7 @@ use kube::{
 };
 use serde::Deserialize;
 
-use super::{placement, quantity};
+use super::{placement, quantity, seen};
 
 /// A claim on room ends after this time, should its pod never be seen on a node.
 const CLAIM: Duration = Duration::from_secs(30);
@@ -37,6 +37,7 @@ pub(super) type Requests = BTreeMap<String, f64>;
 #[derive(Debug, Clone, Deserialize, Resource)]
 #[resource(inherit = k8s_openapi::api::core::v1::Pod)]
 struct BoundPod {
+    #[serde(deserialize_with = "seen::meta")]
     metadata: ObjectMeta,
     #[serde(default)]
     spec: BoundSpec,

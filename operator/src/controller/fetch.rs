@@ -24,13 +24,13 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client,
-    api::{ApiResource, DynamicObject, ObjectMeta},
+    api::{ApiResource, ObjectMeta},
     runtime::reflector,
 };
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::{build::children::http_routes, index::Index};
+use super::{build::children::http_routes, index::Index, seen::Child};
 use crate::autoscaler::ReadyPod;
 use reduce::{Stored, StoredPod, live_child, typed};
 use watches::{Triggers, spawn_children, spawn_gateway, spawn_pods, spawn_routes};
@@ -121,7 +121,7 @@ impl Caches {
         ];
         let children = kinds.map(|kind| {
             let index = Index::new();
-            let api: Api<DynamicObject> = match watched {
+            let api: Api<Child> = match watched {
                 Some(namespace) => Api::namespaced_with(client.clone(), namespace, &kind),
                 None => Api::all_with(client.clone(), &kind),
             };

@@ -33,6 +33,7 @@ mod reconcile;
 mod report;
 mod revisions;
 pub mod rollout;
+mod seen;
 mod service_metrics;
 pub mod status;
 pub mod tenure;

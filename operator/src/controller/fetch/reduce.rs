@@ -5,11 +5,11 @@ use std::sync::Arc;
 use ashlar_crds::names::{FIELD_MANAGER, SERVICE_LABEL};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
-    Resource, ResourceExt as _,
-    api::{ApiResource, DynamicObject, ObjectMeta},
+    Resource,
+    api::{ApiResource, ObjectMeta},
 };
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{
     LiveChild,
@@ -18,7 +18,7 @@ use super::{
 use crate::{
     autoscaler::ReadyPod,
     controller::{
-        build::children::SLICE_MANAGER_LABEL, index::Reduced, pods::TELLING_CONDITIONS,
+        build::children::SLICE_MANAGER_LABEL, index::Reduced, pods::TELLING_CONDITIONS, seen,
         victims::DELETION_COST,
     },
 };
@@ -90,52 +90,61 @@ pub(super) fn live_child(resource: &ApiResource, stored: &Stored) -> LiveChild {
 }
 
 /// Children: all that somebody could have edited, nothing that only the cluster writes.
-pub(super) fn reduce_child(mut object: DynamicObject, packer: &Packer) -> Option<Reduced<Stored>> {
-    let service = service_of(&object.metadata, SERVICE_LABEL)?;
+pub(super) fn reduce_child(child: seen::Child, packer: &Packer) -> Option<Reduced<Stored>> {
+    let mut meta = child.metadata;
+    let service = service_of(&meta, SERVICE_LABEL)?;
     // The cluster's own controller copies our labels to the slices of the headless Service: those are not ours.
-    let manager = object.labels().get(SLICE_MANAGER_LABEL);
+    let labels = meta.labels.as_ref();
+    let manager = labels.and_then(|labels| labels.get(SLICE_MANAGER_LABEL));
     if manager.is_some_and(|manager| manager != FIELD_MANAGER) {
         return None;
     }
-    let meta = &mut object.metadata;
-    meta.managed_fields = None;
     meta.resource_version = None;
     meta.creation_timestamp = None;
     let name = meta.name.clone()?;
-    let mut data = object.data;
-    data["metadata"] = serde_json::to_value(meta).expect("metadata is plain data: this is a bug");
-    if let Some(fields) = data.as_object_mut() {
-        let telling = fields.remove("status").and_then(telling_conditions);
-        if let Some(telling) = telling {
-            fields.insert("status".into(), telling);
-        }
+    let mut fields = child.fields;
+    let meta = serde_json::to_value(meta).expect("metadata is plain data: this is a bug");
+    fields.insert("metadata".into(), meta);
+    if let Some(telling) = telling_conditions(child.status) {
+        fields.insert("status".into(), telling);
     }
     Some(Reduced {
         service,
         name,
-        value: packer.pack(&data.to_string()),
+        value: packer.pack(&Value::Object(fields).to_string()),
     })
 }
 
 /// The part of a status that says why a Deployment's pods are not created, or that a Job is over.
-fn telling_conditions(mut status: Value) -> Option<Value> {
-    let conditions = status.get_mut("conditions")?.as_array_mut()?;
-    let telling = |c: &Value| TELLING.iter().any(|kind| c["type"] == *kind);
-    conditions.retain(|c| telling(c) && c["status"] == "True");
-    for condition in conditions.iter_mut().filter_map(Value::as_object_mut) {
+fn telling_conditions(status: seen::Status) -> Option<Value> {
+    let mut conditions = status.conditions?;
+    let is = |condition: &Map<String, Value>, field: &str, value: &str| {
+        condition.get(field).and_then(Value::as_str) == Some(value)
+    };
+    conditions.retain(|c| {
+        is(c, "status", "True") && TELLING.iter().any(|telling| is(c, "type", telling))
+    });
+    for condition in &mut conditions {
         condition.remove("lastUpdateTime");
         condition.remove("lastProbeTime");
     }
     let any = !conditions.is_empty();
-    any.then(|| serde_json::json!({ "conditions": status["conditions"] }))
+    any.then(|| serde_json::json!({ "conditions": conditions }))
 }
 
 /// Pods: identity, labels and state.
-pub(super) fn reduce_pod(mut pod: Pod, label: &str, packer: &Packer) -> Option<Reduced<StoredPod>> {
-    let service = service_of(&pod.metadata, label)?;
-    let meta = std::mem::take(&mut pod.metadata);
+pub(super) fn reduce_pod(
+    seen: seen::Pod,
+    label: &str,
+    packer: &Packer,
+) -> Option<Reduced<StoredPod>> {
+    let meta = seen.metadata;
+    let service = service_of(&meta, label)?;
     let name = meta.name.clone()?;
-    pod.spec = None;
+    let mut pod = Pod {
+        status: seen.status,
+        ..Pod::default()
+    };
     if let Some(status) = pod.status.as_mut() {
         for container in status
             .init_container_statuses
@@ -244,16 +253,16 @@ mod tests {
     fn of_a_status_only_a_refusal_and_an_end_are_kept() {
         let refusal = json!({"type": "ReplicaFailure", "status": "True", "message": "quota", "lastUpdateTime": "t"});
         let other = json!({"type": "Available", "status": "True"});
-        let kept =
-            telling_conditions(json!({"replicas": 3, "conditions": [other, refusal]})).unwrap();
+        let telling = |status: Value| telling_conditions(serde_json::from_value(status).unwrap());
+        let kept = telling(json!({"replicas": 3, "conditions": [other, refusal]})).unwrap();
         assert_eq!(
             kept,
             json!({"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "quota"}]})
         );
-        assert_eq!(telling_conditions(json!({"conditions": [other]})), None);
+        assert_eq!(telling(json!({"conditions": [other]})), None);
         let complete = json!({"type": "Complete", "status": "True", "lastProbeTime": "t"});
         assert_eq!(
-            telling_conditions(json!({"succeeded": 1, "conditions": [complete]})).unwrap(),
+            telling(json!({"succeeded": 1, "conditions": [complete]})).unwrap(),
             json!({"conditions": [{"type": "Complete", "status": "True"}]})
         );
     }
@@ -261,7 +270,7 @@ mod tests {
     #[test]
     fn of_a_pod_only_what_is_read_is_kept() {
         let packer = Packer::default();
-        let pod = |n: usize| -> Pod {
+        let pod = |n: usize| -> seen::Pod {
             let condition = |kind: &str| json!({"type": kind, "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"});
             let kinds = ["PodScheduled", "Initialized", "ContainersReady", "Ready"];
             serde_json::from_value(json!({

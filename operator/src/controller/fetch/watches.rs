@@ -10,10 +10,10 @@ use std::{
 
 use ashlar_crds::names::SERVICE_LABEL;
 use futures::future::BoxFuture;
-use k8s_openapi::api::{core::v1::Pod, discovery::v1::EndpointSlice};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{
     Api, Client,
-    api::{DynamicObject, ObjectMeta},
+    api::ObjectMeta,
     runtime::{WatchStreamExt as _, reflector, watcher},
 };
 use tokio::sync::mpsc;
@@ -26,6 +26,7 @@ use super::{
 use crate::controller::{
     build::children::{SLICE_SERVICE_LABEL, http_routes},
     index::{Index, Reduced},
+    seen::{Child, Pod},
     timed,
 };
 
@@ -75,7 +76,7 @@ fn reference(service: String) -> Trigger {
 
 pub(super) fn spawn_children(
     index: Index<Stored>,
-    api: Api<DynamicObject>,
+    api: Api<Child>,
     kind: String,
     triggers: Triggers,
 ) {
@@ -117,7 +118,7 @@ pub(super) fn spawn_routes(
     triggers: Triggers,
 ) {
     let (client, kind) = (client.clone(), http_routes());
-    let api: Api<DynamicObject> = match watched {
+    let api: Api<Child> = match watched {
         Some(namespace) => Api::namespaced_with(client.clone(), namespace, &kind),
         None => Api::all_with(client.clone(), &kind),
     };
