@@ -62,6 +62,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 const WATCH_TIMEOUT: Duration = Duration::from_secs(295);
 /// Services with a new number of replicas that wait for a reconcile; more make the autoscaler wait.
 const MAX_RESCALED: usize = 1024;
+/// Calls of reconciles that wait for the API server at one time: as many connections are made.
+const MAX_CALLS: usize = 32;
 /// Reconciles at once.
 const CONCURRENCY: u16 = 32;
 /// Services with a cluster address that are created at one time.
@@ -286,7 +288,7 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     }
     tracing::info!("leading");
     metrics.set_leader(true);
-    let client = elector.tenure().guard(client);
+    let client = elector.tenure().guard(client, MAX_CALLS);
     let work = async {
         warmed
             .await
