@@ -25,15 +25,15 @@ use k8s_openapi::api::{
 use kube::{
     Api, Client,
     api::{ApiResource, ObjectMeta},
-    runtime::reflector,
+    runtime::reflector::{self, Store},
 };
 use serde_json::Value;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::{build::children::http_routes, index::Index, seen::Child};
 use crate::autoscaler::ReadyPod;
 use reduce::{Stored, StoredPod, live_child, typed};
-use watches::{Triggers, spawn_children, spawn_gateway, spawn_pods, spawn_routes};
+use watches::{Triggers, spawn_children, spawn_gateway, spawn_pods, spawn_routes, spawn_services};
 
 /// Changes that wait for the controller to look at their service; more make the watch wait.
 const MAX_TRIGGERS: usize = 4096;
@@ -82,9 +82,11 @@ pub struct LiveChild {
     pub value: Value,
 }
 
-/// Caches of everything that carries the service label. Clones share them.
+/// Caches of all services, and of everything that carries the service label. Clones share them.
 #[derive(Clone)]
 pub struct Caches {
+    services: Store<InferenceService>,
+    services_filled: watch::Sender<bool>,
     children: Vec<(ApiResource, Index<Stored>)>,
     pods: Index<StoredPod>,
     pull_pods: Index<StoredPod>,
@@ -95,11 +97,12 @@ pub struct Caches {
     heard: Arc<AtomicBool>,
 }
 
-/// The service whose child changed, or none for all services.
+/// A service that changed, or whose child did; none for all services.
 pub type Trigger = Option<reflector::ObjectRef<InferenceService>>;
 
 impl Caches {
-    /// Starts the watches. The stream yields the service of each changed child, or `None` when all services must look.
+    /// Starts the watches. The stream yields each changed service, the service of each changed child, or `None` when all
+    /// services must look.
     pub fn start(
         client: &Client,
         watched: Option<&str>,
@@ -108,6 +111,8 @@ impl Caches {
         let (send, mut receive) = mpsc::channel(MAX_TRIGGERS);
         let heard = Arc::new(AtomicBool::new(false));
         let triggers = Triggers::new(send, Arc::clone(&heard));
+        let services_filled = watch::Sender::new(false);
+        let services = spawn_services(client, watched, triggers.clone(), services_filled.clone());
         let kinds = [
             ApiResource::erase::<ControllerRevision>(&()),
             ApiResource::erase::<Deployment>(&()),
@@ -143,6 +148,8 @@ impl Caches {
             triggers,
         );
         let caches = Self {
+            services,
+            services_filled,
             children: children.into(),
             pods,
             pull_pods,
@@ -164,12 +171,21 @@ impl Caches {
 
     /// Waits until every cache has been filled once.
     pub async fn ready(&self) {
+        // The sender lives as long as `self`.
+        let mut filled = self.services_filled.subscribe();
+        let _ = filled.wait_for(|filled| *filled).await;
         for (_, index) in &self.children {
             index.ready().await;
         }
         self.pods.ready().await;
         self.pull_pods.ready().await;
         self.gateway_slices.ready().await;
+    }
+
+    /// All services.
+    #[must_use]
+    pub fn services(&self) -> Store<InferenceService> {
+        self.services.clone()
     }
 
     /// Pods of all services that are ready.

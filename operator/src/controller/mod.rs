@@ -46,7 +46,10 @@ use ashlar_crds::InferenceService;
 use futures::StreamExt as _;
 use kube::{
     Api, Client, Config,
-    runtime::{Controller, WatchStreamExt as _, reflector, watcher},
+    runtime::{
+        Controller,
+        reflector::{self, ObjectRef},
+    },
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -65,11 +68,9 @@ const MAX_RESCALED: usize = 1024;
 /// Calls of reconciles that wait for the API server at one time: as many connections are made.
 const MAX_CALLS: usize = 32;
 /// Reconciles at once.
-const CONCURRENCY: u16 = 32;
+const CONCURRENCY: u16 = 16;
 /// Services with a cluster address that are created at one time.
 const NEW_ADDRESSES: usize = 8;
-/// Objects of one answer when a watch lists.
-const PAGE: u32 = 100;
 /// Changes within this time are looked at together.
 const DEBOUNCE: Duration = Duration::from_millis(20);
 
@@ -158,14 +159,6 @@ impl std::str::FromStr for Peers {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         serde_json::from_str(text).map(Self)
-    }
-}
-
-/// Drops what no reconcile looks at.
-fn slim(service: &mut InferenceService) {
-    service.metadata.managed_fields = None;
-    if let Some(annotations) = &mut service.metadata.annotations {
-        annotations.retain(|key, _| key.starts_with("serving.ashlar.dev/"));
     }
 }
 
@@ -316,17 +309,7 @@ async fn control(
     metrics: Arc<Metrics>,
     trust: Arc<Trust>,
 ) {
-    let services: Api<InferenceService> = match &args.watch_namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
-    };
-    let (store, writer) = reflector::store();
-    let config = watcher::Config::default().page_size(PAGE);
-    let services = watcher(services, config)
-        .default_backoff()
-        .modify(slim)
-        .reflect(writer)
-        .touched_objects();
+    let store = caches.services();
     let autoscaler = Arc::new(
         Autoscaler::new(
             metrics.registry(),
@@ -339,7 +322,8 @@ async fn control(
         store.clone(),
         Arc::clone(&autoscaler),
     ));
-    let controller = Controller::for_stream(services, store.clone()).with_config(
+    // Its services come by triggers, too: a standby has listed them long before it leads.
+    let controller = Controller::for_stream(futures::stream::pending(), store.clone()).with_config(
         kube::runtime::controller::Config::default()
             .debounce(DEBOUNCE)
             .concurrency(CONCURRENCY),
@@ -386,18 +370,16 @@ async fn control(
             futures::stream::poll_fn(move |context| receive.poll_recv(context)),
         )
     };
-    // A change of the gateway's endpoints concerns every service's alias.
-    let triggers = triggers.flat_map(move |service| {
-        let all = match service {
-            Some(service) => vec![service],
-            None => store
-                .state()
-                .iter()
-                .map(|s| kube::runtime::reflector::ObjectRef::from_obj(&**s))
-                .collect(),
-        };
-        futures::stream::iter(all)
-    });
+    // Who begins to lead looks at every service, and a change of the gateway's endpoints concerns every service's alias.
+    let triggers = futures::stream::iter([None])
+        .chain(triggers)
+        .flat_map(move |service| {
+            let some = match service {
+                Some(service) => vec![service],
+                None => all_services(&store),
+            };
+            futures::stream::iter(some)
+        });
     let (scaling, rescaled) = scaled;
     let control = controller
         .reconcile_on(futures::stream::select(triggers, rescaled))
@@ -408,6 +390,19 @@ async fn control(
             }
         });
     tokio::join!(control, scaling);
+}
+
+/// References to all services; first those whose spec nobody has acted upon.
+fn all_services(store: &reflector::Store<InferenceService>) -> Vec<ObjectRef<InferenceService>> {
+    let mut services = store.state();
+    services.sort_by_key(|service| {
+        let status = service.status.as_ref();
+        status.and_then(|status| status.observed_generation) == service.metadata.generation
+    });
+    let references = services.iter();
+    references
+        .map(|service| ObjectRef::from_obj(&**service))
+        .collect()
 }
 
 /// Refuses to start without the CRD, or with one that lacks this version's fields.
@@ -449,5 +444,29 @@ fn collect_fields(schema: &serde_json::Value, path: &str, fields: &mut Vec<Strin
         };
         collect_fields(property, &path, fields);
         fields.push(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_leader_looks_first_at_what_nobody_has_acted_upon() {
+        let (store, mut writer) = reflector::store();
+        for (name, observed) in [("a", Some(2)), ("b", Some(1)), ("c", None), ("d", Some(2))] {
+            let service = serde_json::json!({
+                "metadata": {"name": name, "namespace": "chat", "generation": 2},
+                "spec": {"model": {"uri": "oci://m"}, "endpoint": {"auth": "None"}},
+                "status": {"observedGeneration": observed},
+            });
+            let service: InferenceService = serde_json::from_value(service).expect("a service");
+            writer.apply_watcher_event(&kube::runtime::watcher::Event::Apply(service));
+        }
+        let names: Vec<String> = all_services(&store).into_iter().map(|s| s.name).collect();
+        let mut first = names[..2].to_vec();
+        first.sort();
+        assert_eq!(first, ["b", "c"], "of {names:?}");
+        assert_eq!(names.len(), 4);
     }
 }

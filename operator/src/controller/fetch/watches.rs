@@ -8,15 +8,19 @@ use std::{
     time::Duration,
 };
 
-use ashlar_crds::names::SERVICE_LABEL;
-use futures::future::BoxFuture;
+use ashlar_crds::{InferenceService, names::SERVICE_LABEL};
+use futures::{StreamExt as _, future::BoxFuture};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{
     Api, Client,
     api::ObjectMeta,
-    runtime::{WatchStreamExt as _, reflector, watcher},
+    runtime::{
+        WatchStreamExt as _,
+        reflector::{self, Store},
+        watcher,
+    },
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::{
     Trigger,
@@ -72,6 +76,56 @@ fn labelled(label: &str) -> watcher::Config {
 fn reference(service: String) -> Trigger {
     let (namespace, name) = service.split_once('/')?;
     Some(reflector::ObjectRef::new(name).within(namespace))
+}
+
+/// Follows the services themselves; `filled` says that the store holds them all.
+pub(super) fn spawn_services(
+    client: &Client,
+    watched: Option<&str>,
+    triggers: Triggers,
+    filled: watch::Sender<bool>,
+) -> Store<InferenceService> {
+    let api: Api<InferenceService> = match watched {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    };
+    let (store, writer) = reflector::store();
+    let config = watcher::Config::default().page_size(PAGE);
+    tokio::spawn(async move {
+        let events = watcher(api, config).default_backoff();
+        let services = events
+            .modify(slim)
+            .reflect(writer)
+            .inspect(|event| {
+                if matches!(event, Ok(watcher::Event::InitDone)) {
+                    filled.send_replace(true);
+                }
+            })
+            .touched_objects();
+        let mut services = std::pin::pin!(services);
+        while let Some(service) = services.next().await {
+            match service {
+                Ok(service) => {
+                    let trigger = Some(reflector::ObjectRef::from_obj(&service));
+                    if !triggers.send(trigger).await {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the watch of services broke and starts again")
+                }
+            }
+        }
+    });
+    store
+}
+
+/// Drops what no reconcile looks at.
+fn slim(service: &mut InferenceService) {
+    service.metadata.managed_fields = None;
+    if let Some(annotations) = &mut service.metadata.annotations {
+        annotations.retain(|key, _| key.starts_with("serving.ashlar.dev/"));
+    }
 }
 
 pub(super) fn spawn_children(
