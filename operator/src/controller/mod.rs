@@ -370,16 +370,16 @@ async fn control(
             futures::stream::poll_fn(move |context| receive.poll_recv(context)),
         )
     };
-    // Who begins to lead looks at every service, and a change of the gateway's endpoints concerns every service's alias.
-    let triggers = futures::stream::iter([None])
-        .chain(triggers)
-        .flat_map(move |service| {
-            let some = match service {
-                Some(service) => vec![service],
-                None => all_services(&store),
-            };
-            futures::stream::iter(some)
-        });
+    let first = first_look(&store);
+    // A change of the gateway's endpoints concerns every service's alias.
+    let triggers = triggers.flat_map(move |service| {
+        let some = match service {
+            Some(service) => vec![service],
+            None => all_services(&store),
+        };
+        futures::stream::iter(some)
+    });
+    let triggers = futures::stream::select(first, triggers);
     let (scaling, rescaled) = scaled;
     let control = controller
         .reconcile_on(futures::stream::select(triggers, rescaled))
@@ -403,6 +403,19 @@ fn all_services(store: &reflector::Store<InferenceService>) -> Vec<ObjectRef<Inf
     references
         .map(|service| ObjectRef::from_obj(&**service))
         .collect()
+}
+
+/// Who begins to lead looks at every service, but not at all in one moment: what changes meanwhile does not wait for the rest.
+fn first_look(
+    store: &reflector::Store<InferenceService>,
+) -> impl futures::Stream<Item = ObjectRef<InferenceService>> + Send + use<> {
+    let services = all_services(store).into_iter().enumerate();
+    futures::stream::iter(services).then(|(index, service)| async move {
+        if index % usize::from(CONCURRENCY) == 0 {
+            tokio::time::sleep(DEBOUNCE).await;
+        }
+        service
+    })
 }
 
 /// Refuses to start without the CRD, or with one that lacks this version's fields.
