@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use ashlar_crds::InferenceService;
 use ashlar_crds::names::{RUNTIME_PORT, SERVICE_LABEL};
-use ashlar_operator::autoscaler::{Autoscaler, PERIOD, World};
+use ashlar_operator::autoscaler::{Autoscaler, PERIOD, ReadyPod, World};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, from_value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -84,8 +84,8 @@ fn service(number: usize) -> Result<Arc<InferenceService>> {
     Ok(Arc::new(service))
 }
 
-fn pod(number: usize) -> Result<Arc<Pod>> {
-    Ok(Arc::new(from_value(json!({
+fn pod(number: usize) -> Result<Arc<ReadyPod>> {
+    let pod: Pod = from_value(json!({
         "metadata": {
             "name": format!("p{number}"), "namespace": "bench", "uid": format!("p{number}"),
             "labels": {SERVICE_LABEL: format!("s{}", number / PODS_OF_A_SERVICE)},
@@ -94,7 +94,8 @@ fn pod(number: usize) -> Result<Arc<Pod>> {
             "podIP": address(number).to_string(),
             "conditions": [{"type": "Ready", "status": "True"}],
         },
-    }))?))
+    }))?;
+    ReadyPod::of(&pod).map(Arc::new).context("a ready pod")
 }
 
 /// Seconds of processor time that this process has used.

@@ -3,10 +3,12 @@
 //! ```text
 //! controller   InferenceService → pods: fetch → validate → build → apply → status
 //! autoscaler   load of pods and gateways → replicas: scrape → signal → decide, inside the leading controller
+//! exposition   Prometheus' text about many services, part by part
 //! gateway      requests → pods: resolve → auth → hold → route → proxy
 //! check        asks an installed gateway, for `helm test`
-//! model_tls    connections to model pods, plain or by TLS
+//! model_tls    whom to believe to be a model pod
 //! node_cache   folders of a node for models, made by a DaemonSet
+//! pod_http     requests to model pods, plain or by TLS
 //! renewal      files of Secrets, looked at again for new ones
 //! ```
 //!
@@ -17,7 +19,9 @@
 pub mod autoscaler;
 pub mod check;
 pub mod controller;
+mod exposition;
 pub mod gateway;
 pub mod model_tls;
 pub mod node_cache;
+pub mod pod_http;
 mod renewal;

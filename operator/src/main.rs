@@ -7,6 +7,10 @@ use ashlar_operator::{autoscaler, check, controller, gateway, node_cache};
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
+/// Listings and bursts come and go: this one gives their memory back.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Serves large language models on Kubernetes: controller and gateway.
 #[derive(Debug, Parser)]
 #[command(version, about)]

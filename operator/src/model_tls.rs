@@ -5,21 +5,11 @@
 //! the revision before may still do without.
 
 use std::fmt::Write as _;
-use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::task::{Context, Poll};
-use std::time::Duration;
 
 use ashlar_crds::names::{SERVICE_LABEL, TLS_LABEL};
-use http::Uri;
-use http::uri::PathAndQuery;
-use hyper::rt::{Read, ReadBufCursor, Write};
-use hyper_util::client::legacy::connect::{Connected, Connection, HttpConnector};
-use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use rustls::client::Resumption;
@@ -29,7 +19,6 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
-use tower::Service;
 
 use crate::renewal;
 
@@ -215,147 +204,6 @@ pub fn server_name_of(pod: &Pod) -> Option<String> {
     Some(server_name(pod.metadata.namespace.as_deref()?, service))
 }
 
-/// Where a pod is asked. The name that its certificate has to be for travels as the user part, which no server sees: it
-/// keeps connections apart that were made for different names.
-///
-/// # Panics
-/// Never: an address, a DNS name and a path make a URI.
-#[must_use]
-pub fn uri(address: SocketAddr, server_name: Option<&str>, path: PathAndQuery) -> Uri {
-    let uri = Uri::builder().path_and_query(path);
-    let uri = match server_name {
-        None => uri.scheme("http").authority(address.to_string()),
-        Some(name) => uri.scheme("https").authority(format!("{name}@{address}")),
-    };
-    uri.build()
-        .expect("an address and a path make a URI: this is a bug")
-}
-
-/// Opens connections to the URIs that [`uri`] makes.
-#[derive(Clone)]
-pub struct PodConnector {
-    tcp: HttpConnector,
-    trust: Arc<Trust>,
-    timeout: Duration,
-}
-
-impl PodConnector {
-    /// Connects by `tcp`, and waits at most `timeout` for a connection and for TLS.
-    #[must_use]
-    pub fn new(mut tcp: HttpConnector, trust: Arc<Trust>, timeout: Duration) -> Self {
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        tcp.set_connect_timeout(Some(timeout));
-        Self {
-            tcp,
-            trust,
-            timeout,
-        }
-    }
-}
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-impl Service<Uri> for PodConnector {
-    type Response = PodStream;
-    type Error = BoxError;
-    type Future = Pin<Box<dyn Future<Output = Result<PodStream, BoxError>> + Send>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.tcp.poll_ready(cx).map_err(Into::into)
-    }
-
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let authority = uri.authority().map(http::uri::Authority::as_str);
-        let name = authority.and_then(|authority| authority.split_once('@'));
-        let name = name.map(|(name, _)| name.to_owned());
-        let connecting = self.tcp.call(uri);
-        let (trust, timeout) = (Arc::clone(&self.trust), self.timeout);
-        Box::pin(async move {
-            let stream = connecting.await?;
-            let Some(name) = name else {
-                return Ok(PodStream::Plain(stream));
-            };
-            let secured = trust.secure(stream.into_inner(), &name);
-            let secured = tokio::time::timeout(timeout, secured).await;
-            let secured = secured.map_err(|_| "the pod took too long to agree on TLS")??;
-            Ok(PodStream::Tls(Box::new(TokioIo::new(secured))))
-        })
-    }
-}
-
-/// A connection to a pod.
-pub enum PodStream {
-    /// Without TLS.
-    Plain(TokioIo<TcpStream>),
-    /// With it. Apart, so that connections without keep no room for it.
-    Tls(Box<TokioIo<TlsStream<TcpStream>>>),
-}
-
-impl Connection for PodStream {
-    fn connected(&self) -> Connected {
-        Connected::new()
-    }
-}
-
-impl Read for PodStream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: ReadBufCursor<'_>,
-    ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
-            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
-        }
-    }
-}
-
-impl Write for PodStream {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        parts: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, parts),
-            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, parts),
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        match self {
-            Self::Plain(stream) => stream.is_write_vectored(),
-            Self::Tls(stream) => stream.is_write_vectored(),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a panic is a test's way to fail")]
@@ -374,32 +222,6 @@ mod tests {
         assert_eq!(name(service), None);
         let secured = serde_json::json!({SERVICE_LABEL: "chat", TLS_LABEL: "true"});
         assert_eq!(name(secured).as_deref(), Some("chat-pods.team-a.svc"));
-    }
-
-    #[test]
-    fn the_name_of_the_certificate_keeps_connections_apart() {
-        for (address, plain, secured) in [
-            (
-                "10.0.0.1:8000",
-                "http://10.0.0.1:8000/m?a=1",
-                "https://n@10.0.0.1:8000/m?a=1",
-            ),
-            (
-                "[fd00::1]:8000",
-                "http://[fd00::1]:8000/m?a=1",
-                "https://n@[fd00::1]:8000/m?a=1",
-            ),
-        ] {
-            let address: SocketAddr = address.parse().unwrap();
-            let path = PathAndQuery::from_static("/m?a=1");
-            assert_eq!(uri(address, None, path.clone()).to_string(), plain);
-            let uri = uri(address, Some("n"), path);
-            assert_eq!(uri.to_string(), secured);
-            assert_eq!(
-                uri.host().unwrap().trim_matches(['[', ']']),
-                address.ip().to_string()
-            );
-        }
     }
 
     #[test]

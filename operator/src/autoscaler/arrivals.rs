@@ -117,7 +117,8 @@ impl Arrivals {
         self.watch_for_jumps(now);
     }
 
-    /// Drops the moment that has just become old, if the one before is near.
+    /// Drops the moment that has just become old, if the one before is near, and the one before where nothing came on either
+    /// side of it: hours without a request are two moments.
     fn thin_out(&mut self, now: f64) {
         let old = self
             .moments
@@ -127,17 +128,35 @@ impl Arrivals {
         };
         if self.moments[old - 1].0 - self.moments[before].0 < OLD_MOMENT_SECONDS {
             self.moments.remove(old - 1);
+            return;
         }
+        let Some(first) = before.checked_sub(1) else {
+            return;
+        };
+        let counts = |index: usize| self.moments[index].1;
+        if counts(first) == counts(before) && counts(before) == counts(old - 1) {
+            self.moments.remove(before);
+        }
+    }
+
+    /// What had come by a time in between two moments, where none are missing but those at which nothing came.
+    fn quiet_at(&self, after: usize, time: f64) -> Option<(f64, Counts)> {
+        let (later, before) = (
+            self.moments.get(after)?,
+            self.moments.get(after.checked_sub(1)?)?,
+        );
+        let quiet = later.1 == before.1 && later.0 - before.0 >= 2.0 * OLD_MOMENT_SECONDS;
+        quiet.then_some((time, later.1))
     }
 
     /// Requests per second between two times, and the seconds that were really seen.
     fn between(&self, source: usize, from: f64, to: f64) -> Option<(f64, f64)> {
         let end = self.moments.partition_point(|(at, _)| *at <= to);
         let begin = self.moments.partition_point(|(at, _)| *at < from);
-        let (first, last) = (
-            self.moments.get(begin)?,
-            self.moments.get(end.checked_sub(1)?)?,
-        );
+        let first = self.quiet_at(begin, from);
+        let first = first.or_else(|| self.moments.get(begin).copied())?;
+        let last = self.quiet_at(end, to);
+        let last = last.or_else(|| self.moments.get(end.checked_sub(1)?).copied())?;
         let span = last.0 - first.0;
         (span > 0.0).then(|| ((last.1[source] - first.1[source]) / span, span))
     }

@@ -39,8 +39,8 @@ const PANIC_RATIO: f64 = 2.0;
 const MIN_FRESH_SHARE: f64 = 0.5;
 /// However long the prompts, this share of the target for the first token is left to wait in.
 const MIN_WAITING_SHARE: f64 = 0.1;
-/// Most remembered demands: one a second for the stable window, with room for a quicker clock.
-const MAX_DEMANDS: usize = 512;
+/// Most remembered spells of one demand: one a second for the stable window, with room for a quicker clock.
+const MAX_SPELLS: usize = 512;
 
 /// What the user asks.
 #[derive(Debug, Clone, PartialEq)]
@@ -101,12 +101,39 @@ pub struct Observation<'a> {
     pub gateways: Signal<GatewayLoad>,
 }
 
+/// Looks that one after the other saw the same demand: an idle service has one spell, however often it is looked at.
+#[derive(Debug, Clone, Copy)]
+struct Spell {
+    first: f64,
+    last: f64,
+    looks: u32,
+    demand: f64,
+    /// The part of the demand that KV caches ask for.
+    cache: f64,
+}
+
+impl Spell {
+    /// How many of its looks lie within `window` seconds before `now`, as if they were evenly spaced.
+    fn within(&self, now: f64, window: f64) -> f64 {
+        let all = f64::from(self.looks);
+        if now - self.last >= window {
+            0.0
+        } else if self.looks < 2 || now - self.first < window {
+            all
+        } else {
+            let apart = (self.last - self.first) / (all - 1.0);
+            ((window - (now - self.last)) / apart)
+                .ceil()
+                .clamp(1.0, all)
+        }
+    }
+}
+
 /// What earlier decisions left behind.
 #[derive(Debug, Clone, Default)]
 pub struct History {
     record: Record,
-    /// Time, demand, and the part of it that KV caches ask for.
-    demands: VecDeque<(f64, f64, f64)>,
+    demands: VecDeque<Spell>,
     /// The arrivals' last jump, and when it was seen: demands of before are of another load.
     jump: (f64, f64),
     panic_until: f64,
@@ -124,13 +151,25 @@ impl History {
         history
     }
 
-    fn remember(&mut self, now: f64, demand: f64, cache_demand: f64) {
-        self.demands.push_back((now, demand, cache_demand));
-        while self.demands.len() > MAX_DEMANDS
+    fn remember(&mut self, now: f64, demand: f64, cache: f64) {
+        match self.demands.back_mut() {
+            Some(spell) if spell.demand == demand && spell.cache == cache => {
+                spell.last = now;
+                spell.looks = spell.looks.saturating_add(1);
+            }
+            _ => self.demands.push_back(Spell {
+                first: now,
+                last: now,
+                looks: 1,
+                demand,
+                cache,
+            }),
+        }
+        while self.demands.len() > MAX_SPELLS
             || self
                 .demands
                 .front()
-                .is_some_and(|(at, ..)| now - at >= STABLE_WINDOW_SECONDS)
+                .is_some_and(|spell| now - spell.last >= STABLE_WINDOW_SECONDS)
         {
             self.demands.pop_front();
         }
@@ -151,12 +190,17 @@ impl History {
 
     /// Mean demand of the last `window` seconds, and of its part for KV caches.
     fn means(&self, now: f64, window: f64) -> (f64, f64) {
-        let recent = self.demands.iter().rev();
-        let recent = recent.take_while(|(at, ..)| now - at < window);
-        let (all, cache, count) = recent.fold((0.0, 0.0, 0.0), |(a, k, n), (_, all, cache)| {
-            (a + all, k + cache, n + 1.0)
-        });
-        (all / f64::max(count, 1.0), cache / f64::max(count, 1.0))
+        let (mut all, mut cache, mut looks) = (0.0, 0.0, 0.0);
+        for spell in self.demands.iter().rev() {
+            let seen = spell.within(now, window);
+            if seen == 0.0 {
+                break;
+            }
+            all += seen * spell.demand;
+            cache += seen * spell.cache;
+            looks += seen;
+        }
+        (all / f64::max(looks, 1.0), cache / f64::max(looks, 1.0))
     }
 }
 

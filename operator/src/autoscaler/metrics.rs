@@ -1,22 +1,12 @@
-//! What the autoscaler tells Prometheus: signals, demand and decisions of each service, gone with it.
+//! What the autoscaler tells Prometheus: of each service its signals, demand and decisions, and of itself its scrapes.
 
-use prometheus::{GaugeVec, Histogram, HistogramOpts, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{Histogram, HistogramOpts, IntCounterVec, Opts, Registry};
 
-use super::Key;
 use super::decision::{Decision, Reason};
 use super::scrape::ScrapeMetrics;
+use crate::exposition::{Family, Kind};
 
-/// What the autoscaler tells Prometheus.
-pub(super) struct Metrics {
-    desired: IntGaugeVec,
-    demand: GaugeVec,
-    fresh: IntGaugeVec,
-    signal: GaugeVec,
-    decisions: IntCounterVec,
-    pub(super) round: Histogram,
-}
-
-/// Reasons that change a count, for removal of labels.
+/// Reasons that change a count.
 const REASONS: [Reason; 7] = [
     Reason::QueueDepth,
     Reason::ArrivalRate,
@@ -30,42 +20,93 @@ const REASONS: [Reason; 7] = [
 /// Values of the label `signal`.
 const SIGNALS: [&str; 4] = ["kv_cache", "waiting", "held", "running"];
 
+/// What is told of one service.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Figures {
+    desired: i32,
+    demand: f64,
+    fresh: u32,
+    /// In the order of [`SIGNALS`]; none of what is not known.
+    signals: [Option<f64>; 4],
+    /// In the order of [`REASONS`]. A counter that first appears at one shows no increase: each begins at zero.
+    decisions: [u32; 7],
+}
+
+impl Figures {
+    pub(super) fn decided(&mut self, decision: &Decision) {
+        let figures = &decision.figures;
+        self.desired = decision.to;
+        self.demand = figures.demand[0];
+        self.fresh = u32::try_from(figures.fresh).unwrap_or(u32::MAX);
+        // Nothing is known of replicas of which none is fresh: no figure then, rather than a zero.
+        let seen = |value: f64| (figures.fresh > 0).then_some(value);
+        self.signals = [
+            seen(figures.kv_cache),
+            seen(figures.waiting),
+            figures.held,
+            seen(figures.running),
+        ];
+        if decision.to != decision.from {
+            let of = REASONS.iter().position(|r| *r == decision.reason);
+            if let Some(count) = of.and_then(|index| self.decisions.get_mut(index)) {
+                *count = count.saturating_add(1);
+            }
+        }
+    }
+}
+
+/// What is told of every service.
+pub(crate) static FAMILIES: [Family<Figures>; 5] = [
+    Family {
+        name: "ashlar_autoscaler_decisions_total",
+        help: "Decisions that changed the number of replicas, by reason.",
+        kind: Kind::Counter,
+        write: |figures, lines| {
+            for (reason, count) in REASONS.iter().zip(figures.decisions) {
+                lines.add_with(&[("reason", reason.as_str())], f64::from(count));
+            }
+        },
+    },
+    Family {
+        name: "ashlar_autoscaler_demand_replicas",
+        help: "Replicas that would carry the load at target.",
+        kind: Kind::Gauge,
+        write: |figures, lines| lines.add(figures.demand),
+    },
+    Family {
+        name: "ashlar_autoscaler_desired_replicas",
+        help: "Replicas decided on.",
+        kind: Kind::Gauge,
+        write: |figures, lines| lines.add(f64::from(figures.desired)),
+    },
+    Family {
+        name: "ashlar_autoscaler_fresh_replicas",
+        help: "Ready replicas whose metrics are younger than 3 s.",
+        kind: Kind::Gauge,
+        write: |figures, lines| lines.add(f64::from(figures.fresh)),
+    },
+    Family {
+        name: "ashlar_autoscaler_signal",
+        help: "What decisions are made from: mean share of KV caches in use, requests waiting, held at gateways, running.",
+        kind: Kind::Gauge,
+        write: |figures, lines| {
+            for (signal, value) in SIGNALS.into_iter().zip(figures.signals) {
+                if let Some(value) = value {
+                    lines.add_with(&[("signal", signal)], value);
+                }
+            }
+        },
+    },
+];
+
+/// What the autoscaler tells of itself.
+pub(super) struct Metrics {
+    pub(super) round: Histogram,
+}
+
 impl Metrics {
     pub(super) fn new(registry: &Registry) -> prometheus::Result<(Self, ScrapeMetrics)> {
-        let of_service = ["namespace", "name"];
         let metrics = Self {
-            desired: IntGaugeVec::new(
-                Opts::new("ashlar_autoscaler_desired_replicas", "Replicas decided on."),
-                &of_service,
-            )?,
-            demand: GaugeVec::new(
-                Opts::new(
-                    "ashlar_autoscaler_demand_replicas",
-                    "Replicas that would carry the load at target.",
-                ),
-                &of_service,
-            )?,
-            fresh: IntGaugeVec::new(
-                Opts::new(
-                    "ashlar_autoscaler_fresh_replicas",
-                    "Ready replicas whose metrics are younger than 3 s.",
-                ),
-                &of_service,
-            )?,
-            signal: GaugeVec::new(
-                Opts::new(
-                    "ashlar_autoscaler_signal",
-                    "What decisions are made from: mean share of KV caches in use, requests waiting, held at gateways, running.",
-                ),
-                &["namespace", "name", "signal"],
-            )?,
-            decisions: IntCounterVec::new(
-                Opts::new(
-                    "ashlar_autoscaler_decisions_total",
-                    "Decisions that changed the number of replicas, by reason.",
-                ),
-                &["namespace", "name", "reason"],
-            )?,
             round: Histogram::with_opts(
                 HistogramOpts::new(
                     "ashlar_autoscaler_round_seconds",
@@ -87,73 +128,9 @@ impl Metrics {
                     .buckets(vec![0.001, 0.005, 0.02, 0.1, 0.4, 0.8]),
             )?,
         };
-        registry.register(Box::new(metrics.desired.clone()))?;
-        registry.register(Box::new(metrics.demand.clone()))?;
-        registry.register(Box::new(metrics.fresh.clone()))?;
-        registry.register(Box::new(metrics.signal.clone()))?;
-        registry.register(Box::new(metrics.decisions.clone()))?;
         registry.register(Box::new(metrics.round.clone()))?;
         registry.register(Box::new(scrapes.scrapes.clone()))?;
         registry.register(Box::new(scrapes.seconds.clone()))?;
         Ok((metrics, scrapes))
-    }
-
-    /// A counter that first appears at one shows no increase: each begins at zero.
-    pub(super) fn begin(&self, key: &Key) {
-        for reason in REASONS {
-            self.decisions
-                .with_label_values(&[&key.0, &key.1, reason.as_str()]);
-        }
-    }
-
-    pub(super) fn decided(&self, key: &Key, decision: &Decision) {
-        let labels = [key.0.as_str(), key.1.as_str()];
-        self.desired
-            .with_label_values(&labels)
-            .set(i64::from(decision.to));
-        self.demand
-            .with_label_values(&labels)
-            .set(decision.figures.demand[0]);
-        self.fresh
-            .with_label_values(&labels)
-            .set(i64::try_from(decision.figures.fresh).unwrap_or(i64::MAX));
-        let figures = &decision.figures;
-        // Nothing is known of replicas of which none is fresh: no figure then, rather than a zero.
-        let seen = |value: f64| (figures.fresh > 0).then_some(value);
-        let signals = [
-            seen(figures.kv_cache),
-            seen(figures.waiting),
-            figures.held,
-            seen(figures.running),
-        ];
-        for (signal, value) in SIGNALS.into_iter().zip(signals) {
-            let labels = [labels[0], labels[1], signal];
-            match value {
-                Some(value) => self.signal.with_label_values(&labels).set(value),
-                // Removal fails when there was nothing to remove, which is as good.
-                None => drop(self.signal.remove_label_values(&labels)),
-            }
-        }
-        if decision.to != decision.from {
-            self.decisions
-                .with_label_values(&[labels[0], labels[1], decision.reason.as_str()])
-                .inc();
-        }
-    }
-
-    pub(super) fn forget(&self, key: &Key) {
-        let labels = [key.0.as_str(), key.1.as_str()];
-        // Removal fails when there was nothing to remove, which is as good.
-        let _ = self.desired.remove_label_values(&labels);
-        let _ = self.demand.remove_label_values(&labels);
-        let _ = self.fresh.remove_label_values(&labels);
-        for signal in SIGNALS {
-            let labels = [labels[0], labels[1], signal];
-            let _ = self.signal.remove_label_values(&labels);
-        }
-        for reason in REASONS {
-            let labels = [labels[0], labels[1], reason.as_str()];
-            let _ = self.decisions.remove_label_values(&labels);
-        }
     }
 }

@@ -22,7 +22,7 @@ pub mod scrape;
 pub mod signal;
 pub mod simulate;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,6 +43,7 @@ use crate::model_tls::{Trust, server_name_of};
 use decide::{History, Observation, Policy, Replica};
 use decision::Decision;
 use metrics::Metrics;
+pub(crate) use metrics::{FAMILIES, Figures};
 use scrape::{GatewayLoads, Kind, Scraper, Target};
 use signal::{GatewayLoad, Signal};
 
@@ -72,10 +73,32 @@ pub struct Outcome {
 pub struct World {
     /// All services.
     pub services: Vec<Arc<InferenceService>>,
-    /// All pods with the service label.
-    pub pods: Vec<Arc<Pod>>,
+    /// Pods of all services that are ready.
+    pub pods: Vec<Arc<ReadyPod>>,
     /// The gateway's own EndpointSlices.
     pub gateway_slices: Vec<Arc<EndpointSlice>>,
+}
+
+/// A pod that answers: whose it is, and where it is asked.
+#[derive(Debug)]
+pub struct ReadyPod {
+    service: Key,
+    target: Target,
+}
+
+impl ReadyPod {
+    /// What is needed of a pod; none while it is not ready, or not of a service.
+    #[must_use]
+    pub fn of(pod: &Pod) -> Option<Self> {
+        if !pods::is_ready(pod) {
+            return None;
+        }
+        let service = pod.labels().get(SERVICE_LABEL)?;
+        Some(Self {
+            service: (pod.namespace()?, service.clone()),
+            target: pod_target(pod)?,
+        })
+    }
 }
 
 struct Tracked {
@@ -84,6 +107,7 @@ struct Tracked {
     since: f64,
     history: History,
     outcome: Outcome,
+    figures: Figures,
 }
 
 /// The leader's autoscaler.
@@ -145,6 +169,13 @@ impl Autoscaler {
         (Some(&tracked.uid) == service.metadata.uid.as_ref()).then(|| tracked.outcome.clone())
     }
 
+    /// What Prometheus is told of a service; none without `scaling`, or before the first decision.
+    pub(crate) fn figures(&self, service: &InferenceService) -> Option<Figures> {
+        service.spec.scaling.as_ref()?;
+        let key = (service.namespace()?, service.name_any());
+        Some(self.services().get(&key)?.figures)
+    }
+
     /// Scrapes and decides until the future is dropped; a service whose outcome changes is sent to `changed`.
     pub async fn run(
         &self,
@@ -173,13 +204,12 @@ impl Autoscaler {
     fn tick(&self, world: &World) -> Vec<ObjectRef<InferenceService>> {
         let began = Instant::now();
         let gateways = self.gateway_targets(&world.gateway_slices);
-        let mut ready: HashMap<Key, Vec<Target>> = HashMap::new();
-        for pod in world.pods.iter().filter(|pod| pods::is_ready(pod)) {
-            if let (Some(key), Some(target)) = (key_of(pod), pod_target(pod)) {
-                ready.entry(key).or_default().push(target);
-            }
+        let mut ready: HashMap<&Key, Vec<&Target>> = HashMap::with_capacity(world.services.len());
+        for pod in &world.pods {
+            ready.entry(&pod.service).or_default().push(&pod.target);
         }
-        let targets = ready.values().flatten().chain(&gateways).cloned();
+        let targets = ready.values().flatten().copied();
+        let targets = targets.chain(&gateways).cloned();
         self.scraper.set_targets(targets.collect());
 
         let readings: Vec<_> = gateways
@@ -189,13 +219,13 @@ impl Autoscaler {
         let now = self.began.elapsed().as_secs_f64();
         let mut services = self.services();
         let mut changed = Vec::new();
-        let mut seen: HashMap<Key, ()> = HashMap::new();
+        let mut seen: HashSet<Key> = HashSet::with_capacity(world.services.len());
         for service in &world.services {
             let Some(spec) = service.spec.scaling.as_ref() else {
                 continue;
             };
             let key = (service.namespace().unwrap_or_default(), service.name_any());
-            seen.insert(key.clone(), ());
+            seen.insert(key.clone());
             let replicas: Vec<Replica> = ready
                 .get(&key)
                 .into_iter()
@@ -219,10 +249,7 @@ impl Autoscaler {
                         *tracked = Tracked::new(uid.clone(), service, now);
                     }
                 })
-                .or_insert_with(|| {
-                    self.metrics.begin(&key);
-                    Tracked::new(uid.clone(), service, now)
-                });
+                .or_insert_with(|| Tracked::new(uid.clone(), service, now));
             let decision = decide::decide(
                 &Policy::of(spec),
                 &Observation {
@@ -233,18 +260,12 @@ impl Autoscaler {
                 },
                 &mut tracked.history,
             );
-            self.metrics.decided(&key, &decision);
+            tracked.figures.decided(&decision);
             if tracked.take(&decision, now) {
                 changed.push(ObjectRef::new(&key.1).within(&key.0));
             }
         }
-        services.retain(|key, _| {
-            let known = seen.contains_key(key);
-            if !known {
-                self.metrics.forget(key);
-            }
-            known
-        });
+        services.retain(|key, _| seen.contains(key));
         self.metrics.round.observe(began.elapsed().as_secs_f64());
         changed
     }
@@ -291,6 +312,7 @@ impl Tracked {
                 explanation: None,
                 blind: None,
             },
+            figures: Figures::default(),
         }
     }
 
@@ -317,11 +339,6 @@ impl Tracked {
         }
         changed || turned
     }
-}
-
-fn key_of(pod: &Pod) -> Option<Key> {
-    let service = pod.labels().get(SERVICE_LABEL)?;
-    Some((pod.namespace()?, service.clone()))
 }
 
 fn pod_target(pod: &Pod) -> Option<Target> {

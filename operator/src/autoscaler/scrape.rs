@@ -10,18 +10,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::Uri;
 use http::uri::PathAndQuery;
-use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use prometheus::{Histogram, IntCounterVec};
 use tokio::sync::Semaphore;
 use tokio::time::MissedTickBehavior;
 
 use super::signal::{self, GatewayLoad, PodLoad};
-use crate::model_tls::{self, PodConnector, Trust};
+use crate::model_tls::Trust;
+use crate::pod_http::{Client, Peer, Settings};
 
 /// Longest scrape.
 const TIMEOUT: Duration = Duration::from_millis(800);
@@ -56,6 +52,13 @@ impl Kind {
             Self::Gateway => "gateway",
         }
     }
+
+    fn query(self) -> PathAndQuery {
+        PathAndQuery::from_static(match self {
+            Self::Pod => signal::POD_QUERY,
+            Self::Gateway => signal::GATEWAY_QUERY,
+        })
+    }
 }
 
 /// Something to ask.
@@ -64,7 +67,8 @@ pub struct Target {
     /// The same for the same process, as far as that can be told.
     pub id: u64,
     kind: Kind,
-    uri: Uri,
+    address: SocketAddr,
+    tls: Option<Arc<str>>,
 }
 
 impl Target {
@@ -72,16 +76,13 @@ impl Target {
     /// for, none without TLS.
     #[must_use]
     pub fn new(kind: Kind, name: &str, address: SocketAddr, tls: Option<&str>) -> Self {
-        let query = match kind {
-            Kind::Pod => signal::POD_QUERY,
-            Kind::Gateway => signal::GATEWAY_QUERY,
-        };
         let mut hasher = DefaultHasher::new();
         (name, address).hash(&mut hasher);
         Self {
             id: hasher.finish(),
             kind,
-            uri: model_tls::uri(address, tls, PathAndQuery::from_static(query)),
+            address,
+            tls: tls.map(Arc::from),
         }
     }
 }
@@ -112,7 +113,7 @@ pub struct ScrapeMetrics {
 pub struct Scraper {
     state: Mutex<State>,
     slots: Arc<Semaphore>,
-    client: Client<PodConnector, Empty<Bytes>>,
+    client: Client,
     metrics: ScrapeMetrics,
 }
 
@@ -120,16 +121,15 @@ impl Scraper {
     /// Nothing to ask yet.
     #[must_use]
     pub fn new(metrics: ScrapeMetrics, trust: Arc<Trust>) -> Self {
-        let connector = PodConnector::new(HttpConnector::new(), trust, TIMEOUT);
-        let client = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(IDLE)
-            .pool_max_idle_per_host(1)
-            .pool_timer(TokioTimer::new())
-            .build(connector);
+        let settings = Settings {
+            connect_timeout: TIMEOUT,
+            idle: IDLE,
+            idle_per_address: 1,
+        };
         Self {
             state: Mutex::default(),
             slots: Arc::new(Semaphore::new(MAX_OUTSTANDING)),
-            client,
+            client: Client::new(settings, trust),
             metrics,
         }
     }
@@ -237,12 +237,11 @@ impl Scraper {
     }
 
     async fn fetch(&self, target: &Target) -> Option<Bytes> {
-        let response = self.client.get(target.uri.clone()).await.ok()?;
-        if !response.status().is_success() {
-            return None;
-        }
-        let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
-        Some(body.ok()?.to_bytes())
+        let peer = Peer {
+            address: target.address,
+            tls: target.tls.as_deref(),
+        };
+        self.client.get(peer, target.kind.query(), MAX_BODY).await
     }
 }
 

@@ -4,7 +4,8 @@
 //! or before they are listed, nothing is known, and a rollout finds out by trying.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -22,12 +23,12 @@ use kube::{
 };
 use serde::Deserialize;
 
-use super::{placement, quantity};
+use super::{placement, quantity, seen};
 
 /// A claim on room ends after this time, should its pod never be seen on a node.
 const CLAIM: Duration = Duration::from_secs(30);
-/// Objects of one answer when a watch lists.
-const PAGE: u32 = 500;
+/// Objects of one answer when a watch lists: a pod of others may be large, and is read whole.
+const PAGE: u32 = 100;
 
 /// Resource and amount, in thousandths of the resource's unit.
 pub(super) type Requests = BTreeMap<String, f64>;
@@ -36,6 +37,7 @@ pub(super) type Requests = BTreeMap<String, f64>;
 #[derive(Debug, Clone, Deserialize, Resource)]
 #[resource(inherit = k8s_openapi::api::core::v1::Pod)]
 struct BoundPod {
+    #[serde(deserialize_with = "seen::meta")]
     metadata: ObjectMeta,
     #[serde(default)]
     spec: BoundSpec,
@@ -79,9 +81,10 @@ pub(super) struct NodeRoom {
     pub(super) allocatable: Requests,
 }
 
+/// What a pod takes. Clusters have many: names are shared.
 struct Taken {
-    node: Box<str>,
-    requests: Box<[(Box<str>, f64)]>,
+    node: Arc<str>,
+    requests: Box<[(Arc<str>, f64)]>,
     listing: u32,
 }
 
@@ -96,8 +99,11 @@ struct Claim {
 struct State {
     nodes: BTreeMap<String, NodeRoom>,
     nodes_known: bool,
-    taken: HashMap<Box<str>, Taken>,
-    sums: HashMap<Box<str>, Requests>,
+    /// By [`number_of`] the pod.
+    taken: HashMap<u64, Taken>,
+    sums: HashMap<Arc<str>, Requests>,
+    /// Every resource that any pod has asked for.
+    resources: HashSet<Arc<str>>,
     pods_known: bool,
     listing: u32,
     quotas: HashMap<(String, String), ResourceQuota>,
@@ -220,17 +226,14 @@ impl Capacity {
         match event {
             Event::Init => state.listing = state.listing.wrapping_add(1),
             Event::InitApply(pod) | Event::Apply(pod) => state.bind(&pod),
-            Event::Delete(pod) => state.unbind(&pod.uid().unwrap_or_default()),
+            Event::Delete(pod) => state.unbind(number_of(&pod)),
             Event::InitDone => {
                 let listing = state.listing;
-                let gone: Vec<_> = state
-                    .taken
-                    .iter()
-                    .filter(|(_, t)| t.listing != listing)
-                    .map(|(uid, _)| uid.clone())
-                    .collect();
-                for uid in gone {
-                    state.unbind(&uid);
+                let taken = state.taken.iter();
+                let gone = taken.filter(|(_, taken)| taken.listing != listing);
+                let gone: Vec<u64> = gone.map(|(number, _)| *number).collect();
+                for number in gone {
+                    state.unbind(number);
                 }
                 state.pods_known = true;
             }
@@ -255,37 +258,49 @@ impl Capacity {
 
 impl State {
     fn bind(&mut self, pod: &BoundPod) {
-        let uid = pod.uid().unwrap_or_default();
+        let number = number_of(pod);
         let over = matches!(pod.status.phase.as_deref(), Some("Succeeded" | "Failed"));
         let Some(node) = pod.spec.node_name.as_deref().filter(|_| !over) else {
-            return self.unbind(&uid);
+            return self.unbind(number);
         };
-        if let Some(known) = self.taken.get_mut(uid.as_str())
+        if let Some(known) = self.taken.get_mut(&number)
             && *known.node == *node
         {
             // Requests of a bound pod change only by an in-place resize, which pods of ours do not get.
             known.listing = self.listing;
             return;
         }
-        self.unbind(&uid);
+        self.unbind(number);
         let requests: Box<[_]> = bound_requests(&pod.spec)
             .into_iter()
-            .map(|(resource, amount)| (resource.into_boxed_str(), amount))
+            .map(|(resource, amount)| (self.shared(&resource), amount))
             .collect();
-        let sums = self.sums.entry(node.into()).or_default();
+        let known = self.sums.get_key_value(node);
+        let node: Arc<str> = known.map_or_else(|| node.into(), |(node, _)| Arc::clone(node));
+        let sums = self.sums.entry(Arc::clone(&node)).or_default();
         for (resource, amount) in &requests {
             *sums.entry(resource.to_string()).or_default() += amount;
         }
         let taken = Taken {
-            node: node.into(),
+            node,
             requests,
             listing: self.listing,
         };
-        self.taken.insert(uid.into(), taken);
+        self.taken.insert(number, taken);
     }
 
-    fn unbind(&mut self, uid: &str) {
-        let Some(taken) = self.taken.remove(uid) else {
+    /// The one copy of a resource's name.
+    fn shared(&mut self, resource: &str) -> Arc<str> {
+        if let Some(known) = self.resources.get(resource) {
+            return Arc::clone(known);
+        }
+        let name: Arc<str> = resource.into();
+        self.resources.insert(Arc::clone(&name));
+        name
+    }
+
+    fn unbind(&mut self, number: u64) {
+        let Some(taken) = self.taken.remove(&number) else {
             return;
         };
         if let Some(sums) = self.sums.get_mut(&taken.node) {
@@ -308,6 +323,13 @@ impl State {
         }
         left
     }
+}
+
+/// A pod's uid in eight bytes; that two pods of a cluster have the same is less likely than one in a billion.
+fn number_of(pod: &BoundPod) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    pod.metadata.uid.hash(&mut hasher);
+    hasher.finish()
 }
 
 async fn follow<K>(

@@ -89,10 +89,11 @@ pub(super) async fn key_access(service: &ValidatedService, context: &Context) ->
     }
 }
 
-/// One of the service's hosts that an older service holds, and which; the gateway judges in the same way.
+/// One of the service's hosts that an older service holds, and which; the gateway judges in the same way. `all` services are
+/// looked at only if this one has hosts.
 pub(super) fn host_conflict(
     service: &InferenceService,
-    all: &[Arc<InferenceService>],
+    all: impl FnOnce() -> Vec<Arc<InferenceService>>,
 ) -> Option<String> {
     let hosts = &service.spec.endpoint.hosts;
     if hosts.is_empty() {
@@ -104,7 +105,8 @@ pub(super) fn host_conflict(
         (created, service.namespace(), service.name_any())
     };
     let own = age(service);
-    all.iter()
+    all()
+        .iter()
         .filter(|other| !other.spec.endpoint.hosts.is_empty() && age(other) < own)
         .find_map(|other| {
             let host = hosts.iter().find(|host| other.spec.endpoint.hosts.contains(host))?;
@@ -175,14 +177,14 @@ mod tests {
             &["y.example.com", "x.example.com"],
         );
         let all = [Arc::clone(&young), Arc::clone(&old)];
-        assert_eq!(host_conflict(&old, &all), None);
-        let words = host_conflict(&young, &all).unwrap();
+        assert_eq!(host_conflict(&old, || all.to_vec()), None);
+        let words = host_conflict(&young, || all.to_vec()).unwrap();
         assert!(
             words.contains("x.example.com") && !words.contains("old "),
             "{words}"
         );
         let neighbour = service("a", "near", "2026-01-02T00:00:00Z", &["x.example.com"]);
-        let words = host_conflict(&neighbour, &all).unwrap();
+        let words = host_conflict(&neighbour, || all.to_vec()).unwrap();
         assert!(words.contains("InferenceService old"), "{words}");
     }
 }

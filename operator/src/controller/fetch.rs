@@ -1,6 +1,7 @@
 //! The only reads of a reconcile, all from caches that watches keep: a reconcile asks the API server nothing.
 
 mod reduce;
+mod rest;
 mod watches;
 
 use std::sync::{
@@ -23,15 +24,16 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client,
-    api::{ApiResource, DynamicObject, ObjectMeta},
-    runtime::reflector,
+    api::{ApiResource, ObjectMeta},
+    runtime::reflector::{self, Store},
 };
 use serde_json::Value;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
-use super::{build::children::http_routes, index::Index};
-use reduce::{Stored, live_child, typed};
-use watches::{Triggers, spawn_children, spawn_gateway, spawn_pods, spawn_routes};
+use super::{build::children::http_routes, index::Index, seen::Child};
+use crate::autoscaler::ReadyPod;
+use reduce::{Stored, StoredPod, live_child, typed};
+use watches::{Triggers, spawn_children, spawn_gateway, spawn_pods, spawn_routes, spawn_services};
 
 /// Changes that wait for the controller to look at their service; more make the watch wait.
 const MAX_TRIGGERS: usize = 4096;
@@ -80,12 +82,14 @@ pub struct LiveChild {
     pub value: Value,
 }
 
-/// Caches of everything that carries the service label. Clones share them.
+/// Caches of all services, and of everything that carries the service label. Clones share them.
 #[derive(Clone)]
 pub struct Caches {
+    services: Store<InferenceService>,
+    services_filled: watch::Sender<bool>,
     children: Vec<(ApiResource, Index<Stored>)>,
-    pods: Index<Arc<Pod>>,
-    pull_pods: Index<Arc<Pod>>,
+    pods: Index<StoredPod>,
+    pull_pods: Index<StoredPod>,
     gateway_slices: Index<Arc<EndpointSlice>>,
     /// HTTPRoutes, once the cluster has the kind.
     routes: Index<Stored>,
@@ -93,11 +97,12 @@ pub struct Caches {
     heard: Arc<AtomicBool>,
 }
 
-/// The service whose child changed, or none for all services.
+/// A service that changed, or whose child did; none for all services.
 pub type Trigger = Option<reflector::ObjectRef<InferenceService>>;
 
 impl Caches {
-    /// Starts the watches. The stream yields the service of each changed child, or `None` when all services must look.
+    /// Starts the watches. The stream yields each changed service, the service of each changed child, or `None` when all
+    /// services must look.
     pub fn start(
         client: &Client,
         watched: Option<&str>,
@@ -106,6 +111,8 @@ impl Caches {
         let (send, mut receive) = mpsc::channel(MAX_TRIGGERS);
         let heard = Arc::new(AtomicBool::new(false));
         let triggers = Triggers::new(send, Arc::clone(&heard));
+        let services_filled = watch::Sender::new(false);
+        let services = spawn_services(client, watched, triggers.clone(), services_filled.clone());
         let kinds = [
             ApiResource::erase::<ControllerRevision>(&()),
             ApiResource::erase::<Deployment>(&()),
@@ -119,7 +126,7 @@ impl Caches {
         ];
         let children = kinds.map(|kind| {
             let index = Index::new();
-            let api: Api<DynamicObject> = match watched {
+            let api: Api<Child> = match watched {
                 Some(namespace) => Api::namespaced_with(client.clone(), namespace, &kind),
                 None => Api::all_with(client.clone(), &kind),
             };
@@ -141,6 +148,8 @@ impl Caches {
             triggers,
         );
         let caches = Self {
+            services,
+            services_filled,
             children: children.into(),
             pods,
             pull_pods,
@@ -162,6 +171,9 @@ impl Caches {
 
     /// Waits until every cache has been filled once.
     pub async fn ready(&self) {
+        // The sender lives as long as `self`.
+        let mut filled = self.services_filled.subscribe();
+        let _ = filled.wait_for(|filled| *filled).await;
         for (_, index) in &self.children {
             index.ready().await;
         }
@@ -170,16 +182,22 @@ impl Caches {
         self.gateway_slices.ready().await;
     }
 
-    /// Pods of all services.
+    /// All services.
     #[must_use]
-    pub fn pods(&self) -> Vec<Arc<Pod>> {
-        self.pods.all()
+    pub fn services(&self) -> Store<InferenceService> {
+        self.services.clone()
+    }
+
+    /// Pods of all services that are ready.
+    #[must_use]
+    pub fn ready_pods(&self) -> Vec<Arc<ReadyPod>> {
+        self.pods.all_of(|pod| pod.ready.clone())
     }
 
     /// The gateway's own EndpointSlices.
     #[must_use]
     pub fn gateway_slices(&self) -> Vec<Arc<EndpointSlice>> {
-        self.gateway_slices.all()
+        self.gateway_slices.all_of(|slice| Some(Arc::clone(slice)))
     }
 
     /// Everything of one service.
@@ -199,14 +217,9 @@ impl Caches {
         Observed {
             revisions: typed(&live),
             deployments: typed(&live),
-            pods: self.pods.of(namespace, name),
-            pull_pods: self.pull_pods.of(namespace, name),
-            gateway_slices: self
-                .gateway_slices
-                .all()
-                .iter()
-                .map(|slice| (**slice).clone())
-                .collect(),
+            pods: unpacked(&self.pods, namespace, name),
+            pull_pods: unpacked(&self.pull_pods, namespace, name),
+            gateway_slices: self.gateway_slices.all_of(|slice| Some((**slice).clone())),
             live,
         }
     }
@@ -220,6 +233,12 @@ impl Caches {
     /// Pods of one service, as the watch shows them now.
     #[must_use]
     pub fn pods_of(&self, namespace: &str, name: &str) -> Vec<Arc<Pod>> {
-        self.pods.of(namespace, name)
+        unpacked(&self.pods, namespace, name)
     }
+}
+
+/// Pods of one service, read again.
+fn unpacked(pods: &Index<StoredPod>, namespace: &str, name: &str) -> Vec<Arc<Pod>> {
+    let stored = pods.of(namespace, name);
+    stored.iter().map(StoredPod::pod).collect()
 }

@@ -70,11 +70,11 @@ impl<V: Clone + PartialEq> Index<V> {
             .unwrap_or_default()
     }
 
-    /// Everything of every service.
-    pub(super) fn all(&self) -> Vec<V> {
+    /// What `part` says of everything of every service.
+    pub(super) fn all_of<T>(&self, part: impl Fn(&V) -> Option<T>) -> Vec<T> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
         let entries = state.services.values().flatten();
-        entries.map(|e| e.value.clone()).collect()
+        entries.filter_map(|entry| part(&entry.value)).collect()
     }
 
     /// Returns once the first listing is whole.
@@ -154,11 +154,15 @@ impl<V: PartialEq> State<V> {
                 }
                 entry.value = value;
             }
-            None => entries.push(Entry {
-                name: name.into(),
-                listing,
-                value,
-            }),
+            None => {
+                // Few things of a kind belong to one service, and most of them are there from the beginning.
+                entries.reserve_exact(1);
+                entries.push(Entry {
+                    name: name.into(),
+                    listing,
+                    value,
+                });
+            }
         }
         Some(service)
     }
@@ -224,7 +228,7 @@ mod tests {
         assert_eq!(index.of("a", "s"), [2]);
         assert_eq!(play(&index, [Event::Delete(("a/s", "x", 2))]), ["a/s"]);
         assert!(play(&index, [Event::Delete(("a/s", "x", 2))]).is_empty());
-        assert!(index.all().is_empty());
+        assert!(index.all_of(|value| Some(*value)).is_empty());
     }
 
     #[test]

@@ -1,16 +1,30 @@
 //! The controller's own metrics and probes on one port.
 
 use std::{
+    convert::Infallible,
     net::SocketAddr,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
-use axum::{Router, extract::State, http::StatusCode, routing::get};
+use axum::{
+    Router,
+    body::Body,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use bytes::Bytes;
+use futures::StreamExt as _;
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
-use std::sync::Arc;
+
+use super::service_metrics::{Parts, ServiceMetrics};
 
 /// Counters of the controller. Names are controller-runtime's where it has them.
 pub struct Metrics {
@@ -20,6 +34,8 @@ pub struct Metrics {
     writes: IntCounterVec,
     leader: IntGauge,
     ready: AtomicBool,
+    /// What the leader knows of services.
+    services: OnceLock<ServiceMetrics>,
 }
 
 impl Metrics {
@@ -57,6 +73,7 @@ impl Metrics {
             leader: IntGauge::new("ashlar_operator_leader", "1 while this process leads.")
                 .expect("static names: this is a bug"),
             ready: AtomicBool::new(false),
+            services: OnceLock::new(),
         };
         let all: [Box<dyn prometheus::core::Collector>; 4] = [
             Box::new(metrics.reconciles.clone()),
@@ -98,6 +115,12 @@ impl Metrics {
         self.leader.set(i64::from(leads));
     }
 
+    /// From now on services are told of, too.
+    pub(super) fn tell_of(&self, services: ServiceMetrics) {
+        // A process leads once.
+        let _ = self.services.set(services);
+    }
+
     /// Says that the caches are filled.
     pub fn set_ready(&self) {
         self.ready.store(true, Ordering::Release);
@@ -125,12 +148,24 @@ pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) -> std::io::Resul
     Ok(())
 }
 
-async fn exposition(State(metrics): State<Arc<Metrics>>) -> Result<Vec<u8>, StatusCode> {
-    let mut text = Vec::new();
-    TextEncoder::new()
-        .encode(&metrics.registry.gather(), &mut text)
-        .map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
-    Ok(text)
+async fn exposition(State(metrics): State<Arc<Metrics>>) -> Response {
+    let mut own = Vec::new();
+    if let Err(error) = TextEncoder::new().encode(&metrics.registry.gather(), &mut own) {
+        tracing::error!(%error, "cannot write metrics");
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    }
+    let services = metrics.services.get().map(ServiceMetrics::parts);
+    let services = services.map(|parts| futures::stream::unfold(parts, next_part));
+    let own = futures::stream::iter([Ok(own.into())]);
+    let text = own.chain(futures::stream::iter(services).flatten());
+    let kind = [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)];
+    (kind, Body::from_stream(text)).into_response()
+}
+
+/// Thousands of services take a while to write: others get their turn in between.
+async fn next_part(mut parts: Parts) -> Option<(Result<Bytes, Infallible>, Parts)> {
+    tokio::task::yield_now().await;
+    Some((Ok(parts.next()?), parts))
 }
 
 async fn readiness(State(metrics): State<Arc<Metrics>>) -> StatusCode {

@@ -20,6 +20,7 @@ pub mod build;
 mod canary;
 mod capacity;
 mod endpoint;
+mod events;
 pub mod fetch;
 mod index;
 pub mod leader;
@@ -32,6 +33,7 @@ mod reconcile;
 mod report;
 mod revisions;
 pub mod rollout;
+mod seen;
 mod service_metrics;
 pub mod status;
 pub mod tenure;
@@ -44,7 +46,10 @@ use ashlar_crds::InferenceService;
 use futures::StreamExt as _;
 use kube::{
     Api, Client, Config,
-    runtime::{Controller, WatchStreamExt as _, reflector, watcher},
+    runtime::{
+        Controller,
+        reflector::{self, ObjectRef},
+    },
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -60,12 +65,12 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 const WATCH_TIMEOUT: Duration = Duration::from_secs(295);
 /// Services with a new number of replicas that wait for a reconcile; more make the autoscaler wait.
 const MAX_RESCALED: usize = 1024;
+/// Calls of reconciles that wait for the API server at one time: as many connections are made.
+const MAX_CALLS: usize = 32;
 /// Reconciles at once.
-const CONCURRENCY: u16 = 32;
+const CONCURRENCY: u16 = 16;
 /// Services with a cluster address that are created at one time.
 const NEW_ADDRESSES: usize = 8;
-/// Objects of one answer when a watch lists.
-const PAGE: u32 = 250;
 /// Changes within this time are looked at together.
 const DEBOUNCE: Duration = Duration::from_millis(20);
 
@@ -157,14 +162,6 @@ impl std::str::FromStr for Peers {
     }
 }
 
-/// Drops what no reconcile looks at.
-fn slim(service: &mut InferenceService) {
-    service.metadata.managed_fields = None;
-    if let Some(annotations) = &mut service.metadata.annotations {
-        annotations.retain(|key, _| key.starts_with("serving.ashlar.dev/"));
-    }
-}
-
 /// Why the controller ended or could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerError {
@@ -206,7 +203,7 @@ pub(crate) struct Context {
     pub(crate) gateway_account: String,
     pub(crate) gateway_metrics_port: u16,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) events: kube::runtime::events::Recorder,
+    events: events::Recorder,
     pub(crate) written: status::Written,
     pub(crate) autoscaler: Arc<Autoscaler>,
     /// All services, for what they share: host names.
@@ -284,7 +281,7 @@ pub async fn run(args: ControllerArgs) -> Result<(), ControllerError> {
     }
     tracing::info!("leading");
     metrics.set_leader(true);
-    let client = elector.tenure().guard(client);
+    let client = elector.tenure().guard(client, MAX_CALLS);
     let work = async {
         warmed
             .await
@@ -312,37 +309,30 @@ async fn control(
     metrics: Arc<Metrics>,
     trust: Arc<Trust>,
 ) {
-    let services: Api<InferenceService> = match &args.watch_namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
-    };
-    let (store, writer) = reflector::store();
-    let config = watcher::Config::default().page_size(PAGE);
-    let services = watcher(services, config)
-        .default_backoff()
-        .modify(slim)
-        .reflect(writer)
-        .touched_objects();
-    metrics
-        .registry()
-        .register(Box::new(service_metrics::ServiceMetrics::new(
-            store.clone(),
-        )))
-        .expect("each name once: this is a bug");
-    let controller = Controller::for_stream(services, store.clone()).with_config(
+    let store = caches.services();
+    let autoscaler = Arc::new(
+        Autoscaler::new(
+            metrics.registry(),
+            args.gateway_metrics_port,
+            Arc::clone(&trust),
+        )
+        .expect("each name once: this is a bug"),
+    );
+    metrics.tell_of(service_metrics::ServiceMetrics::new(
+        store.clone(),
+        Arc::clone(&autoscaler),
+    ));
+    // Its services come by triggers, too: a standby has listed them long before it leads.
+    let controller = Controller::for_stream(futures::stream::pending(), store.clone()).with_config(
         kube::runtime::controller::Config::default()
             .debounce(DEBOUNCE)
             .concurrency(CONCURRENCY),
     );
-    let reporter = kube::runtime::events::Reporter {
-        controller: "ashlar-operator".into(),
-        instance: Some(args.identity.clone()),
-    };
     let context = Arc::new(Context {
-        events: kube::runtime::events::Recorder::new(client.clone(), reporter),
+        events: events::Recorder::new(client.clone(), args.identity.clone()),
         services: store.clone(),
         capacity,
-        victims: victims::Victims::new(Arc::clone(&trust)),
+        victims: victims::Victims::new(trust),
         downloads: probe::Downloads::default(),
         key_answers: endpoint::KeyAnswers::default(),
         failures: backoff::Failures::default(),
@@ -361,10 +351,7 @@ async fn control(
         },
         gateway_account: args.gateway_service_account,
         gateway_metrics_port: args.gateway_metrics_port,
-        autoscaler: Arc::new(
-            Autoscaler::new(metrics.registry(), args.gateway_metrics_port, trust)
-                .expect("each name once: this is a bug"),
-        ),
+        autoscaler,
         metrics,
         written: status::Written::default(),
     });
@@ -373,7 +360,7 @@ async fn control(
         let services = store.clone();
         let look = move || World {
             services: services.state(),
-            pods: caches.pods(),
+            pods: caches.ready_pods(),
             gateway_slices: caches.gateway_slices(),
         };
         let (send, mut receive) = tokio::sync::mpsc::channel(MAX_RESCALED);
@@ -383,18 +370,16 @@ async fn control(
             futures::stream::poll_fn(move |context| receive.poll_recv(context)),
         )
     };
+    let first = first_look(&store);
     // A change of the gateway's endpoints concerns every service's alias.
     let triggers = triggers.flat_map(move |service| {
-        let all = match service {
+        let some = match service {
             Some(service) => vec![service],
-            None => store
-                .state()
-                .iter()
-                .map(|s| kube::runtime::reflector::ObjectRef::from_obj(&**s))
-                .collect(),
+            None => all_services(&store),
         };
-        futures::stream::iter(all)
+        futures::stream::iter(some)
     });
+    let triggers = futures::stream::select(first, triggers);
     let (scaling, rescaled) = scaled;
     let control = controller
         .reconcile_on(futures::stream::select(triggers, rescaled))
@@ -405,6 +390,32 @@ async fn control(
             }
         });
     tokio::join!(control, scaling);
+}
+
+/// References to all services; first those whose spec nobody has acted upon.
+fn all_services(store: &reflector::Store<InferenceService>) -> Vec<ObjectRef<InferenceService>> {
+    let mut services = store.state();
+    services.sort_by_key(|service| {
+        let status = service.status.as_ref();
+        status.and_then(|status| status.observed_generation) == service.metadata.generation
+    });
+    let references = services.iter();
+    references
+        .map(|service| ObjectRef::from_obj(&**service))
+        .collect()
+}
+
+/// Who begins to lead looks at every service, but not at all in one moment: what changes meanwhile does not wait for the rest.
+fn first_look(
+    store: &reflector::Store<InferenceService>,
+) -> impl futures::Stream<Item = ObjectRef<InferenceService>> + Send + use<> {
+    let services = all_services(store).into_iter().enumerate();
+    futures::stream::iter(services).then(|(index, service)| async move {
+        if index % usize::from(CONCURRENCY) == 0 {
+            tokio::time::sleep(DEBOUNCE).await;
+        }
+        service
+    })
 }
 
 /// Refuses to start without the CRD, or with one that lacks this version's fields.
@@ -446,5 +457,29 @@ fn collect_fields(schema: &serde_json::Value, path: &str, fields: &mut Vec<Strin
         };
         collect_fields(property, &path, fields);
         fields.push(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_leader_looks_first_at_what_nobody_has_acted_upon() {
+        let (store, mut writer) = reflector::store();
+        for (name, observed) in [("a", Some(2)), ("b", Some(1)), ("c", None), ("d", Some(2))] {
+            let service = serde_json::json!({
+                "metadata": {"name": name, "namespace": "chat", "generation": 2},
+                "spec": {"model": {"uri": "oci://m"}, "endpoint": {"auth": "None"}},
+                "status": {"observedGeneration": observed},
+            });
+            let service: InferenceService = serde_json::from_value(service).expect("a service");
+            writer.apply_watcher_event(&kube::runtime::watcher::Event::Apply(service));
+        }
+        let names: Vec<String> = all_services(&store).into_iter().map(|s| s.name).collect();
+        let mut first = names[..2].to_vec();
+        first.sort();
+        assert_eq!(first, ["b", "c"], "of {names:?}");
+        assert_eq!(names.len(), 4);
     }
 }

@@ -17,6 +17,11 @@ const UNSCHEDULABLE_AFTER_SECONDS: i64 = 10;
 /// Longest part of a container's last words that status repeats.
 const LAST_WORDS: usize = 512;
 
+/// Conditions of pods that anything here looks at.
+pub(super) const TELLING_CONDITIONS: [&str; 2] = [READY, SCHEDULED];
+const READY: &str = "Ready";
+const SCHEDULED: &str = "PodScheduled";
+
 /// Why a pod is not ready.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Blocker {
@@ -40,7 +45,7 @@ fn blocker(severity: u8, reason: &'static str, message: impl Into<String>) -> Bl
 #[must_use]
 pub fn is_ready(pod: &Pod) -> bool {
     pod.metadata.deletion_timestamp.is_none()
-        && condition(pod, "Ready").is_some_and(|c| c.0 == "True")
+        && condition(pod, READY).is_some_and(|c| c.0 == "True")
 }
 
 /// True when the pod is over, whether it ended by itself, was evicted or is on its way out.
@@ -59,7 +64,7 @@ pub fn has_ended(pod: &Pod) -> bool {
 /// True when the pod is on a node.
 #[must_use]
 pub fn is_scheduled(pod: &Pod) -> bool {
-    condition(pod, "PodScheduled").is_some_and(|c| c.0 == "True")
+    condition(pod, SCHEDULED).is_some_and(|c| c.0 == "True")
 }
 
 /// True while the pod's first step fetches the model.
@@ -78,8 +83,7 @@ pub fn is_unschedulable(pod: &Pod, now: Timestamp) -> bool {
     let waiting = pod
         .creation_timestamp()
         .is_some_and(|at| now.as_second() - at.0.as_second() >= UNSCHEDULABLE_AFTER_SECONDS);
-    waiting
-        && condition(pod, "PodScheduled").is_some_and(|c| c.0 == "False" && c.1 == "Unschedulable")
+    waiting && condition(pod, SCHEDULED).is_some_and(|c| c.0 == "False" && c.1 == "Unschedulable")
 }
 
 /// The words of a failed start: enough crashes, or no answer within `startup_timeout` seconds of being scheduled.
@@ -128,7 +132,7 @@ pub fn why_waiting(pod: &Pod) -> Option<Blocker> {
             "a pod finishes its running requests",
         ));
     }
-    if let Some((_, _, message)) = condition(pod, "PodScheduled").filter(|c| c.0 == "False") {
+    if let Some((_, _, message)) = condition(pod, SCHEDULED).filter(|c| c.0 == "False") {
         // Only extended resources, such as nvidia.com/gpu, have a slash in their name.
         let gpu = message
             .split("Insufficient ")

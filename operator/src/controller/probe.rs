@@ -9,13 +9,12 @@ use std::{
 
 use ashlar_crds::names::RUNTIME_PORT;
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper_util::rt::TokioIo;
+use http::uri::PathAndQuery;
 use k8s_openapi::api::core::v1::Pod;
 use serde::Deserialize;
-use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::model_tls::{Trust, server_name_of};
+use crate::pod_http::{Client, Peer, Settings};
 
 /// Longest wait for a whole answer.
 const TIMEOUT: Duration = Duration::from_millis(800);
@@ -40,7 +39,7 @@ pub struct Download {
 }
 
 /// Requests that a pod works on; none when it does not say.
-pub(super) async fn in_flight(pod: &Pod, trust: &Trust) -> Option<f64> {
+pub(super) async fn in_flight(pod: &Pod, trust: &Arc<Trust>) -> Option<f64> {
     let name = server_name_of(pod);
     let tls = name.as_deref().map(|name| (trust, name));
     let text = get(pod, IN_FLIGHT_QUERY, tls).await?;
@@ -115,53 +114,28 @@ fn sum_of(exposition: &str) -> Option<f64> {
 
 /// What a server of our own says, as text; none when it does not answer in time.
 pub(super) async fn get_text(address: (IpAddr, u16), path: &str) -> Option<String> {
-    let answer = tokio::time::timeout(TIMEOUT, ask(address, path, None)).await;
-    String::from_utf8(answer.ok()??.to_vec()).ok()
+    let answer = ask(address, path.parse().ok()?, None).await?;
+    String::from_utf8(answer.into()).ok()
 }
 
 /// Who has to be at the other end of a connection with TLS.
-type Tls<'a> = Option<(&'a Trust, &'a str)>;
+type Tls<'a> = Option<(&'a Arc<Trust>, &'a str)>;
 
-async fn get(pod: &Pod, path: &str, tls: Tls<'_>) -> Option<Bytes> {
+async fn get(pod: &Pod, path: &'static str, tls: Tls<'_>) -> Option<Bytes> {
     let address: IpAddr = pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()?;
     let port = u16::try_from(RUNTIME_PORT).ok()?;
-    tokio::time::timeout(TIMEOUT, ask((address, port), path, tls))
-        .await
-        .ok()?
+    ask((address, port), PathAndQuery::from_static(path), tls).await
 }
 
-async fn ask(address: (IpAddr, u16), path: &str, tls: Tls<'_>) -> Option<Bytes> {
-    let socket = tokio::net::TcpStream::connect(address).await.ok()?;
-    match tls {
-        None => ask_on(socket, path).await,
-        Some((trust, name)) => ask_on(trust.secure(socket, name).await.ok()?, path).await,
-    }
-}
-
-async fn ask_on<S>(socket: S, path: &str) -> Option<Bytes>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket))
-        .await
-        .ok()?;
-    let request = http::Request::get(path)
-        .header(http::header::HOST, "pod")
-        .body(Empty::<Bytes>::new())
-        .ok()?;
-    let answer = async {
-        let response = sender.send_request(request).await.ok()?;
-        if !response.status().is_success() {
-            return None;
-        }
-        let body = Limited::new(response.into_body(), MAX_BYTES);
-        Some(body.collect().await.ok()?.to_bytes())
+async fn ask(address: (IpAddr, u16), path: PathAndQuery, tls: Tls<'_>) -> Option<Bytes> {
+    let trust = tls.map_or_else(Trust::none, |(trust, _)| Arc::clone(trust));
+    let client = Client::new(Settings::of_one_question(TIMEOUT), trust);
+    let peer = Peer {
+        address: address.into(),
+        tls: tls.map(|(_, name)| name),
     };
-    // The connection lives exactly as long as the question.
-    tokio::select! {
-        answer = answer => answer,
-        _ = async { connection.await.ok(); std::future::pending::<()>().await } => None,
-    }
+    let answer = client.get(peer, path, MAX_BYTES);
+    tokio::time::timeout(TIMEOUT, answer).await.ok()?
 }
 
 #[cfg(test)]

@@ -182,7 +182,7 @@ async fn steps(
     revisions::prune(service, &view, &plan, &built, &observed, context).await?;
 
     let keys = endpoint::key_access(&validated, context).await;
-    let conflict = endpoint::host_conflict(service, &context.services.state());
+    let conflict = endpoint::host_conflict(service, || context.services.state());
     let download = context
         .downloads
         .look(&namespace, &name, &observed.pods, &observed.pull_pods)

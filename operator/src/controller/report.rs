@@ -8,10 +8,9 @@ use ashlar_crds::{
 use kube::{
     Api, Resource as _, ResourceExt as _,
     api::{Patch, PatchParams},
-    runtime::events::{Event, EventType},
 };
 
-use super::{Context, timed};
+use super::{Context, events::Event, timed};
 
 /// Longest note of an event; the API server refuses more than 1024 bytes.
 const MAX_NOTE_BYTES: usize = 1000;
@@ -127,17 +126,12 @@ fn scaling_event(
     Some(event(true, reason, &note, "Scale"))
 }
 
-fn event(normal: bool, reason: &str, note: &str, action: &str) -> Event {
+fn event(normal: bool, reason: &str, note: &str, action: &'static str) -> Event {
     Event {
-        type_: if normal {
-            EventType::Normal
-        } else {
-            EventType::Warning
-        },
+        normal,
         reason: reason.to_owned(),
-        note: Some(note[..note.floor_char_boundary(MAX_NOTE_BYTES)].to_owned()),
-        action: action.into(),
-        secondary: None,
+        note: note[..note.floor_char_boundary(MAX_NOTE_BYTES)].to_owned(),
+        action,
     }
 }
 

@@ -161,7 +161,7 @@ fn cost_of(pod: &Pod) -> Option<i32> {
 }
 
 /// Asks one pod and writes what it says: its uid, and the cost; no cost when the write failed, so that it is not waited for.
-async fn write_cost(api: &Api<Pod>, pod: &Pod, trust: &Trust) -> (String, Option<i32>) {
+async fn write_cost(api: &Api<Pod>, pod: &Pod, trust: &Arc<Trust>) -> (String, Option<i32>) {
     let busy = probe::in_flight(pod, trust).await;
     #[allow(
         clippy::cast_possible_truncation,

@@ -3,7 +3,7 @@
 //!
 //! A held request costs a task and its head; its body stays unread in the socket, apart from the prefix that was
 //! read to find `model` or the prompt. Requests of a service form one line: the first takes the first replica, and the
-//! next one follows when the first has left for it ([`super::connect`]), so that replicas see them in order too. Who comes
+//! next one follows when the first has left for it ([`crate::pod_http`]), so that replicas see them in order too. Who comes
 //! while others wait goes behind them. Only a request that is tried again waits beside the line: what it may not use others may.
 
 use std::sync::Arc;

@@ -9,7 +9,7 @@
 //!
 //! - `resolve`, `route`, `canary`, `affinity`, `health`, `auth`, `headers`, `model_field`, `models`, `snapshot`: pure.
 //! - `limits`: what one client may ask. `keys`: the cache of users' keys. `hold`: waiting for a replica.
-//! - `connect`: connections to replicas. `attempt`: what one at a replica says of it. `request_body`: sending again.
+//! - `attempt`: what one at a replica says of it. `request_body`: sending again.
 //! - `watch`: the only place that talks to the API server. `server`: sockets, probes, draining. `tls`: certificates.
 //!
 //! Invariants: routing looks at one immutable snapshot and never waits for the API server; nothing is forwarded
@@ -20,7 +20,6 @@ pub mod affinity;
 pub mod attempt;
 pub mod auth;
 pub mod canary;
-pub mod connect;
 pub mod error;
 pub mod grant;
 pub mod headers;

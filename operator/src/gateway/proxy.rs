@@ -23,7 +23,6 @@ use self::admit::Admitted;
 use super::affinity::{self, Prefix};
 use super::attempt::Attempt;
 use super::auth;
-use super::connect::{Replicas, SendError};
 use super::error::GatewayError;
 use super::headers;
 use super::hold::{Ask, Holds, Picked, Turn};
@@ -35,11 +34,19 @@ use super::resolve::{self, Target};
 use super::response_body::{GatewayBody, Tracked};
 use super::snapshot::{Replica, Service, Snapshot};
 use crate::model_tls::Trust;
+use crate::pod_http::{self, Client, Peer, PodBody, Settings};
 
 /// Attempts on different replicas before giving up; draining and restarting ones are passed over quickly.
 const MAX_ATTEMPTS: usize = 8;
+/// Idle connections to a replica close before the runtime closes them.
+const IDLE: Duration = Duration::from_secs(20);
+/// Idle connections that are kept for each replica: as many as requests may end at about one time.
+const IDLE_CONNECTIONS: usize = 1024;
+
+/// A replica's body, while the request's may still be on its way.
+type ReplicaBody = PodBody<AttemptBody<Incoming>>;
 /// A response of the gateway.
-pub type GatewayResponse = Response<GatewayBody<Incoming>>;
+pub type GatewayResponse = Response<GatewayBody<ReplicaBody>>;
 
 /// Bounds of the proxy.
 #[derive(Debug, Clone, Copy)]
@@ -61,7 +68,7 @@ pub struct Proxy {
     holds: Holds,
     metrics: Arc<Metrics>,
     limits: ProxyLimits,
-    replicas: Replicas,
+    replicas: Client,
 }
 
 /// An error, and the meter of the service it concerns.
@@ -96,13 +103,18 @@ impl Proxy {
         limits: ProxyLimits,
         trust: Arc<Trust>,
     ) -> Self {
+        let settings = Settings {
+            connect_timeout: limits.connect_timeout,
+            idle: IDLE,
+            idle_per_address: IDLE_CONNECTIONS,
+        };
         Self {
             snapshots,
             synced,
             keys,
             holds,
             metrics,
-            replicas: Replicas::new(limits.connect_timeout, trust),
+            replicas: Client::new(settings, trust),
             limits,
         }
     }
@@ -290,18 +302,23 @@ impl Proxy {
         ))
     }
 
+    /// Sends the request to the replica, and gives up its turn when it has left.
     async fn send(
         &self,
         outgoing: &Outgoing,
         replica: &Replica,
         body: AttemptBody<Incoming>,
         turn: Option<Turn>,
-    ) -> Result<Response<Incoming>, SendError> {
+    ) -> Result<Response<ReplicaBody>, pod_http::Error> {
         let mut request = Request::new(body);
         *request.method_mut() = outgoing.method.clone();
         *request.uri_mut() = Uri::from(outgoing.path.clone());
         *request.headers_mut() = outgoing.headers.clone();
-        self.replicas.send(replica, request, turn).await
+        let peer = Peer {
+            address: replica.address,
+            tls: replica.tls.as_deref(),
+        };
+        self.replicas.send(peer, request, turn).await
     }
 }
 
@@ -319,7 +336,7 @@ async fn prompt(
     Ok(Prefix::of_body(&beginning))
 }
 
-fn is_draining(response: &Response<Incoming>) -> bool {
+fn is_draining<B>(response: &Response<B>) -> bool {
     response.status() == StatusCode::SERVICE_UNAVAILABLE
         && response
             .headers()
@@ -328,7 +345,7 @@ fn is_draining(response: &Response<Incoming>) -> bool {
 }
 
 /// The replica's response as the client's.
-fn respond(response: Response<Incoming>, mut meter: Meter, attempt: Attempt) -> GatewayResponse {
+fn respond(response: Response<ReplicaBody>, mut meter: Meter, attempt: Attempt) -> GatewayResponse {
     meter.head(response.status().as_u16());
     let headers = response.headers();
     let events = !headers.contains_key(CONTENT_LENGTH)
@@ -348,7 +365,7 @@ fn own_json(json: String) -> GatewayResponse {
     response
 }
 
-/// The innermost error, which says most: `Connection refused`, not `client error`.
+/// The innermost error, which says most: `Connection refused`, not `no connection`.
 fn root_cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {

@@ -153,7 +153,7 @@ async fn writes_end_with_the_tenure_and_reads_go_on() {
     const MAP: &str = "/api/v1/namespaces/chat/configmaps/m";
     let (client, mut server) = api();
     let tenure = Tenure::default();
-    let maps: Api<ConfigMap> = Api::namespaced(tenure.guard(client), "chat");
+    let maps: Api<ConfigMap> = Api::namespaced(tenure.guard(client, 1), "chat");
     let delete = async || maps.delete("m", &DeleteParams::default()).await;
     assert!(delete().await.is_err(), "it never led");
     tenure.lasts_until(Instant::now() + Duration::from_secs(60));

@@ -21,7 +21,7 @@ use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use tokio::sync::watch;
 
-use crate::processes::{Operator, PATIENCE, until};
+use crate::processes::{Operator, PATIENCE, until, until_within};
 use crate::report::Report;
 use crate::{Args, simulate};
 
@@ -183,11 +183,11 @@ impl Bench {
                 .unwrap_or_else(PoisonError::into_inner)
                 .len()
         };
-        until("every service is Ready", || async {
+        let thousands = u32::try_from(self.args.services.div_ceil(1000))?;
+        until_within(PATIENCE * thousands, "every service is Ready", || async {
             count() >= self.args.services
         })
         .await?;
-        let thousands = u32::try_from(self.args.services.div_ceil(1000))?;
         report.note(
             "all services created after",
             format!("{:.1} s", created.as_secs_f64()),

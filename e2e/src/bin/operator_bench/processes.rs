@@ -175,10 +175,19 @@ pub(crate) async fn until<F: Future<Output = bool>>(
     what: &str,
     look: impl Fn() -> F,
 ) -> Result<()> {
+    until_within(PATIENCE, what, look).await
+}
+
+/// The same with a patience of its own.
+pub(crate) async fn until_within<F: Future<Output = bool>>(
+    patience: Duration,
+    what: &str,
+    look: impl Fn() -> F,
+) -> Result<()> {
     let start = Instant::now();
     while !look().await {
-        if start.elapsed() > PATIENCE {
-            bail!("not within {PATIENCE:?}: {what}");
+        if start.elapsed() > patience {
+            bail!("not within {patience:?}: {what}");
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

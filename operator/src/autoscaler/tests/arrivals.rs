@@ -168,3 +168,35 @@ fn a_gateway_that_begins_anew_is_no_crowd_and_silence_is_no_rate() {
     let rate = arrivals.rate().unwrap();
     assert!(rate.now < 3.0, "{rate:?}");
 }
+
+#[test]
+fn silence_is_two_moments_and_a_trickle_keeps_its_rate() {
+    let (mut silent, mut trickle) = (Arrivals::default(), Arrivals::default());
+    for look in 0..2400 {
+        let now = f64::from(look) * 0.25;
+        silent.look(now, Some(7.0), 0.0);
+        trickle.look(now, Some((now / 20.0).floor()), 0.0);
+    }
+    assert!(
+        silent.moments.len() < 32,
+        "{} moments",
+        silent.moments.len()
+    );
+    let rate = silent.rate().unwrap();
+    assert_eq!((rate.now, rate.trend), (0.0, 0.0));
+    assert!(rate.seen > 59.0, "{rate:?}");
+    assert!(
+        trickle.moments.len() < 80,
+        "{} moments",
+        trickle.moments.len()
+    );
+    let rate = trickle.rate().unwrap();
+    assert!(
+        (rate.now - 0.05).abs() < 0.018 && rate.seen > 59.0,
+        "{rate:?}"
+    );
+    // After the silence a first request does not look like many.
+    silent.look(600.0, Some(8.0), 0.0);
+    let rate = silent.rate().unwrap();
+    assert!((rate.now - 1.0 / 60.0).abs() < 0.001, "{rate:?}");
+}

@@ -395,3 +395,34 @@ proptest! {
         }
     }
 }
+
+proptest! {
+    /// Spells of one demand say the same as all looks one by one.
+    #[test]
+    fn means_are_those_of_every_look(demands in prop::collection::vec((0..3u8, 1..60u32), 1..20), window in 1..70u32) {
+        let (mut history, mut looks) = (History::default(), Vec::new());
+        for (demand, times) in demands {
+            for _ in 0..times {
+                // A power of two apart: every time is exact.
+                let now = looks.len() as f64 * 0.25;
+                history.remember(now, f64::from(demand), f64::from(demand) / 2.0);
+                looks.push((now, f64::from(demand)));
+                let window = f64::from(window).min(STABLE_WINDOW_SECONDS);
+                let recent: Vec<f64> = looks.iter().filter(|(at, _)| now - at < window).map(|(_, demand)| *demand).collect();
+                let mean = recent.iter().sum::<f64>() / recent.len() as f64;
+                let (all, cache) = history.means(now, window);
+                prop_assert!((all - mean).abs() < 1e-9, "{all} and not {mean} at {now}");
+                prop_assert!((cache - mean / 2.0).abs() < 1e-9);
+            }
+        }
+    }
+}
+
+#[test]
+fn hours_at_rest_are_little_to_remember() {
+    let mut history = History::default();
+    for look in 0..20_000 {
+        history.remember(f64::from(look) * 0.25, 0.0, 0.0);
+    }
+    assert_eq!(history.demands.len(), 1);
+}

@@ -84,25 +84,52 @@ fn without_metrics_the_outcome_says_so_once() {
 
 #[test]
 fn what_is_gone_is_forgotten() {
-    let registry = Registry::new();
-    let autoscaler = Autoscaler::new(&registry, 8081, Trust::none()).unwrap();
+    let autoscaler = Autoscaler::new(&Registry::new(), 8081, Trust::none()).unwrap();
     let scaled = service(json!({"minReplicas": 1, "maxReplicas": 8}), json!({}));
     autoscaler.tick(&world(&scaled));
-    let shown = |registry: &Registry| {
-        registry.gather().iter().any(|f| {
-            f.get_metric()
-                .iter()
-                .any(|m| m.get_label().iter().any(|l| l.value() == "chat"))
-        })
-    };
-    assert!(shown(&registry));
+    assert!(autoscaler.figures(&scaled).is_some());
     let none = World {
         services: Vec::new(),
         ..world(&scaled)
     };
     autoscaler.tick(&none);
-    assert!(!shown(&registry));
+    assert!(autoscaler.figures(&scaled).is_none());
     assert!(autoscaler.outcome(&scaled).is_none());
+}
+
+#[test]
+fn what_is_told_of_a_service_is_its_last_decision_and_counts_of_all() {
+    let autoscaler = Autoscaler::new(&Registry::new(), 8081, Trust::none()).unwrap();
+    let at = |min: i32| {
+        let scaled = service(json!({"minReplicas": min, "maxReplicas": 8}), json!({}));
+        autoscaler.tick(&world(&scaled));
+        let (figures, mut text) = (autoscaler.figures(&scaled).unwrap(), String::new());
+        for family in &FAMILIES {
+            family.append(&figures, ("chat", "m"), &mut false, &mut text);
+        }
+        text
+    };
+    let (first, raised) = (at(1), at(3));
+    let bounds = |count: u32| {
+        format!(
+            "ashlar_autoscaler_decisions_total{{name=\"m\",namespace=\"chat\",reason=\"Bounds\"}} {count}\n"
+        )
+    };
+    let desired = |count: u32| {
+        format!("ashlar_autoscaler_desired_replicas{{name=\"m\",namespace=\"chat\"}} {count}\n")
+    };
+    assert!(
+        first.contains(&bounds(0)) && first.contains(&desired(1)),
+        "{first}"
+    );
+    assert!(
+        raised.contains(&bounds(1)) && raised.contains(&desired(3)),
+        "{raised}"
+    );
+    assert!(
+        !first.contains("ashlar_autoscaler_signal{"),
+        "nobody has answered: {first}"
+    );
 }
 
 #[test]

@@ -5,23 +5,52 @@ use std::sync::Arc;
 use ashlar_crds::names::{FIELD_MANAGER, SERVICE_LABEL};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
-    Resource, ResourceExt as _,
-    api::{ApiResource, DynamicObject, ObjectMeta},
+    Resource,
+    api::{ApiResource, ObjectMeta},
 };
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::LiveChild;
-use crate::controller::{
-    build::children::SLICE_MANAGER_LABEL, index::Reduced, victims::DELETION_COST,
+use super::{
+    LiveChild,
+    rest::{Packed, Packer},
+};
+use crate::{
+    autoscaler::ReadyPod,
+    controller::{
+        build::children::SLICE_MANAGER_LABEL, index::Reduced, pods::TELLING_CONDITIONS, seen,
+        victims::DELETION_COST,
+    },
 };
 
 /// Conditions of children that a reconcile looks at.
 const TELLING: [&str; 2] = ["ReplicaFailure", "Complete"];
 
 /// A child at rest: its text, to be read when its service is looked at.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Stored(Arc<str>);
+pub(super) type Stored = Packed;
+
+/// A pod at rest: its text, and what the autoscaler looks at several times a second.
+#[derive(Debug, Clone)]
+pub(super) struct StoredPod {
+    text: Packed,
+    /// Where to ask it, while it is ready.
+    pub(super) ready: Option<Arc<ReadyPod>>,
+}
+
+impl PartialEq for StoredPod {
+    fn eq(&self, other: &Self) -> bool {
+        // The rest is read from the text.
+        self.text == other.text
+    }
+}
+
+impl StoredPod {
+    /// The pod, as far as it was kept.
+    pub(super) fn pod(&self) -> Arc<Pod> {
+        let pod = serde_json::from_slice(&self.text.unpack());
+        Arc::new(pod.expect("text that we wrote: this is a bug"))
+    }
+}
 
 /// The children of kind `K`, read whole; one that someone has damaged is as good as absent.
 pub(super) fn typed<K>(live: &[LiveChild]) -> Vec<Arc<K>>
@@ -37,7 +66,7 @@ where
 
 pub(super) fn live_child(resource: &ApiResource, stored: &Stored) -> LiveChild {
     let mut value: Value =
-        serde_json::from_str(&stored.0).expect("text that we wrote: this is a bug");
+        serde_json::from_slice(&stored.unpack()).expect("text that we wrote: this is a bug");
     value["apiVersion"] = resource.api_version.clone().into();
     value["kind"] = resource.kind.clone().into();
     let text = |pointer: &str| {
@@ -61,52 +90,61 @@ pub(super) fn live_child(resource: &ApiResource, stored: &Stored) -> LiveChild {
 }
 
 /// Children: all that somebody could have edited, nothing that only the cluster writes.
-pub(super) fn reduce_child(mut object: DynamicObject) -> Option<Reduced<Stored>> {
-    let service = service_of(&object.metadata, SERVICE_LABEL)?;
+pub(super) fn reduce_child(child: seen::Child, packer: &Packer) -> Option<Reduced<Stored>> {
+    let mut meta = child.metadata;
+    let service = service_of(&meta, SERVICE_LABEL)?;
     // The cluster's own controller copies our labels to the slices of the headless Service: those are not ours.
-    let manager = object.labels().get(SLICE_MANAGER_LABEL);
+    let labels = meta.labels.as_ref();
+    let manager = labels.and_then(|labels| labels.get(SLICE_MANAGER_LABEL));
     if manager.is_some_and(|manager| manager != FIELD_MANAGER) {
         return None;
     }
-    let meta = &mut object.metadata;
-    meta.managed_fields = None;
     meta.resource_version = None;
     meta.creation_timestamp = None;
     let name = meta.name.clone()?;
-    let mut data = object.data;
-    data["metadata"] = serde_json::to_value(meta).expect("metadata is plain data: this is a bug");
-    if let Some(fields) = data.as_object_mut() {
-        let telling = fields.remove("status").and_then(telling_conditions);
-        if let Some(telling) = telling {
-            fields.insert("status".into(), telling);
-        }
+    let mut fields = child.fields;
+    let meta = serde_json::to_value(meta).expect("metadata is plain data: this is a bug");
+    fields.insert("metadata".into(), meta);
+    if let Some(telling) = telling_conditions(child.status) {
+        fields.insert("status".into(), telling);
     }
     Some(Reduced {
         service,
         name,
-        value: Stored(data.to_string().into()),
+        value: packer.pack(&Value::Object(fields).to_string()),
     })
 }
 
 /// The part of a status that says why a Deployment's pods are not created, or that a Job is over.
-fn telling_conditions(mut status: Value) -> Option<Value> {
-    let conditions = status.get_mut("conditions")?.as_array_mut()?;
-    let telling = |c: &Value| TELLING.iter().any(|kind| c["type"] == *kind);
-    conditions.retain(|c| telling(c) && c["status"] == "True");
-    for condition in conditions.iter_mut().filter_map(Value::as_object_mut) {
+fn telling_conditions(status: seen::Status) -> Option<Value> {
+    let mut conditions = status.conditions?;
+    let is = |condition: &Map<String, Value>, field: &str, value: &str| {
+        condition.get(field).and_then(Value::as_str) == Some(value)
+    };
+    conditions.retain(|c| {
+        is(c, "status", "True") && TELLING.iter().any(|telling| is(c, "type", telling))
+    });
+    for condition in &mut conditions {
         condition.remove("lastUpdateTime");
         condition.remove("lastProbeTime");
     }
     let any = !conditions.is_empty();
-    any.then(|| serde_json::json!({ "conditions": status["conditions"] }))
+    any.then(|| serde_json::json!({ "conditions": conditions }))
 }
 
 /// Pods: identity, labels and state.
-pub(super) fn reduce_pod(mut pod: Pod, label: &str) -> Option<Reduced<Arc<Pod>>> {
-    let service = service_of(&pod.metadata, label)?;
-    let meta = std::mem::take(&mut pod.metadata);
+pub(super) fn reduce_pod(
+    seen: seen::Pod,
+    label: &str,
+    packer: &Packer,
+) -> Option<Reduced<StoredPod>> {
+    let meta = seen.metadata;
+    let service = service_of(&meta, label)?;
     let name = meta.name.clone()?;
-    pod.spec = None;
+    let mut pod = Pod {
+        status: seen.status,
+        ..Pod::default()
+    };
     if let Some(status) = pod.status.as_mut() {
         for container in status
             .init_container_statuses
@@ -125,6 +163,9 @@ pub(super) fn reduce_pod(mut pod: Pod, label: &str) -> Option<Reduced<Arc<Pod>>>
         status.host_ips = None;
         status.host_ip = None;
         status.resource_claim_statuses = None;
+        if let Some(conditions) = status.conditions.as_mut() {
+            conditions.retain(|condition| TELLING_CONDITIONS.contains(&&*condition.type_));
+        }
     }
     pod.metadata = ObjectMeta {
         annotations: meta.annotations.and_then(|mut annotations| {
@@ -142,10 +183,14 @@ pub(super) fn reduce_pod(mut pod: Pod, label: &str) -> Option<Reduced<Arc<Pod>>>
         deletion_timestamp: meta.deletion_timestamp,
         ..ObjectMeta::default()
     };
+    let text = serde_json::to_string(&pod).expect("a pod is plain data: this is a bug");
     Some(Reduced {
         service,
         name,
-        value: Arc::new(pod),
+        value: StoredPod {
+            text: packer.pack(&text),
+            ready: ReadyPod::of(&pod).map(Arc::new),
+        },
     })
 }
 
@@ -169,7 +214,8 @@ mod tests {
         for field in ["apiVersion", "kind"] {
             stored.as_object_mut().unwrap().remove(field);
         }
-        let reduced = reduce_child(serde_json::from_value(stored).unwrap()).unwrap();
+        let stored = serde_json::from_value(stored).unwrap();
+        let reduced = reduce_child(stored, &Packer::default()).unwrap();
         assert_eq!(
             (reduced.service.as_str(), reduced.name.as_str()),
             ("chat/m", "m-pods")
@@ -207,17 +253,63 @@ mod tests {
     fn of_a_status_only_a_refusal_and_an_end_are_kept() {
         let refusal = json!({"type": "ReplicaFailure", "status": "True", "message": "quota", "lastUpdateTime": "t"});
         let other = json!({"type": "Available", "status": "True"});
-        let kept =
-            telling_conditions(json!({"replicas": 3, "conditions": [other, refusal]})).unwrap();
+        let telling = |status: Value| telling_conditions(serde_json::from_value(status).unwrap());
+        let kept = telling(json!({"replicas": 3, "conditions": [other, refusal]})).unwrap();
         assert_eq!(
             kept,
             json!({"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "quota"}]})
         );
-        assert_eq!(telling_conditions(json!({"conditions": [other]})), None);
+        assert_eq!(telling(json!({"conditions": [other]})), None);
         let complete = json!({"type": "Complete", "status": "True", "lastProbeTime": "t"});
         assert_eq!(
-            telling_conditions(json!({"succeeded": 1, "conditions": [complete]})).unwrap(),
+            telling(json!({"succeeded": 1, "conditions": [complete]})).unwrap(),
             json!({"conditions": [{"type": "Complete", "status": "True"}]})
         );
+    }
+
+    #[test]
+    fn of_a_pod_only_what_is_read_is_kept() {
+        let packer = Packer::default();
+        let pod = |n: usize| -> seen::Pod {
+            let condition = |kind: &str| json!({"type": kind, "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"});
+            let kinds = ["PodScheduled", "Initialized", "ContainersReady", "Ready"];
+            serde_json::from_value(json!({
+                "metadata": {
+                    "name": format!("m-{n}"), "namespace": "chat", "uid": format!("u{n}"), "resourceVersion": "7",
+                    "labels": {(SERVICE_LABEL): "m", "app.kubernetes.io/name": "m"},
+                    "annotations": {(DELETION_COST): "3", "example.com/large": "x".repeat(9000)},
+                    "managedFields": [{"manager": "kubelet", "fieldsV1": {"f:status": {}}}],
+                },
+                "spec": {"containers": [{"name": "runtime", "image": "i"}]},
+                "status": {
+                    "phase": "Running", "podIP": format!("10.0.0.{n}"), "podIPs": [{"ip": "10.0.0.1"}],
+                    "conditions": kinds.map(condition),
+                    "containerStatuses": [{"name": "runtime", "image": "i", "imageID": "sha256:0", "containerID": "c", "ready": true, "restartCount": 0, "state": {"running": {}}}],
+                },
+            }))
+            .unwrap()
+        };
+        let stored = |n| reduce_pod(pod(n), SERVICE_LABEL, &packer).unwrap().value;
+        stored(1);
+        let stored = stored(2);
+        assert!(stored.text.size() < 128, "{} bytes", stored.text.size());
+        assert!(stored.ready.is_some());
+        let kept = stored.pod();
+        let metadata = json!({
+            "name": "m-2", "namespace": "chat", "uid": "u2",
+            "labels": {(SERVICE_LABEL): "m"}, "annotations": {(DELETION_COST): "3"},
+        });
+        assert_eq!(serde_json::to_value(&kept.metadata).unwrap(), metadata);
+        assert_eq!(kept.spec, None);
+        let status = kept.status.as_ref().unwrap();
+        let conditions = status.conditions.as_ref().unwrap();
+        let kinds: Vec<_> = conditions.iter().map(|c| &*c.type_).collect();
+        assert_eq!(kinds, ["PodScheduled", "Ready"]);
+        assert_eq!(
+            (status.pod_ip.as_deref(), &status.pod_ips),
+            (Some("10.0.0.2"), &None)
+        );
+        let container = &status.container_statuses.as_ref().unwrap()[0];
+        assert_eq!((&*container.image_id, &container.container_id), ("", &None));
     }
 }

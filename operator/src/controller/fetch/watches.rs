@@ -8,28 +8,34 @@ use std::{
     time::Duration,
 };
 
-use ashlar_crds::names::SERVICE_LABEL;
-use futures::future::BoxFuture;
-use k8s_openapi::api::{core::v1::Pod, discovery::v1::EndpointSlice};
+use ashlar_crds::{InferenceService, names::SERVICE_LABEL};
+use futures::{StreamExt as _, future::BoxFuture};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{
     Api, Client,
-    api::{DynamicObject, ObjectMeta},
-    runtime::{WatchStreamExt as _, reflector, watcher},
+    api::ObjectMeta,
+    runtime::{
+        WatchStreamExt as _,
+        reflector::{self, Store},
+        watcher,
+    },
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::{
     Trigger,
-    reduce::{Stored, reduce_child, reduce_pod},
+    reduce::{Stored, StoredPod, reduce_child, reduce_pod},
+    rest::Packer,
 };
 use crate::controller::{
     build::children::{SLICE_SERVICE_LABEL, http_routes},
     index::{Index, Reduced},
+    seen::{Child, Pod},
     timed,
 };
 
 /// Objects of one answer when a watch lists.
-const PAGE: u32 = 250;
+const PAGE: u32 = 100;
 /// How often a cluster without an optional kind is looked at again.
 const DISCOVERY: Duration = Duration::from_secs(60);
 
@@ -72,21 +78,73 @@ fn reference(service: String) -> Trigger {
     Some(reflector::ObjectRef::new(name).within(namespace))
 }
 
+/// Follows the services themselves; `filled` says that the store holds them all.
+pub(super) fn spawn_services(
+    client: &Client,
+    watched: Option<&str>,
+    triggers: Triggers,
+    filled: watch::Sender<bool>,
+) -> Store<InferenceService> {
+    let api: Api<InferenceService> = match watched {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    };
+    let (store, writer) = reflector::store();
+    let config = watcher::Config::default().page_size(PAGE);
+    tokio::spawn(async move {
+        let events = watcher(api, config).default_backoff();
+        let services = events
+            .modify(slim)
+            .reflect(writer)
+            .inspect(|event| {
+                if matches!(event, Ok(watcher::Event::InitDone)) {
+                    filled.send_replace(true);
+                }
+            })
+            .touched_objects();
+        let mut services = std::pin::pin!(services);
+        while let Some(service) = services.next().await {
+            match service {
+                Ok(service) => {
+                    let trigger = Some(reflector::ObjectRef::from_obj(&service));
+                    if !triggers.send(trigger).await {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the watch of services broke and starts again")
+                }
+            }
+        }
+    });
+    store
+}
+
+/// Drops what no reconcile looks at.
+fn slim(service: &mut InferenceService) {
+    service.metadata.managed_fields = None;
+    if let Some(annotations) = &mut service.metadata.annotations {
+        annotations.retain(|key, _| key.starts_with("serving.ashlar.dev/"));
+    }
+}
+
 pub(super) fn spawn_children(
     index: Index<Stored>,
-    api: Api<DynamicObject>,
+    api: Api<Child>,
     kind: String,
     triggers: Triggers,
 ) {
     tokio::spawn(async move {
         let events = watcher(api, labelled(SERVICE_LABEL)).default_backoff();
         let wake = triggers.wake(reference);
-        index.follow(events, &kind, reduce_child, wake).await;
+        let packer = Packer::default();
+        let reduce = |child| reduce_child(child, &packer);
+        index.follow(events, &kind, reduce, wake).await;
     });
 }
 
 pub(super) fn spawn_pods(
-    index: Index<Arc<Pod>>,
+    index: Index<StoredPod>,
     client: &Client,
     watched: Option<&str>,
     label: &'static str,
@@ -99,7 +157,8 @@ pub(super) fn spawn_pods(
     tokio::spawn(async move {
         let events = watcher(api, labelled(label)).default_backoff();
         let wake = triggers.wake(reference);
-        let reduce = |pod| reduce_pod(pod, label);
+        let packer = Packer::default();
+        let reduce = |pod| reduce_pod(pod, label, &packer);
         index.follow(events, "Pod", reduce, wake).await;
     });
 }
@@ -113,7 +172,7 @@ pub(super) fn spawn_routes(
     triggers: Triggers,
 ) {
     let (client, kind) = (client.clone(), http_routes());
-    let api: Api<DynamicObject> = match watched {
+    let api: Api<Child> = match watched {
         Some(namespace) => Api::namespaced_with(client.clone(), namespace, &kind),
         None => Api::all_with(client.clone(), &kind),
     };
