@@ -14,8 +14,8 @@ use tokio_rustls::client::TlsStream;
 use super::{Error, Peer};
 use crate::model_tls::Trust;
 
-/// Read at once: some dozens of events, and little for a client that reads slowly.
-const READ_BYTES: usize = 16 << 10;
+/// Read at once: some dozens of events, and not much where it waits for a client that reads slowly.
+const READ_BYTES: usize = 8 << 10;
 /// A pod's node that is gone is noticed in about `KEEPALIVE + 3 × KEEPALIVE_INTERVAL`.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
