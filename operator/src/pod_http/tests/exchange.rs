@@ -303,40 +303,58 @@ async fn what_follows_an_answer_is_never_the_next_one() {
         }
         assert_eq!(connections.load(Ordering::SeqCst), 3);
     }
-    // And when it comes later, on a connection that waits.
-    let (address, connections) = pod(|mut stream, _| async move {
-        read_request(&mut stream).await.unwrap();
-        let ok = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
-        stream.write_all(ok.as_bytes()).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        let evil = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil";
-        stream.write_all(evil.as_bytes()).await.unwrap();
-        std::future::pending::<()>().await;
+}
+
+/// A pod that answers one request on each connection, waits for a word, sends `then` or closes without one, and says so.
+async fn ending(
+    then: &'static str,
+) -> (
+    SocketAddr,
+    Arc<AtomicUsize>,
+    mpsc::UnboundedSender<()>,
+    mpsc::UnboundedReceiver<()>,
+) {
+    let (word, words) = mpsc::unbounded_channel();
+    let (says, said) = mpsc::unbounded_channel();
+    let words = Arc::new(tokio::sync::Mutex::new(words));
+    let (address, connections) = pod(move |mut stream, _| {
+        let (words, says) = (Arc::clone(&words), says.clone());
+        async move {
+            read_request(&mut stream).await.unwrap();
+            let ok = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+            stream.write_all(ok.as_bytes()).await.unwrap();
+            words.lock().await.recv().await.unwrap();
+            if then.is_empty() {
+                drop(stream);
+                says.send(()).unwrap();
+            } else {
+                stream.write_all(then.as_bytes()).await.unwrap();
+                says.send(()).unwrap();
+                std::future::pending::<()>().await;
+            }
+        }
     })
     .await;
-    let client = client();
-    for _ in 0..3 {
-        assert_eq!(post(&client, address, "x").await.unwrap().1, "ok");
-        assert_eq!(client.pool.len(), 1);
-        tokio::time::sleep(Duration::from_millis(60)).await;
-    }
-    assert_eq!(connections.load(Ordering::SeqCst), 3);
+    (address, connections, word, said)
 }
 
 #[tokio::test]
-async fn a_connection_that_the_pod_has_closed_is_not_used() {
-    let (address, connections) = pod(|mut stream, _| async move {
-        read_request(&mut stream).await.unwrap();
-        let ok = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
-        stream.write_all(ok.as_bytes()).await.unwrap();
-    })
-    .await;
-    let client = client();
-    for _ in 0..3 {
-        assert_eq!(post(&client, address, "x").await.unwrap().1, "ok");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+async fn a_connection_on_which_something_came_while_it_waited_is_not_used() {
+    for then in [
+        "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil",
+        "\r\n",
+        "",
+    ] {
+        let (address, connections, word, mut said) = ending(then).await;
+        let client = client();
+        for _ in 0..3 {
+            assert_eq!(post(&client, address, "x").await.unwrap().1, "ok");
+            assert_eq!(client.pool.len(), 1);
+            word.send(()).unwrap();
+            soon("the pod", said.recv()).await.unwrap();
+        }
+        assert_eq!(connections.load(Ordering::SeqCst), 3);
     }
-    assert_eq!(connections.load(Ordering::SeqCst), 3);
 }
 
 /// A kept connection on which nothing can be sent any more, and which does not show it.
