@@ -111,6 +111,14 @@ fn processor_seconds() -> Result<f64> {
     Ok(ticks.iter().sum::<f64>() / 100.0) // Linux counts in hundredths, whatever the kernel's own tick
 }
 
+/// Memory that this process has, in bytes.
+fn memory() -> Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    Ok(kib.context("no VmRSS")?.parse::<f64>()? * 1024.0)
+}
+
 fn number(name: &str, default: usize) -> Result<usize> {
     std::env::var(name).map_or(Ok(default), |text| {
         text.parse().with_context(|| format!("{name}={text}"))
@@ -171,9 +179,10 @@ async fn measure() -> Result<()> {
     let [failed, good] = scrapes;
     let rate = good / (seconds as f64 + 5.0);
     println!(
-        "{pods} pods: {rate:.0} scrapes a second, {failed} failed in all; {:.1} % of a core (bar: ≤ 50); decisions at most {:.0} ms off (bar: ≤ 200)",
+        "{pods} pods: {rate:.0} scrapes a second, {failed} failed in all; {:.1} % of a core (bar: ≤ 50); decisions at most {:.0} ms off (bar: ≤ 200); {:.1} MB of memory",
         used * 100.0,
-        jitter * 1e3
+        jitter * 1e3,
+        memory()? / 1e6
     );
     ensure!(used <= 0.5, "more than half a core");
     ensure!(jitter <= 0.2, "decisions are late");

@@ -1,4 +1,4 @@
-//! Connections to model pods: plain, or TLS to pods that a certificate of their own was given (`spec.runtime.tlsSecretName`).
+//! Whom to believe to be a model pod: TLS with pods that a certificate of their own was given (`spec.runtime.tlsSecretName`).
 //!
 //! Pods have no name that lasts, so all pods of a service show a certificate for the service's headless name
 //! ([`server_name`]), signed by one of the installation's CAs ([`Trust`]). A pod says by its label that it speaks TLS: pods of

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
@@ -14,8 +15,8 @@ use tokio_rustls::client::TlsStream;
 use super::{Error, Peer};
 use crate::model_tls::Trust;
 
-/// Read at once: some dozens of events, and little for a client that reads slowly.
-const READ_BYTES: usize = 16 << 10;
+/// Read at once: some dozens of events, and not much where it waits for a client that reads slowly.
+const READ_BYTES: usize = 8 << 10;
 /// A pod's node that is gone is noticed in about `KEEPALIVE + 3 × KEEPALIVE_INTERVAL`.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
@@ -93,12 +94,24 @@ impl PodStream {
         })
     }
 
-    /// Open, and nothing has come. That anything came between two requests, be it the end, means that no more may be sent.
+    /// Open, and nothing has come. That anything came between two requests, be it the end, means that no more may be sent. The
+    /// kernel is asked: the runtime may not have heard of it yet.
     pub(super) fn is_quiet(&mut self) -> bool {
-        let mut byte = [0];
-        let mut cx = Context::from_waker(Waker::noop());
-        self.poll_read(&mut cx, &mut ReadBuf::new(&mut byte))
-            .is_pending()
+        let socket = match self {
+            Self::Plain(stream) => SockRef::from(&*stream),
+            Self::Tls(secured) => {
+                let mut cx = Context::from_waker(Waker::noop());
+                let mut byte = [0];
+                let read =
+                    Pin::new(&mut secured.stream).poll_read(&mut cx, &mut ReadBuf::new(&mut byte));
+                if read.is_ready() {
+                    return false;
+                }
+                SockRef::from(secured.stream.get_ref().0)
+            }
+        };
+        let peeked = socket.peek(&mut [MaybeUninit::uninit()]);
+        peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 
     fn poll_read(
