@@ -4,8 +4,8 @@
 //! Dropping it drops the replica's response, which closes that connection and so ends the generation. A stream of
 //! events that breaks off at the replica ends with an error event, so the client sees more than a closed socket.
 //!
-//! Events that have arrived together go on together, and none waits for another that has not arrived: a chunk of the
-//! source has all that had come.
+//! Events that have arrived together go on together: each alone would cost the client's connection a write. None waits
+//! for another that has not arrived ([`Tracked::gather`]).
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -25,6 +25,12 @@ const BROKEN_STREAM: &str = concat!(
     "\n\ndata: [DONE]\n\n"
 );
 
+/// Chunks of events that go on at once at most, and the bytes from which on they wait for no more.
+const TOGETHER: usize = 64;
+const TOGETHER_BYTES: usize = 4096;
+/// Rounds of the scheduler that bring nothing, after which they go on. Alone a stream's rounds are over at once.
+const EMPTY_ROUNDS: u8 = 2;
+
 /// A response of the gateway's own, or a replica's.
 pub enum GatewayBody<B: Body> {
     /// The gateway's own, with the meter that counts it if a service was found.
@@ -43,6 +49,12 @@ pub struct Tracked<B: Body> {
     /// The last byte passed on was the end of an event.
     at_boundary: bool,
     ended: bool,
+    /// Events that go on with those that follow at once.
+    gathered: Vec<Bytes>,
+    /// How often the server has asked since the last of them came; it asks twice in a round.
+    asked: u8,
+    /// What comes after them.
+    after: Option<Result<Frame<Bytes>, BoxError>>,
 }
 
 impl<B: Body> Tracked<B> {
@@ -55,12 +67,16 @@ impl<B: Body> Tracked<B> {
             attempt,
             events,
             at_boundary: true,
+            gathered: Vec::new(),
+            asked: 0,
+            after: None,
         }
     }
 
     /// The client has, or is about to be given, everything.
     fn is_done(&self) -> bool {
-        self.ended || self.source.is_end_stream()
+        let all = self.ended || self.source.is_end_stream();
+        all && self.gathered.is_empty() && self.after.is_none()
     }
 }
 
@@ -70,6 +86,53 @@ where
     B::Error: Into<BoxError>,
 {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.events {
+            return self.gather(cx);
+        }
+        self.poll_source(cx)
+    }
+
+    /// The next events. A chunk has all that had come when it was read, and is kept for one round of the scheduler: while many
+    /// streams are busy, more has come by then, and alone a stream's round is over at once.
+    fn gather(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.after.is_none() {
+            match self.poll_source(cx) {
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(chunk) => {
+                        self.gathered.push(chunk);
+                        let bytes: usize = self.gathered.iter().map(Bytes::len).sum();
+                        if self.gathered.len() < TOGETHER && bytes < TOGETHER_BYTES {
+                            self.asked = 0;
+                            cx.waker().wake_by_ref();
+                            return Poll::Pending;
+                        }
+                    }
+                    Err(frame) => self.after = Some(Ok(frame)),
+                },
+                Poll::Ready(Some(Err(error))) => self.after = Some(Err(error)),
+                Poll::Ready(None) => {}
+                Poll::Pending if self.gathered.is_empty() => return Poll::Pending,
+                Poll::Pending if self.asked < EMPTY_ROUNDS * 2 - 1 => {
+                    self.asked += 1;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                Poll::Pending => {}
+            }
+        }
+        let together = match self.gathered.len() {
+            0 => return Poll::Ready(self.after.take()),
+            1 => self.gathered.remove(0),
+            _ => Bytes::from(self.gathered.concat()),
+        };
+        self.gathered.clear();
+        Poll::Ready(Some(Ok(Frame::data(together))))
+    }
+
+    fn poll_source(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         if self.ended {
             return Poll::Ready(None);
         }
@@ -242,6 +305,37 @@ mod tests {
             .map(serde_json::from_str::<serde_json::Value>);
         assert_eq!(error.unwrap().unwrap()["error"]["code"], 502);
         assert!(metrics.render().contains("by=\"upstream\""));
+    }
+
+    #[tokio::test]
+    async fn events_that_are_there_go_on_together_and_wait_for_no_other() {
+        let (metrics, world) = world();
+        let items = [data("data: 1\n\n"), data("data: 2\n\n")];
+        let source = futures::stream::iter(items).chain(futures::stream::pending());
+        let mut body = tracked_stream(&metrics, &world, source, true);
+        let first = body.frame().await.unwrap().unwrap().into_data().unwrap();
+        assert_eq!(first, "data: 1\n\ndata: 2\n\n");
+        assert!(futures::poll!(body.frame()).is_pending());
+        drop(body);
+        assert!(metrics.render().contains("by=\"client\""));
+    }
+
+    #[tokio::test]
+    async fn a_long_run_of_events_goes_on_in_parts() {
+        let (metrics, world) = world();
+        let event: &str = "data: 0123456789\n\n";
+        let items = (0..1000).map(|_| data(event)).collect();
+        let mut body = tracked(&metrics, &world, items, true);
+        let (mut all, mut parts) = (0, 0);
+        while let Some(frame) = body.frame().await {
+            (all, parts) = (all + frame.unwrap().into_data().unwrap().len(), parts + 1);
+        }
+        assert_eq!(
+            (all, parts),
+            (1000 * event.len(), 1000_usize.div_ceil(TOGETHER))
+        );
+        drop(body);
+        assert!(!metrics.render().contains("cut_responses_total{"));
     }
 
     #[tokio::test]
