@@ -38,8 +38,7 @@ struct Group {
     int sum;
 };
 
-// How x lies: two columns of bytes for each token, [step][quad][word], and behind all of them the tokens' groups. Behind k come
-// zeros, up to the last box's end.
+// How x lies: two columns of bytes for each token, [step][quad][word], and behind all of them the tokens' groups.
 struct Layout {
     int steps, pitch;
     __device__ __forceinline__ Layout(const Skinny &p) {

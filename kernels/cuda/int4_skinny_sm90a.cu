@@ -1,9 +1,8 @@
 // Products of at most 64 rows with four-bit weights, for Hopper: y[m][n] = Σk x[m][k] · w[n][k], fp16.
 //
 // The weights are the A operand and go through registers: the copy engine brings words of all rows several steps ahead, by pairs of
-// steps, because 64 bytes of a row take it as long as 128,
-// and a thread turns those of its own rows into fp16 and multiplies by warpgroup with x, the B operand, in shared memory. So a
-// weight is turned once for all tokens and never written back.
+// steps, because 64 bytes of a row take it as long as 128, and a thread turns those of its own rows into fp16 and multiplies by
+// warpgroup with x, the B operand, in shared memory. So a weight is turned once for all tokens and never written back.
 //
 // A thread takes 32 neighbouring columns (16 bytes) of a row, the four of a quad the 128 of a step, and feeds eight products with
 // four columns each. x must come in the same order: a warpgroup of its own puts what lies at column 32·q + 4·s + 2·h + j of a step

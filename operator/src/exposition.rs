@@ -3,25 +3,14 @@
 
 use std::fmt::Write as _;
 
-/// What kind of figure a metric is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// Goes up and down.
-    Gauge,
-    /// Only grows.
-    Counter,
-}
-
 /// One metric of every service, read from a `T`.
 pub(crate) struct Family<T> {
-    /// Its name.
-    pub(crate) name: &'static str,
+    name: &'static str,
     /// What it says.
-    pub(crate) help: &'static str,
-    /// What it is.
-    pub(crate) kind: Kind,
-    /// Writes the lines of one service; none where nothing is known.
-    pub(crate) write: fn(&T, &mut Lines<'_>),
+    help: &'static str,
+    /// In Prometheus' words.
+    kind: &'static str,
+    write: fn(&T, &mut Lines<'_>),
 }
 
 /// Where the lines of one metric and one service go.
@@ -64,6 +53,38 @@ impl Lines<'_> {
 }
 
 impl<T> Family<T> {
+    /// A figure that goes up and down. `write` writes the lines of one service; none where nothing is known.
+    pub(crate) const fn gauge(
+        name: &'static str,
+        help: &'static str,
+        write: fn(&T, &mut Lines<'_>),
+    ) -> Self {
+        Self::of_kind("gauge", name, help, write)
+    }
+
+    /// A figure that only grows, likewise.
+    pub(crate) const fn counter(
+        name: &'static str,
+        help: &'static str,
+        write: fn(&T, &mut Lines<'_>),
+    ) -> Self {
+        Self::of_kind("counter", name, help, write)
+    }
+
+    const fn of_kind(
+        kind: &'static str,
+        name: &'static str,
+        help: &'static str,
+        write: fn(&T, &mut Lines<'_>),
+    ) -> Self {
+        Self {
+            name,
+            help,
+            kind,
+            write,
+        }
+    }
+
     /// Appends what this metric says of one service, `of` namespace and name; `headed` is whether something of it was said
     /// before, and true once something was.
     pub(crate) fn append(
@@ -82,11 +103,7 @@ impl<T> Family<T> {
         (self.write)(subject, &mut lines);
         if text.len() > begin && !*headed {
             *headed = true;
-            let kind = match self.kind {
-                Kind::Gauge => "gauge",
-                Kind::Counter => "counter",
-            };
-            let (name, help) = (self.name, self.help);
+            let (name, help, kind) = (self.name, self.help, self.kind);
             text.insert_str(
                 begin,
                 &format!("# HELP {name} {help}\n# TYPE {name} {kind}\n"),
@@ -101,16 +118,11 @@ mod tests {
 
     #[test]
     fn a_metric_is_named_once_and_only_if_it_says_something() {
-        let family = Family::<Option<f64>> {
-            name: "m",
-            help: "Words.",
-            kind: Kind::Counter,
-            write: |value, lines| {
-                if let Some(value) = value {
-                    lines.add_with(&[("reason", "a \"b\"\\\n")], *value);
-                }
-            },
-        };
+        let family = Family::<Option<f64>>::counter("m", "Words.", |value, lines| {
+            if let Some(value) = value {
+                lines.add_with(&[("reason", "a \"b\"\\\n")], *value);
+            }
+        });
         let (mut headed, mut text) = (false, String::new());
         family.append(&None, ("ns", "x"), &mut headed, &mut text);
         assert_eq!((headed, text.as_str()), (false, ""));

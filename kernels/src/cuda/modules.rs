@@ -122,34 +122,34 @@ impl Modules {
 
     fn function(&self, name: &str, shared: usize) -> Result<Function, CudaError> {
         let mut functions = lock(&self.functions);
-        let known = functions.get(name).copied();
-        if let Some((function, most)) = known
-            && shared <= most
-        {
-            return Ok(function);
-        }
-        let c_name = CString::new(name).expect("kernel names have no zero byte: this is a bug");
-        let found = known.map(|(function, _)| function.0).or_else(|| {
-            self.modules.iter().find_map(|module| {
-                // SAFETY: the module is loaded.
-                unsafe { result::module::get_function(module.0, c_name.clone()) }.ok()
-            })
-        });
-        let function = found.ok_or_else(|| CudaError::Driver {
-            call: "cuModuleGetFunction",
-            message: format!("there is no kernel {name}: this is a bug"),
-        })?;
+        let (function, most) = match functions.get(name) {
+            Some((function, most)) if shared <= *most => return Ok(*function),
+            Some(known) => *known,
+            None => (self.find(name)?, 0),
+        };
         // More than 48 KiB, what a kernel always has included, must be asked for.
-        if shared > 0 {
+        if shared > most {
             let attribute =
                 sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             let bytes = i32::try_from(shared).expect("shared memory fits: this is a bug");
             // SAFETY: the function is valid; a size that the GPU lacks is refused.
-            unsafe { result::function::set_function_attribute(function, attribute, bytes) }
+            unsafe { result::function::set_function_attribute(function.0, attribute, bytes) }
                 .map_err(driver_error("cuFuncSetAttribute"))?;
         }
-        functions.insert(name.to_owned(), (Function(function), shared));
-        Ok(Function(function))
+        functions.insert(name.to_owned(), (function, shared));
+        Ok(function)
+    }
+
+    fn find(&self, name: &str) -> Result<Function, CudaError> {
+        let c_name = CString::new(name).expect("kernel names have no zero byte: this is a bug");
+        let found = self.modules.iter().find_map(|module| {
+            // SAFETY: the module is loaded.
+            unsafe { result::module::get_function(module.0, c_name.clone()) }.ok()
+        });
+        found.map(Function).ok_or_else(|| CudaError::Driver {
+            call: "cuModuleGetFunction",
+            message: format!("there is no kernel {name}: this is a bug"),
+        })
     }
 }
 

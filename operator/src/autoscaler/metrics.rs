@@ -4,7 +4,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounterVec, Opts, Registry};
 
 use super::decision::{Decision, Reason};
 use super::scrape::ScrapeMetrics;
-use crate::exposition::{Family, Kind};
+use crate::exposition::Family;
 
 /// Reasons that change a count.
 const REASONS: [Reason; 7] = [
@@ -57,46 +57,41 @@ impl Figures {
 
 /// What is told of every service.
 pub(crate) static FAMILIES: [Family<Figures>; 5] = [
-    Family {
-        name: "ashlar_autoscaler_decisions_total",
-        help: "Decisions that changed the number of replicas, by reason.",
-        kind: Kind::Counter,
-        write: |figures, lines| {
+    Family::counter(
+        "ashlar_autoscaler_decisions_total",
+        "Decisions that changed the number of replicas, by reason.",
+        |figures, lines| {
             for (reason, count) in REASONS.iter().zip(figures.decisions) {
                 lines.add_with(&[("reason", reason.as_str())], f64::from(count));
             }
         },
-    },
-    Family {
-        name: "ashlar_autoscaler_demand_replicas",
-        help: "Replicas that would carry the load at target.",
-        kind: Kind::Gauge,
-        write: |figures, lines| lines.add(figures.demand),
-    },
-    Family {
-        name: "ashlar_autoscaler_desired_replicas",
-        help: "Replicas decided on.",
-        kind: Kind::Gauge,
-        write: |figures, lines| lines.add(f64::from(figures.desired)),
-    },
-    Family {
-        name: "ashlar_autoscaler_fresh_replicas",
-        help: "Ready replicas whose metrics are younger than 3 s.",
-        kind: Kind::Gauge,
-        write: |figures, lines| lines.add(f64::from(figures.fresh)),
-    },
-    Family {
-        name: "ashlar_autoscaler_signal",
-        help: "What decisions are made from: mean share of KV caches in use, requests waiting, held at gateways, running.",
-        kind: Kind::Gauge,
-        write: |figures, lines| {
+    ),
+    Family::gauge(
+        "ashlar_autoscaler_demand_replicas",
+        "Replicas that would carry the load at target.",
+        |figures, lines| lines.add(figures.demand),
+    ),
+    Family::gauge(
+        "ashlar_autoscaler_desired_replicas",
+        "Replicas decided on.",
+        |figures, lines| lines.add(f64::from(figures.desired)),
+    ),
+    Family::gauge(
+        "ashlar_autoscaler_fresh_replicas",
+        "Ready replicas whose metrics are younger than 3 s.",
+        |figures, lines| lines.add(f64::from(figures.fresh)),
+    ),
+    Family::gauge(
+        "ashlar_autoscaler_signal",
+        "What decisions are made from: mean share of KV caches in use, requests waiting, held at gateways, running.",
+        |figures, lines| {
             for (signal, value) in SIGNALS.into_iter().zip(figures.signals) {
                 if let Some(value) = value {
                     lines.add_with(&[("signal", signal)], value);
                 }
             }
         },
-    },
+    ),
 ];
 
 /// What the autoscaler tells of itself.

@@ -10,7 +10,7 @@ use kube::{ResourceExt as _, runtime::reflector::Store};
 
 use crate::{
     autoscaler::{self, Autoscaler},
-    exposition::{Family, Kind, Lines},
+    exposition::{Family, Lines},
 };
 
 /// Bytes of one part of the text, and a little more.
@@ -102,21 +102,8 @@ fn wanted(service: &InferenceService) -> Option<i32> {
     Some(scaling.map_or(service.spec.replicas, |scaling| scaling.desired_replicas))
 }
 
-const fn gauge(
-    name: &'static str,
-    help: &'static str,
-    write: fn(&InferenceService, &mut Lines<'_>),
-) -> Family<InferenceService> {
-    Family {
-        name,
-        help,
-        kind: Kind::Gauge,
-        write,
-    }
-}
-
 static FAMILIES: [Family<InferenceService>; 9] = [
-    gauge(
+    Family::gauge(
         "ashlar_service_condition",
         "1 for what each condition of the service says now.",
         |service, lines| {
@@ -130,7 +117,7 @@ static FAMILIES: [Family<InferenceService>; 9] = [
             }
         },
     ),
-    gauge(
+    Family::gauge(
         "ashlar_service_model_bytes",
         "Bytes of the whole model.",
         |service, lines| {
@@ -138,7 +125,7 @@ static FAMILIES: [Family<InferenceService>; 9] = [
             bytes(lines, model.and_then(|model| model.total_bytes));
         },
     ),
-    gauge(
+    Family::gauge(
         "ashlar_service_model_downloaded_bytes",
         "Bytes of the model that are on disk.",
         |service, lines| {
@@ -146,12 +133,12 @@ static FAMILIES: [Family<InferenceService>; 9] = [
             bytes(lines, model.and_then(|model| model.downloaded_bytes));
         },
     ),
-    gauge(
+    Family::gauge(
         "ashlar_service_replicas",
         "Pods that exist, of any revision.",
         |service, lines| count(lines, status(service).map(|status| status.replicas)),
     ),
-    gauge(
+    Family::gauge(
         "ashlar_service_replicas_max",
         "Most replicas that scaling may choose.",
         |service, lines| {
@@ -159,7 +146,7 @@ static FAMILIES: [Family<InferenceService>; 9] = [
             count(lines, scaling.map(|scaling| scaling.max_replicas));
         },
     ),
-    gauge(
+    Family::gauge(
         "ashlar_service_replicas_min",
         "Fewest replicas that scaling may choose.",
         |service, lines| {
@@ -167,19 +154,19 @@ static FAMILIES: [Family<InferenceService>; 9] = [
             count(lines, scaling.map(|scaling| scaling.min_replicas));
         },
     ),
-    gauge(
+    Family::gauge(
         "ashlar_service_replicas_ready",
         "Pods that answer, of any revision.",
         |service, lines| count(lines, status(service).map(|status| status.ready_replicas)),
     ),
-    gauge(
+    Family::gauge(
         "ashlar_service_replicas_updated",
         "Pods of the newest revision.",
         |service, lines| {
             count(lines, status(service).map(|status| status.updated_replicas));
         },
     ),
-    gauge(
+    Family::gauge(
         "ashlar_service_replicas_wanted",
         "Replicas that are wanted now.",
         |service, lines| count(lines, wanted(service)),

@@ -92,8 +92,8 @@ where
         self.poll_source(cx)
     }
 
-    /// The next events. A chunk has all that had come when it was read, and is kept for one round of the scheduler: while many
-    /// streams are busy, more has come by then, and alone a stream's round is over at once.
+    /// The next events. A chunk has all that had come when it was read, and is kept for [`EMPTY_ROUNDS`] rounds of the scheduler:
+    /// while many streams are busy, more has come by then.
     fn gather(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         if self.after.is_none() {
             match self.poll_source(cx) {

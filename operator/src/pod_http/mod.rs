@@ -122,13 +122,6 @@ pub struct Settings {
     pub idle_per_address: usize,
 }
 
-/// Asks pods.
-pub struct Client {
-    pool: Arc<Pool>,
-    trust: Arc<Trust>,
-    connect_timeout: Duration,
-}
-
 impl Settings {
     /// For a question now and then: no connection is kept.
     #[must_use]
@@ -139,6 +132,13 @@ impl Settings {
             idle_per_address: 0,
         }
     }
+}
+
+/// Asks pods.
+pub struct Client {
+    pool: Arc<Pool>,
+    trust: Arc<Trust>,
+    connect_timeout: Duration,
 }
 
 impl Client {

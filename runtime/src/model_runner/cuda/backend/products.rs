@@ -85,7 +85,7 @@ impl CudaBackend {
             if let Some(weight) = matrix.int4_view() {
                 return SkinnyGemm::norms_int4(&self.device, weight, rows, width);
             }
-            let is_float = !matrix.is_int4() && !matrix.is_eight_bit();
+            let is_float = !matrix.is_eight_bit();
             rows <= FUSED_ROWS / 2 && self.float == Float::Bf16 && is_float && !self.integers
         }
     }
