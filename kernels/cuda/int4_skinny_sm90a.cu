@@ -48,13 +48,17 @@ __device__ __forceinline__ float4 read_of(uint32_t address, int rank) {
 
 // The steps of a block that shares a tile with others, an even number.
 struct Work {
-    int tile, rank, splits, first, steps;
+    int tile, rank, splits, first, steps, begin;
     __device__ __forceinline__ Work(const Skinny &p) {
         asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(splits));
         tile = blockIdx.x / splits, rank = blockIdx.x % splits;
         const int pairs = (p.k + 2 * STEP - 1) / (2 * STEP);
         first = pairs * rank / splits * 2, steps = pairs * (rank + 1) / splits * 2 - first;
+        // Blocks that all read the same part of x at once would all ask the same part of the L2 cache.
+        begin = (long)(steps / 2) * tile / (gridDim.x / splits) * 2;
     }
+    // Where the columns of a step are, in steps.
+    __device__ __forceinline__ int place(int step) const { return first + (begin + step < steps ? begin + step : begin + step - steps); }
 };
 
 // The tensors that the copy engine reads.
@@ -66,7 +70,7 @@ struct Maps {
 template <typename M, Output OUTPUT>
 __device__ __forceinline__ void ask_for_weights(const Skinny &p, const Work &work, const Maps &maps, uint32_t memory, int step) {
     constexpr int PARTS = OUTPUT == SILU_MUL ? 2 : 1, ROWS = M::ROWS / PARTS;
-    const int place = step % M::DEPTH, column = work.first + step, cell_rows = max(1, 8 >> min(p.group_shift, 3));
+    const int place = step % M::DEPTH, column = work.place(step), cell_rows = max(1, 8 >> min(p.group_shift, 3));
     const uint32_t full = memory + M::FULL + place / 2 * 8;
     barrier_expect(full, 2 * M::WORDS_BYTES + M::ROWS * 4 * cell_rows);
 #pragma unroll
@@ -83,7 +87,7 @@ template <typename M> __device__ __forceinline__ void ask_for_x(const Work &work
     const uint32_t full = memory + M::FULL_RAW + place * 8, to = memory + M::RAW + place * M::X_BYTES;
     barrier_expect(full, M::X_BYTES);
 #pragma unroll
-    for (int half = 0; half < 2; half++) copy_box(to + half * (M::X_BYTES / 2), maps.x, full, (work.first + step) * STEP + half * (STEP / 2), 0);
+    for (int half = 0; half < 2; half++) copy_box(to + half * (M::X_BYTES / 2), maps.x, full, work.place(step) * STEP + half * (STEP / 2), 0);
 }
 
 // Puts x in order: each warp some eights of tokens of each step, or one of some steps. One thread asks for all that comes.
