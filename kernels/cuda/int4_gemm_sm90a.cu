@@ -1,8 +1,8 @@
 // Products of many rows with four-bit weights, for Hopper: y[m][n] = Σk x[m][k] · w[n][k] + bias, fp16.
 //
-// A block computes TILE_M rows × 128 outputs, 64 columns a step. Two warpgroups make the operands of a ring of steps: the copy
-// engine brings x, threads copy weights several steps ahead and write them as fp16, swizzled as the copy engine would. Two others
-// multiply. Where there are fewer tiles than multiprocessors, several blocks share the columns of a tile, and the one that ends
+// A block computes TILE_M rows × 128 outputs, 64 columns a step, by a ring of steps. Two warpgroups copy weights several steps
+// ahead and write them as fp16, swizzled as the copy engine would. Two others multiply, each half of the rows, and have the copy
+// engine bring their own x as soon as there is room. Where there are fewer tiles than multiprocessors, several blocks share the columns of a tile, and the one that ends
 // last adds up their parts, in their order.
 #include "hopper.cuh"
 #include "int4.cuh"
@@ -28,7 +28,8 @@ template <int TILE_M> struct Memory {
     static constexpr int A_BYTES = TILE_M * STEP * 2, B_BYTES = TILE_N * STEP * 2;
     static constexpr int A = 0, B = STAGES * A_BYTES, RAW = B + STAGES * B_BYTES;
     static constexpr int RAW_CELLS = RAW + AHEAD * PRODUCERS * 16, FULL = RAW_CELLS + AHEAD * PRODUCERS * 4;
-    static constexpr int FULL_X = FULL + STAGES * 8, EMPTY = FULL_X + STAGES * 8;
+    static constexpr int EMPTY = FULL + STAGES * 8;
+    static constexpr int FULL_X = EMPTY + STAGES * 8, EMPTY_X = FULL_X + 2 * STAGES * 8; // of each warpgroup
     static constexpr int TILES = TILE_M / 128; // of 64 rows, of a warpgroup
 };
 
@@ -47,7 +48,7 @@ struct Work {
 };
 
 template <bool AFFINE, int TILE_M>
-__device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, const CUtensorMap *x_map, char *shared, uint32_t memory) {
+__device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, char *shared, uint32_t memory) {
     using M = Memory<TILE_M>;
     const int thread = threadIdx.x - CONSUMERS, my_row = thread / M::THREADS_OF_ROW, my_half = thread % M::THREADS_OF_ROW;
     const int row = min(work.n_tile * TILE_N + my_row, p.n - 1);
@@ -65,16 +66,10 @@ __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, con
     };
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) load(i, i);
-    wait_for_previous(); // for x
     int stage = 0, parity = 1, place = 0; // of the first round all stages are empty
     for (int step = 0; step < work.steps; step++) {
         // What lies in the stage is multiplied.
         barrier_wait(memory + M::EMPTY + stage * 8, parity);
-        if (thread == 0) {
-            const uint32_t full = memory + M::FULL_X + stage * 8;
-            barrier_expect(full, M::A_BYTES);
-            copy_box(memory + M::A + stage * M::A_BYTES, x_map, full, work.place(step) * STEP, work.m_tile * TILE_M);
-        }
         asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
         char *to = shared + M::B + stage * M::B_BYTES + my_row * 128;
         Vec8 raw;
@@ -96,7 +91,8 @@ __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, con
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
-template <int TILE_M> __device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, uint32_t memory, int *is_last) {
+template <int TILE_M>
+__device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, const CUtensorMap *x_map, uint32_t memory, int *is_last) {
     using M = Memory<TILE_M>;
     constexpr int REGISTERS = TILE_N / 2;
     const int thread = threadIdx.x, warpgroup = thread / GROUP_THREADS;
@@ -107,10 +103,16 @@ template <int TILE_M> __device__ __forceinline__ void consume(const Int4Gemm &p,
 #pragma unroll
         for (int i = 0; i < REGISTERS; i++) acc[t][i] = 0.f;
     const uint32_t my_a = memory + M::A + warpgroup * M::TILES * 64 * 128;
-    const uint32_t my_b = memory + M::B;
-    int stage = 0, parity = 0, before = 0;
+    const uint32_t my_b = memory + M::B, full_x = memory + M::FULL_X + warpgroup * M::STAGES * 8, empty_x = memory + M::EMPTY_X + warpgroup * M::STAGES * 8;
+    const auto ask_for_x = [&](int step, int stage) {
+        barrier_expect(full_x + stage * 8, M::A_BYTES / 2);
+        copy_box(my_a + stage * M::A_BYTES, x_map, full_x + stage * 8, work.place(step) * STEP, work.m_tile * TILE_M + warpgroup * (TILE_M / 2));
+    };
+    if (thread % GROUP_THREADS == 0)
+        for (int step = 0; step < min(M::STAGES, work.steps); step++) ask_for_x(step, step);
+    int stage = 0, parity = 0, before = 0, before_parity = 0;
     for (int step = 0; step < work.steps; step++) {
-        barrier_wait(memory + M::FULL_X + stage * 8, parity);
+        barrier_wait(full_x + stage * 8, parity);
         barrier_wait(memory + M::FULL + stage * 8, parity);
         const uint32_t a = my_a + stage * M::A_BYTES, b = my_b + stage * M::B_BYTES;
         wgmma_fence();
@@ -122,8 +124,17 @@ template <int TILE_M> __device__ __forceinline__ void consume(const Int4Gemm &p,
         wgmma_commit();
         wgmma_wait<1>();
         // The step before is multiplied.
-        if (step > 0 && thread % 32 == 0) barrier_arrive(memory + M::EMPTY + before * 8);
-        before = stage;
+        if (step > 0 && thread % 32 == 0) {
+            barrier_arrive(memory + M::EMPTY + before * 8);
+            barrier_arrive(empty_x + before * 8);
+            const int next = step - 1 + M::STAGES;
+            if (thread % GROUP_THREADS == 0 && next < work.steps) {
+                barrier_wait(empty_x + before * 8, before_parity); // by all four warps
+                ask_for_x(next, before);
+            }
+        }
+        __syncwarp();
+        before = stage, before_parity = parity;
         if (++stage == M::STAGES) stage = 0, parity ^= 1;
     }
     wgmma_wait<0>();
@@ -209,7 +220,10 @@ template <bool AFFINE, int TILE_M> __device__ __forceinline__ void int4_gemm(con
     const Work work(p);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < M::STAGES; stage++) {
-            barrier_init(memory + M::FULL_X + stage * 8, 1); // who asks for it
+            for (int group = 0; group < 2; group++) {
+                barrier_init(memory + M::FULL_X + (group * M::STAGES + stage) * 8, 1); // who asks for it
+                barrier_init(memory + M::EMPTY_X + (group * M::STAGES + stage) * 8, GROUP_THREADS / 32);
+            }
             barrier_init(memory + M::FULL + stage * 8, PRODUCERS / 32);
             barrier_init(memory + M::EMPTY + stage * 8, CONSUMERS / 32);
         }
@@ -220,11 +234,11 @@ template <bool AFFINE, int TILE_M> __device__ __forceinline__ void int4_gemm(con
     let_next_start();
     if (threadIdx.x >= CONSUMERS) {
         fewer_registers<72>();
-        produce<AFFINE, TILE_M>(p, work, x_map, shared, memory);
+        produce<AFFINE, TILE_M>(p, work, shared, memory);
     } else {
         more_registers<184>();
-        wait_for_previous(); // for what the tile's parts and y were to it
-        consume<TILE_M>(p, work, memory, &is_last);
+        wait_for_previous(); // for x, and for what the tile's parts and y were to it
+        consume<TILE_M>(p, work, x_map, memory, &is_last);
     }
 }
 

@@ -112,7 +112,7 @@ impl Int4Gemm<'_> {
             self.x,
             &[self.k as u64, self.m as u64],
             &[(self.k * Float::BYTES) as u64],
-            &[STEP as u32, tile_m as u32],
+            &[STEP as u32, tile_m as u32 / 2],
             Swizzle::Bytes128,
         )?;
         let parameters = Parameters {
@@ -156,7 +156,7 @@ fn tile(m: usize, n: usize, multiprocessors: usize) -> (usize, usize) {
 
 /// x and weights of the steps with their barriers, and the words and cells that are copied five steps ahead.
 fn shared(tile_m: usize, stages: usize) -> usize {
-    stages * ((tile_m + TILE_N) * STEP * Float::BYTES + 24) + 5 * TILE_N * 2 * 20
+    stages * ((tile_m + TILE_N) * STEP * Float::BYTES + 48) + 5 * TILE_N * 2 * 20
 }
 
 /// Blocks that share a tile's columns: as many as run at once, each with some steps.
