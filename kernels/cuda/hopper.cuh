@@ -127,6 +127,21 @@ template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wg
 #define WGMMA_REGISTERS_16(TYPE) WGMMA_REGISTERS(TYPE, 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
 #define WGMMA_REGISTERS_32(TYPE) WGMMA_REGISTERS(TYPE, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 
+// 96 and 112 columns, with a in shared memory alone.
+#define REGISTERS_48 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define OUTPUTS_48(d) \
+    OUTPUTS_32(d), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
+    "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
+#define REGISTERS_56 REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define OUTPUTS_56(d) \
+    OUTPUTS_48(d), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
+#define WGMMA_SHARED(TYPE, N, HALF, A, B, ADD) \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+                 " {" REGISTERS_##HALF "}, " A ", " B ", p, 1, 1, 0, 0;}" \
+                 : OUTPUTS_##HALF(d) : "l"(a), "l"(b), "r"(add));
+#define WGMMA_SHARED_96(TYPE) WGMMA_SHARED(TYPE, 96, 48, "%48", "%49", "%50")
+#define WGMMA_SHARED_112(TYPE) WGMMA_SHARED(TYPE, 112, 56, "%56", "%57", "%58")
+
 template <typename T, int N> struct Warpgroup;
 // Few columns are multiplied with rows in registers alone.
 #define DEFINE_NARROW_WARPGROUP(N)                                                                                                \
@@ -136,6 +151,12 @@ template <typename T, int N> struct Warpgroup;
 DEFINE_NARROW_WARPGROUP(8)
 DEFINE_NARROW_WARPGROUP(16)
 DEFINE_NARROW_WARPGROUP(32)
+#define DEFINE_SHARED_WARPGROUP(N)                                                                                            \
+    template <> struct Warpgroup<__half, N> {                                                                                 \
+        static __device__ __forceinline__ void mma(float *d, uint64_t a, uint64_t b, int add) { WGMMA_SHARED_##N("f16") }     \
+    };
+DEFINE_SHARED_WARPGROUP(96)
+DEFINE_SHARED_WARPGROUP(112)
 #define DEFINE_WARPGROUP(T, TYPE, N)                                                                                              \
     template <> struct Warpgroup<T, N> {                                                                                          \
         static __device__ __forceinline__ void mma(float *d, uint64_t a, uint64_t b, int add) { WGMMA_SHARED_##N(TYPE) }          \

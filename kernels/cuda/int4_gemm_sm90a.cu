@@ -1,6 +1,6 @@
 // Products of many rows with four-bit weights, for Hopper: y[m][n] = Σk x[m][k] · w[n][k] + bias, fp16.
 //
-// A block computes TILE_M rows × 128 outputs, 64 columns a step, by a ring of steps. Two warpgroups copy weights several steps
+// A block computes TILE_M rows × TILE_N outputs, 64 columns a step, by a ring of steps. Two warpgroups copy weights several steps
 // ahead and write them as fp16, swizzled as the copy engine would. Two others multiply, each half of the rows, and have the copy
 // engine bring their own x as soon as there is room. Where there are fewer tiles than multiprocessors, several blocks share the columns of a tile, and the one that ends
 // last adds up their parts, in their order.
@@ -10,7 +10,6 @@
 constexpr int STEP = 64, GROUP_THREADS = 128;
 constexpr int CONSUMERS = 256, PRODUCERS = 256, THREADS = CONSUMERS + PRODUCERS;
 constexpr int AHEAD = 5; // steps that weights are copied ahead
-constexpr int TILE_N = 128;
 
 struct Int4Gemm {
     const uint4 *words;    // [n][k/32]
@@ -23,8 +22,8 @@ struct Int4Gemm {
     int group_shift; // a group is 2^this chunks of 32 columns
 };
 
-template <int TILE_M> struct Memory {
-    static constexpr int STAGES = TILE_M == 128 ? 6 : 4, THREADS_OF_ROW = PRODUCERS / TILE_N;
+template <int TILE_M, int TILE_N> struct Memory {
+    static constexpr int STAGES = TILE_M == 128 ? 6 : 4, THREADS_OF_ROW = 2, BRINGING = TILE_N * THREADS_OF_ROW; // threads that bring weights
     static constexpr int A_BYTES = TILE_M * STEP * 2, B_BYTES = TILE_N * STEP * 2;
     static constexpr int A = 0, B = STAGES * A_BYTES, RAW = B + STAGES * B_BYTES;
     static constexpr int RAW_CELLS = RAW + AHEAD * PRODUCERS * 16, FULL = RAW_CELLS + AHEAD * PRODUCERS * 4;
@@ -47,10 +46,11 @@ struct Work {
     __device__ __forceinline__ int place(int step) const { return first + (begin + step < steps ? begin + step : begin + step - steps); }
 };
 
-template <bool AFFINE, int TILE_M>
+template <bool AFFINE, int TILE_M, int TILE_N>
 __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, char *shared, uint32_t memory) {
-    using M = Memory<TILE_M>;
+    using M = Memory<TILE_M, TILE_N>;
     const int thread = threadIdx.x - CONSUMERS, my_row = thread / M::THREADS_OF_ROW, my_half = thread % M::THREADS_OF_ROW;
+    if (thread >= M::BRINGING) return;
     const int row = min(work.n_tile * TILE_N + my_row, p.n - 1);
     const uint4 *words = p.words + (long)row * (p.k / 32);
     const uint32_t *cells_of_row = p.cells + row;
@@ -91,9 +91,9 @@ __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, cha
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
-template <int TILE_M>
+template <int TILE_M, int TILE_N>
 __device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, const CUtensorMap *x_map, uint32_t memory, int *is_last) {
-    using M = Memory<TILE_M>;
+    using M = Memory<TILE_M, TILE_N>;
     constexpr int REGISTERS = TILE_N / 2;
     const int thread = threadIdx.x, warpgroup = thread / GROUP_THREADS;
     const int n_tile = work.n_tile, m_tile = work.m_tile, split = work.split;
@@ -156,7 +156,7 @@ __device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, con
         named_sync(1, CONSUMERS);
         if (!*is_last) return;
         __threadfence();
-        constexpr int BATCH = 8; // loads in flight
+        constexpr int BATCH = QUADS % 8 == 0 ? 8 : QUADS % 4 == 0 ? 4 : 2; // loads in flight
 #pragma unroll
         for (int first = 0; first < QUADS; first += BATCH)
             for (int other = 0; other < p.splits; other++) {
@@ -181,10 +181,11 @@ __device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, con
         for (int r = 0; r < 2; r++) {
             const int out_row = m_tile * TILE_M + warpgroup * M::TILES * 64 + t * 64 + warp_row + r * 8;
 #pragma unroll
-            for (int c = 0; c < TILE_N / 32; c++) {
-                uint32_t w[4];
+            for (int c = 0; c < (TILE_N + 31) / 32; c++) {
+                const int runs = min(4, TILE_N / 8 - c * 4);
+                uint32_t w[4] = {};
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < runs; i++) {
                     float2 v = make_float2(acc[t][(c * 4 + i) * 4 + r * 2], acc[t][(c * 4 + i) * 4 + r * 2 + 1]);
                     const int column = column0 + (c * 4 + i) * 8 + quad * 2;
                     if (p.bias && column < p.n) {
@@ -207,13 +208,13 @@ __device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, con
                     else w[i + 2] = other;
                 }
                 const int column = column0 + (c * 4 + quad) * 8;
-                if (out_row < p.m && column < p.n) *reinterpret_cast<uint4 *>(p.y + (long)out_row * p.n + column) = make_uint4(w[0], w[1], w[2], w[3]);
+                if (out_row < p.m && column < p.n && quad < runs) *reinterpret_cast<uint4 *>(p.y + (long)out_row * p.n + column) = make_uint4(w[0], w[1], w[2], w[3]);
             }
         }
 }
 
-template <bool AFFINE, int TILE_M> __device__ __forceinline__ void int4_gemm(const Int4Gemm &p, const CUtensorMap *x_map) {
-    using M = Memory<TILE_M>;
+template <bool AFFINE, int TILE_M, int TILE_N> __device__ __forceinline__ void int4_gemm(const Int4Gemm &p, const CUtensorMap *x_map) {
+    using M = Memory<TILE_M, TILE_N>;
     extern __shared__ __align__(1024) char shared[];
     __shared__ int is_last;
     const uint32_t memory = shared_address(shared);
@@ -224,7 +225,7 @@ template <bool AFFINE, int TILE_M> __device__ __forceinline__ void int4_gemm(con
                 barrier_init(memory + M::FULL_X + (group * M::STAGES + stage) * 8, 1); // who asks for it
                 barrier_init(memory + M::EMPTY_X + (group * M::STAGES + stage) * 8, GROUP_THREADS / 32);
             }
-            barrier_init(memory + M::FULL + stage * 8, PRODUCERS / 32);
+            barrier_init(memory + M::FULL + stage * 8, M::BRINGING / 32);
             barrier_init(memory + M::EMPTY + stage * 8, CONSUMERS / 32);
         }
         barrier_init_done();
@@ -234,20 +235,25 @@ template <bool AFFINE, int TILE_M> __device__ __forceinline__ void int4_gemm(con
     let_next_start();
     if (threadIdx.x >= CONSUMERS) {
         fewer_registers<72>();
-        produce<AFFINE, TILE_M>(p, work, shared, memory);
+        produce<AFFINE, TILE_M, TILE_N>(p, work, shared, memory);
     } else {
         more_registers<184>();
         wait_for_previous(); // for x, and for what the tile's parts and y were to it
-        consume<TILE_M>(p, work, x_map, memory, &is_last);
+        consume<TILE_M, TILE_N>(p, work, x_map, memory, &is_last);
     }
 }
 
-#define DEFINE(NAME, AFFINE, TILE_M)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME##_##TILE_M(const __grid_constant__ Int4Gemm p,               \
-                                                                             const __grid_constant__ CUtensorMap x) {         \
-        int4_gemm<AFFINE, TILE_M>(p, &x);                                                                                      \
+#define DEFINE_ONE(NAME, AFFINE, TILE_M, TILE_N)                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME##_##TILE_M##x##TILE_N(const __grid_constant__ Int4Gemm p, \
+                                                                                       const __grid_constant__ CUtensorMap x) { \
+        int4_gemm<AFFINE, TILE_M, TILE_N>(p, &x);                                                                         \
     }
-DEFINE(int4_gemm, false, 128)
-DEFINE(int4_gemm, false, 256)
-DEFINE(int4_affine_gemm, true, 128)
-DEFINE(int4_affine_gemm, true, 256)
+#define DEFINE(NAME, AFFINE)            \
+    DEFINE_ONE(NAME, AFFINE, 128, 96)   \
+    DEFINE_ONE(NAME, AFFINE, 128, 112)  \
+    DEFINE_ONE(NAME, AFFINE, 128, 128)  \
+    DEFINE_ONE(NAME, AFFINE, 256, 96)   \
+    DEFINE_ONE(NAME, AFFINE, 256, 112)  \
+    DEFINE_ONE(NAME, AFFINE, 256, 128)
+DEFINE(int4_gemm, false)
+DEFINE(int4_affine_gemm, true)

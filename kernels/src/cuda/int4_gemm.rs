@@ -103,10 +103,13 @@ impl Int4Gemm<'_> {
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         self.validate(device)?;
         let multiprocessors = device.multiprocessors() as usize;
-        let (tile_m, stages) = tile(self.m, self.n, multiprocessors);
-        let n_tiles = self.n.div_ceil(TILE_N);
+        let Tiling {
+            tile_m,
+            tile_n,
+            splits,
+        } = tiling(self.m, self.n, self.k / STEP, multiprocessors);
+        let n_tiles = self.n.div_ceil(tile_n);
         let m_tiles = self.m.div_ceil(tile_m);
-        let splits = splits(multiprocessors, n_tiles * m_tiles, self.k / STEP);
         let x = TensorMap::new(
             Float::F16,
             self.x,
@@ -132,31 +135,64 @@ impl Int4Gemm<'_> {
         let shape = Shape {
             grid: (n_tiles, m_tiles * splits),
             threads: 512,
-            shared: shared(tile_m, stages),
+            shared: shared(tile_m, tile_n),
         };
-        let name = format!("{}_gemm_{}", self.weight.kernel(), tile_m);
+        let name = format!("{}_gemm_{tile_m}x{tile_n}", self.weight.kernel());
         // SAFETY: the parameters are the kernel's own struct and a map of x, which lies in its view; all views hold what the
         // shape needs, parts and counters what `splits` allows (`validate`).
         unsafe { device.launch(&name, shape, arguments![parameters, x]) }
     }
 }
 
-/// Columns of a tile.
-const TILE_N: usize = 128;
+/// Widths of a tile, the best first where they are as good.
+const TILES_N: [usize; 3] = [128, 112, 96];
+/// What a step of a tile costs besides its outputs, in outputs of a row.
+const STEP_COST: usize = 16;
 
-/// Rows of a tile, and steps that a block keeps in shared memory, as in `int4_gemm_sm90a.cu`.
-fn tile(m: usize, n: usize, multiprocessors: usize) -> (usize, usize) {
-    match m {
-        ..=128 => (128, 6),
-        // More blocks rather than a sharing of columns.
-        129..=256 if 2 * n.div_ceil(TILE_N) <= multiprocessors => (128, 6),
-        _ => (256, 4),
-    }
+/// How the work is cut.
+#[derive(Debug, PartialEq)]
+struct Tiling {
+    /// Rows and outputs of a tile.
+    tile_m: usize,
+    tile_n: usize,
+    /// Blocks that share a tile's columns.
+    splits: usize,
 }
 
-/// x and weights of the steps with their barriers, and the words and cells that are copied five steps ahead.
-fn shared(tile_m: usize, stages: usize) -> usize {
-    stages * ((tile_m + TILE_N) * STEP * Float::BYTES + 48) + 5 * TILE_N * 2 * 20
+/// Tiles as wide as leaves the fewest multiprocessors without work, for rows and outputs, and steps of a row.
+fn tiling(m: usize, n: usize, steps: usize, multiprocessors: usize) -> Tiling {
+    let tile_m = match m {
+        ..=128 => 128,
+        // More blocks rather than a sharing of columns.
+        129..=256 if 2 * n.div_ceil(128) <= multiprocessors => 128,
+        _ => 256,
+    };
+    let of_width = |tile_n: usize| {
+        let tiles = n.div_ceil(tile_n) * m.div_ceil(tile_m);
+        let splits = splits(multiprocessors, tiles, steps);
+        let rounds = (tiles * splits).div_ceil(multiprocessors);
+        let cost = rounds * steps.div_ceil(splits) * (tile_n + STEP_COST);
+        (
+            cost,
+            Tiling {
+                tile_m,
+                tile_n,
+                splits,
+            },
+        )
+    };
+    let best = TILES_N
+        .map(of_width)
+        .into_iter()
+        .min_by_key(|(cost, _)| *cost);
+    best.expect("there are widths: this is a bug").1
+}
+
+/// x and weights of the steps that a block keeps in shared memory, with their barriers, and the words and cells that are copied
+/// five steps ahead; as in `int4_gemm_sm90a.cu`.
+fn shared(tile_m: usize, tile_n: usize) -> usize {
+    let stages = if tile_m == 128 { 6 } else { 4 };
+    stages * ((tile_m + tile_n) * STEP * Float::BYTES + 48) + 5 * 256 * 20
 }
 
 /// Blocks that share a tile's columns: as many as run at once, each with some steps.
@@ -168,7 +204,7 @@ fn splits(at_once: usize, tiles: usize, steps: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::splits;
+    use super::{splits, tiling};
 
     #[test]
     fn tiles_are_shared_by_no_more_blocks_than_run_at_once_and_none_is_idle() {
@@ -182,5 +218,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn tiles_are_as_wide_as_leaves_the_fewest_multiprocessors_without_work() {
+        let width = |m, n, k: usize| tiling(m, n, k / 64, 132).tile_n;
+        // 8192 × 8192: 64 tiles, twice as many blocks; gate and up of 4096: 224 tiles or 256, in two rounds either way.
+        assert_eq!(width(512, 8192, 8192), 128);
+        assert_eq!(width(256, 28672, 4096), 112);
+        assert_eq!(width(1024, 28672, 4096), 128);
+        assert_eq!(width(512, 6144, 4096), 96);
     }
 }
