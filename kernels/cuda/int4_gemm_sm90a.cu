@@ -2,8 +2,11 @@
 //
 // A block computes TILE_M rows × TILE_N outputs, 64 columns a step, by a ring of steps. Two warpgroups copy weights several steps
 // ahead and write them as fp16, swizzled as the copy engine would. Two others multiply, each half of the rows, and have the copy
-// engine bring their own x as soon as there is room. Where there are fewer tiles than multiprocessors, several blocks share the columns of a tile, and the one that ends
-// last adds up their parts, in their order.
+// engine bring their own x as soon as there is room.
+//
+// Where there are fewer tiles than multiprocessors, several blocks share the columns of a tile. Each adds the others' sums of a
+// part of the tile to its own, in a fixed order, so that results repeat. They wait for each other, all run at once, and begin one
+// behind the other, so that of whatever else runs none can keep them apart for good.
 #include "hopper.cuh"
 #include "int4.cuh"
 
@@ -17,7 +20,7 @@ struct Int4Gemm {
     const __half *bias;    // [n] or null
     __half *y;             // [m][n]
     float4 *parts;         // [tile][split][register / 4][consumer]
-    int *arrived;          // [tile], zero between launches
+    int *arrived;          // [tile][2], zero between launches: blocks that left their sums, and that have seen all of them
     int m, n, k, splits;
     int group_shift; // a group is 2^this chunks of 32 columns
 };
@@ -36,11 +39,11 @@ template <int TILE_M, int TILE_N> struct Memory {
 struct Work {
     int n_tile, m_tile, split, first, steps, begin; // steps of 64 columns, the first of them, and how far behind it the block begins
     __device__ __forceinline__ explicit Work(const Int4Gemm &p) {
-        n_tile = blockIdx.x, m_tile = blockIdx.y / p.splits, split = blockIdx.y % p.splits;
+        n_tile = blockIdx.x / p.splits, m_tile = blockIdx.y, split = blockIdx.x % p.splits;
         const int all = p.k / STEP, share = (all + p.splits - 1) / p.splits;
         first = split * share, steps = min(share, all - first);
         // Blocks that all read the same part of x at once would all ask the same part of the L2 cache.
-        begin = (long)steps * n_tile / gridDim.x;
+        begin = (long)steps * n_tile / (gridDim.x / p.splits);
     }
     // Where the columns of a step are, in steps.
     __device__ __forceinline__ int place(int step) const { return first + (begin + step < steps ? begin + step : begin + step - steps); }
@@ -91,17 +94,13 @@ __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, cha
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
-template <int TILE_M, int TILE_N>
-__device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, const CUtensorMap *x_map, uint32_t memory, int *is_last) {
+template <int TILE_M, int TILE_N, bool SHARED>
+__device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, const CUtensorMap *x_map, uint32_t memory) {
     using M = Memory<TILE_M, TILE_N>;
     constexpr int REGISTERS = TILE_N / 2;
     const int thread = threadIdx.x, warpgroup = thread / GROUP_THREADS;
     const int n_tile = work.n_tile, m_tile = work.m_tile, split = work.split;
-    float acc[M::TILES][REGISTERS];
-#pragma unroll
-    for (int t = 0; t < M::TILES; t++)
-#pragma unroll
-        for (int i = 0; i < REGISTERS; i++) acc[t][i] = 0.f;
+    float acc[M::TILES][REGISTERS]; // set by the first step
     const uint32_t my_a = memory + M::A + warpgroup * M::TILES * 64 * 128;
     const uint32_t my_b = memory + M::B, full_x = memory + M::FULL_X + warpgroup * M::STAGES * 8, empty_x = memory + M::EMPTY_X + warpgroup * M::STAGES * 8;
     const auto ask_for_x = [&](int step, int stage) {
@@ -120,7 +119,7 @@ __device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, con
         for (int k = 0; k < STEP / 16; k++)
 #pragma unroll
             for (int t = 0; t < M::TILES; t++)
-                Warpgroup<__half, TILE_N>::mma(acc[t], matrix_at<128>(a + t * 64 * 128 + k * 32), matrix_at<128>(b + k * 32), 1);
+                Warpgroup<__half, TILE_N>::mma(acc[t], matrix_at<128>(a + t * 64 * 128 + k * 32), matrix_at<128>(b + k * 32), step + k > 0);
         wgmma_commit();
         wgmma_wait<1>();
         // The step before is multiplied.
@@ -139,35 +138,44 @@ __device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, con
     }
     wgmma_wait<0>();
 
-    if (p.splits > 1) {
-        const int tile = m_tile * gridDim.x + n_tile;
-        constexpr int QUADS = M::TILES * REGISTERS / 4;
-        float4 *parts = p.parts + (long)tile * p.splits * QUADS * CONSUMERS + thread;
-        float *mine = &acc[0][0];
+    constexpr int RUNS = (TILE_N + 31) / 32; // of 32 outputs of 64 rows, which a block finishes or leaves to another
+    if (SHARED) {
+        const int tile = m_tile * (gridDim.x / p.splits) + n_tile, finishers = min(p.splits, M::TILES * RUNS);
+        const auto part = [&](int of, int t, int quad) {
+            return p.parts + ((long)(tile * p.splits + of) * (M::TILES * REGISTERS / 4) + t * (REGISTERS / 4) + quad) * CONSUMERS + thread;
+        };
 #pragma unroll
-        for (int i = 0; i < QUADS; i++)
-            parts[(long)(split * QUADS + i) * CONSUMERS] = make_float4(mine[i * 4], mine[i * 4 + 1], mine[i * 4 + 2], mine[i * 4 + 3]);
-        __threadfence();
+        for (int t = 0; t < M::TILES; t++)
+#pragma unroll
+            for (int quad = 0; quad < REGISTERS / 4; quad++) {
+                const float *sums = acc[t] + quad * 4;
+                if ((t * RUNS + quad / 4) % p.splits != split) *part(split, t, quad) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+            }
         named_sync(1, CONSUMERS);
+        int *arrived = p.arrived + 2 * tile, *left = arrived + 1;
+        if (thread == 0) add_release(arrived, 1); // for all of the block's stores
+        if (split >= finishers) return;
         if (thread == 0) {
-            *is_last = atomicAdd(p.arrived + tile, 1) == p.splits - 1;
-            if (*is_last) p.arrived[tile] = 0;
+            wait_until(arrived, p.splits);
+            // The counters are left at zero.
+            if (atomicAdd(left, 1) == finishers - 1) *arrived = 0, *left = 0;
         }
         named_sync(1, CONSUMERS);
-        if (!*is_last) return;
-        __threadfence();
-        constexpr int BATCH = QUADS % 8 == 0 ? 8 : QUADS % 4 == 0 ? 4 : 2; // loads in flight
 #pragma unroll
-        for (int first = 0; first < QUADS; first += BATCH)
-            for (int other = 0; other < p.splits; other++) {
-                float4 part[BATCH];
+        for (int t = 0; t < M::TILES; t++)
 #pragma unroll
-                for (int i = 0; i < BATCH; i++) part[i] = __ldcg(parts + (long)(other * QUADS + first + i) * CONSUMERS);
+            for (int run = 0; run < RUNS; run++) {
+                if ((t * RUNS + run) % p.splits != split) continue;
+                for (int of = 0; of < p.splits; of++) {
+                    if (of == split) continue;
+                    float4 other[4];
 #pragma unroll
-                for (int i = 0; i < BATCH; i++) {
-                    float *sum = mine + (first + i) * 4;
-                    if (other == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
-                    sum[0] += part[i].x, sum[1] += part[i].y, sum[2] += part[i].z, sum[3] += part[i].w;
+                    for (int i = 0; i < 4 && run * 4 + i < REGISTERS / 4; i++) other[i] = __ldcg(part(of, t, run * 4 + i));
+#pragma unroll
+                    for (int i = 0; i < 4 && run * 4 + i < REGISTERS / 4; i++) {
+                        float *sums = acc[t] + (run * 4 + i) * 4;
+                        sums[0] += other[i].x, sums[1] += other[i].y, sums[2] += other[i].z, sums[3] += other[i].w;
+                    }
                 }
             }
     }
@@ -181,7 +189,8 @@ __device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, con
         for (int r = 0; r < 2; r++) {
             const int out_row = m_tile * TILE_M + warpgroup * M::TILES * 64 + t * 64 + warp_row + r * 8;
 #pragma unroll
-            for (int c = 0; c < (TILE_N + 31) / 32; c++) {
+            for (int c = 0; c < RUNS; c++) {
+                if (SHARED && (t * RUNS + c) % p.splits != split) continue;
                 const int runs = min(4, TILE_N / 8 - c * 4);
                 uint32_t w[4] = {};
 #pragma unroll
@@ -213,10 +222,9 @@ __device__ __forceinline__ void consume(const Int4Gemm &p, const Work &work, con
         }
 }
 
-template <bool AFFINE, int TILE_M, int TILE_N> __device__ __forceinline__ void int4_gemm(const Int4Gemm &p, const CUtensorMap *x_map) {
+template <bool AFFINE, int TILE_M, int TILE_N, bool SHARED> __device__ __forceinline__ void int4_gemm(const Int4Gemm &p, const CUtensorMap *x_map) {
     using M = Memory<TILE_M, TILE_N>;
     extern __shared__ __align__(1024) char shared[];
-    __shared__ int is_last;
     const uint32_t memory = shared_address(shared);
     const Work work(p);
     if (threadIdx.x == 0) {
@@ -239,21 +247,23 @@ template <bool AFFINE, int TILE_M, int TILE_N> __device__ __forceinline__ void i
     } else {
         more_registers<184>();
         wait_for_previous(); // for x, and for what the tile's parts and y were to it
-        consume<TILE_M, TILE_N>(p, work, x_map, memory, &is_last);
+        consume<TILE_M, TILE_N, SHARED>(p, work, x_map, memory);
     }
 }
 
-#define DEFINE_ONE(NAME, AFFINE, TILE_M, TILE_N)                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME##_##TILE_M##x##TILE_N(const __grid_constant__ Int4Gemm p, \
-                                                                                       const __grid_constant__ CUtensorMap x) { \
-        int4_gemm<AFFINE, TILE_M, TILE_N>(p, &x);                                                                         \
+#define DEFINE_ONE(NAME, AFFINE, TILE_M, TILE_N, SHARED)                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                               \
+        NAME##_##TILE_M##x##TILE_N(const __grid_constant__ Int4Gemm p, const __grid_constant__ CUtensorMap x) { \
+        int4_gemm<AFFINE, TILE_M, TILE_N, SHARED>(p, &x);                                                  \
     }
-#define DEFINE(NAME, AFFINE)            \
-    DEFINE_ONE(NAME, AFFINE, 128, 96)   \
-    DEFINE_ONE(NAME, AFFINE, 128, 112)  \
-    DEFINE_ONE(NAME, AFFINE, 128, 128)  \
-    DEFINE_ONE(NAME, AFFINE, 256, 96)   \
-    DEFINE_ONE(NAME, AFFINE, 256, 112)  \
-    DEFINE_ONE(NAME, AFFINE, 256, 128)
-DEFINE(int4_gemm, false)
-DEFINE(int4_affine_gemm, true)
+#define DEFINE(NAME, AFFINE, SHARED)           \
+    DEFINE_ONE(NAME, AFFINE, 128, 96, SHARED)  \
+    DEFINE_ONE(NAME, AFFINE, 128, 112, SHARED) \
+    DEFINE_ONE(NAME, AFFINE, 128, 128, SHARED) \
+    DEFINE_ONE(NAME, AFFINE, 256, 96, SHARED)  \
+    DEFINE_ONE(NAME, AFFINE, 256, 112, SHARED) \
+    DEFINE_ONE(NAME, AFFINE, 256, 128, SHARED)
+DEFINE(int4_gemm, false, false)
+DEFINE(int4_gemm_shared, false, true)
+DEFINE(int4_affine_gemm, true, false)
+DEFINE(int4_affine_gemm_shared, true, true)

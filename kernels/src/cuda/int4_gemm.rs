@@ -133,21 +133,24 @@ impl Int4Gemm<'_> {
                 .expect("`validate` has seen this group: this is a bug"),
         };
         let shape = Shape {
-            grid: (n_tiles, m_tiles * splits),
+            grid: (n_tiles * splits, m_tiles),
             threads: 512,
-            shared: shared(tile_m, tile_n),
+            shared: shared_bytes(tile_m, tile_n),
         };
-        let name = format!("{}_gemm_{tile_m}x{tile_n}", self.weight.kernel());
+        let shared = if splits > 1 { "_shared" } else { "" };
+        let name = format!("{}_gemm{shared}_{tile_m}x{tile_n}", self.weight.kernel());
         // SAFETY: the parameters are the kernel's own struct and a map of x, which lies in its view; all views hold what the
         // shape needs, parts and counters what `splits` allows (`validate`).
         unsafe { device.launch(&name, shape, arguments![parameters, x]) }
     }
 }
 
-/// Widths of a tile, the best first where they are as good.
+/// Rows and widths of a tile, the best first where they are as good.
+const TILES_M: [usize; 2] = [128, 256];
 const TILES_N: [usize; 3] = [128, 112, 96];
-/// What a step of a tile costs besides its outputs, in outputs of a row.
-const STEP_COST: usize = 16;
+/// What a step of a tile costs besides its sums, in sums; and what it costs that blocks share a tile, in steps. Measured on an H200.
+const STEP_COST: usize = 25_600;
+const SHARING: usize = 6;
 
 /// How the work is cut.
 #[derive(Debug, PartialEq)]
@@ -159,19 +162,14 @@ struct Tiling {
     splits: usize,
 }
 
-/// Tiles as wide as leaves the fewest multiprocessors without work, for rows and outputs, and steps of a row.
+/// Tiles that end soonest, for rows, outputs, and steps of a row.
 fn tiling(m: usize, n: usize, steps: usize, multiprocessors: usize) -> Tiling {
-    let tile_m = match m {
-        ..=128 => 128,
-        // More blocks rather than a sharing of columns.
-        129..=256 if 2 * n.div_ceil(128) <= multiprocessors => 128,
-        _ => 256,
-    };
-    let of_width = |tile_n: usize| {
+    let of_size = |tile_m: usize, tile_n: usize| {
         let tiles = n.div_ceil(tile_n) * m.div_ceil(tile_m);
         let splits = splits(multiprocessors, tiles, steps);
         let rounds = (tiles * splits).div_ceil(multiprocessors);
-        let cost = rounds * steps.div_ceil(splits) * (tile_n + STEP_COST);
+        let sharing = if splits > 1 { SHARING } else { 0 };
+        let cost = (rounds * steps.div_ceil(splits) + sharing) * (tile_m * tile_n + STEP_COST);
         (
             cost,
             Tiling {
@@ -181,16 +179,16 @@ fn tiling(m: usize, n: usize, steps: usize, multiprocessors: usize) -> Tiling {
             },
         )
     };
-    let best = TILES_N
-        .map(of_width)
+    let sizes = TILES_M
         .into_iter()
-        .min_by_key(|(cost, _)| *cost);
-    best.expect("there are widths: this is a bug").1
+        .flat_map(|m| TILES_N.map(|n| of_size(m, n)));
+    let best = sizes.min_by_key(|(cost, _)| *cost);
+    best.expect("there are sizes: this is a bug").1
 }
 
 /// x and weights of the steps that a block keeps in shared memory, with their barriers, and the words and cells that are copied
 /// five steps ahead; as in `int4_gemm_sm90a.cu`.
-fn shared(tile_m: usize, tile_n: usize) -> usize {
+fn shared_bytes(tile_m: usize, tile_n: usize) -> usize {
     let stages = if tile_m == 128 { 6 } else { 4 };
     stages * ((tile_m + tile_n) * STEP * Float::BYTES + 48) + 5 * 256 * 20
 }
@@ -221,12 +219,17 @@ mod tests {
     }
 
     #[test]
-    fn tiles_are_as_wide_as_leaves_the_fewest_multiprocessors_without_work() {
-        let width = |m, n, k: usize| tiling(m, n, k / 64, 132).tile_n;
-        // 8192 × 8192: 64 tiles, twice as many blocks; gate and up of 4096: 224 tiles or 256, in two rounds either way.
-        assert_eq!(width(512, 8192, 8192), 128);
-        assert_eq!(width(256, 28672, 4096), 112);
-        assert_eq!(width(1024, 28672, 4096), 128);
-        assert_eq!(width(512, 6144, 4096), 96);
+    fn tiles_are_such_that_few_multiprocessors_are_without_work() {
+        let size = |m, n, k: usize| {
+            let tiling = tiling(m, n, k / 64, 132);
+            (tiling.tile_m, tiling.tile_n, tiling.splits)
+        };
+        assert_eq!(size(128, 8192, 8192), (128, 128, 2));
+        assert_eq!(size(256, 8192, 8192), (256, 128, 2));
+        assert_eq!(size(512, 8192, 8192), (256, 128, 1));
+        assert_eq!(size(256, 28672, 4096), (256, 112, 1));
+        assert_eq!(size(1024, 28672, 4096), (256, 128, 1));
+        assert_eq!(size(512, 6144, 4096), (256, 96, 1));
+        assert_eq!(size(256, 4096, 14336), (256, 128, 4));
     }
 }
