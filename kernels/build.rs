@@ -121,4 +121,9 @@ fn compile(nvcc: &Path, source: &Path, archs: &[&str], out: &Path) {
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
     );
+    // Products that wait for each other are right and slow: nothing else would tell.
+    let said = String::from_utf8_lossy(&output.stderr);
+    if let Some(line) = said.lines().find(|line| line.contains("are serialized")) {
+        println!("cargo:warning={}: {line}", source.display());
+    }
 }
