@@ -29,7 +29,7 @@ const BROKEN_STREAM: &str = concat!(
 const TOGETHER: usize = 64;
 const TOGETHER_BYTES: usize = 4096;
 /// Rounds of the scheduler that bring nothing, after which they go on. Alone a stream's rounds are over at once.
-const EMPTY_ROUNDS: u8 = 2;
+const EMPTY_ROUNDS: u8 = 4;
 
 /// A response of the gateway's own, or a replica's.
 pub enum GatewayBody<B: Body> {
@@ -318,6 +318,36 @@ mod tests {
         assert!(futures::poll!(body.frame()).is_pending());
         drop(body);
         assert!(metrics.render().contains("by=\"client\""));
+    }
+
+    /// An item, and so many rounds later another, and so on.
+    fn apart(rounds: u8, items: Vec<Item>) -> impl Stream<Item = Item> + Unpin {
+        let (mut items, mut empty) = (items.into_iter(), 0);
+        futures::stream::poll_fn(move |_| {
+            if empty > 0 {
+                empty -= 1;
+                return Poll::Pending;
+            }
+            empty = rounds * 2 - 1;
+            items
+                .next()
+                .map_or(Poll::Pending, |item| Poll::Ready(Some(item)))
+        })
+    }
+
+    #[tokio::test]
+    async fn an_event_goes_on_after_a_few_rounds_with_what_came_in_them() {
+        let both = "data: 1\n\ndata: 2\n\n";
+        for (rounds, first, waits) in [(EMPTY_ROUNDS, both, 2), (EMPTY_ROUNDS + 1, &both[..9], 1)] {
+            let (metrics, world) = world();
+            let source = apart(rounds, vec![data(&both[..9]), data(&both[9..])]);
+            let mut body = tracked_stream(&metrics, &world, source, true);
+            for _ in 0..waits * EMPTY_ROUNDS * 2 {
+                assert!(futures::poll!(body.frame()).is_pending());
+            }
+            let events = body.frame().await.unwrap().unwrap().into_data();
+            assert_eq!(events.unwrap(), first);
+        }
     }
 
     #[tokio::test]
