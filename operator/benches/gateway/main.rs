@@ -32,6 +32,10 @@ use futures::future::BoxFuture;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+/// That of the real gateway.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Requests a second of the latency measurement, and streams of the throughput measurement.
 const RATE: u32 = 1000;
 const STREAMS: usize = 1000;

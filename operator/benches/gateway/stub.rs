@@ -8,7 +8,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 160\r\n\r\n{\"id\":\"chatcmpl-0\",\"object\":\"chat.completion\",\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"Paris is the capital of France.\"},\"end\":\"stop\"}]}     ";
 const STREAM: &[u8] =
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
 
@@ -16,6 +15,15 @@ const STREAM: &[u8] =
 pub(crate) fn now_ns() -> u128 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| since.as_nanos())
+}
+
+/// As long as it says: a connection on which more follows is not used again, and each request would have one of its own.
+fn answer() -> String {
+    let body = r#"{"id":"chatcmpl-0","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"Paris is the capital of France."},"end":"stop"}]}"#;
+    let length = body.len();
+    format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+    )
 }
 
 fn event(text: &str) -> Vec<u8> {
@@ -37,6 +45,7 @@ pub(crate) async fn serve(listener: TcpListener) {
 
 async fn connection(mut stream: TcpStream) -> Option<()> {
     let mut buffer = Vec::with_capacity(4096);
+    let answer = answer();
     loop {
         let head = loop {
             if let Some(at) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
@@ -59,7 +68,7 @@ async fn connection(mut stream: TcpStream) -> Option<()> {
         let path = text.split(' ').nth(1).unwrap_or_default().to_owned();
         buffer.drain(..head + length);
         if path.ends_with("/answer") {
-            stream.write_all(ANSWER).await.ok()?;
+            stream.write_all(answer.as_bytes()).await.ok()?;
             continue;
         }
         stream.write_all(STREAM).await.ok()?;
