@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use kube::Client;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
@@ -106,51 +107,63 @@ impl Namespace {
     /// # Errors
     /// As [`Self::reach_from_new_pod`].
     pub async fn reach_from(&self, pod: &str, targets: &Targets<'_>) -> Result<Reached> {
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.name);
-        // They stay in the pod's spec for ever, so each has a name of its own.
-        let spec = pods.get(pod).await?.spec.unwrap_or_default();
-        let round = spec.ephemeral_containers.map_or(0, |all| all.len());
-        let name_of = |target: &str| format!("probe-{round}-{target}");
-        let containers: Vec<_> = targets
-            .iter()
-            .map(|(target, url)| container(&name_of(target), url))
-            .collect();
-        let patch = Patch::Strategic(json!({"spec": {"ephemeralContainers": containers}}));
-        pods.patch_ephemeral_containers(pod, &PatchParams::default(), &patch)
-            .await?;
-        let codes = wait::until(
-            &format!("the probes in {pod}"),
-            wait::REACTION,
-            async || {
-                let status = pods.get(pod).await?.status.unwrap_or_default();
-                let statuses = status
-                    .ephemeral_container_statuses
-                    .clone()
-                    .unwrap_or_default();
-                let own = format!("probe-{round}-");
-                Ok(
-                    match ended(
-                        statuses
-                            .iter()
-                            .filter(|status| status.name.starts_with(&own)),
-                    ) {
-                        Some(codes) if codes.len() == targets.len() => Seen::Done(codes),
-                        _ => Seen::NotYet(serde_json::to_string(&statuses)?),
-                    },
-                )
-            },
-        )
-        .await?;
-        targets
-            .iter()
-            .map(|(target, _)| {
-                Ok((
-                    (*target).to_owned(),
-                    reached(target, codes[&name_of(target)])?,
-                ))
-            })
-            .collect()
+        reach_from(&self.client, (&self.name, pod), targets).await
     }
+}
+
+/// What the pod of this namespace and name reaches.
+///
+/// # Errors
+/// As [`Namespace::reach_from_new_pod`].
+pub async fn reach_from(
+    client: &Client,
+    (namespace, pod): (&str, &str),
+    targets: &Targets<'_>,
+) -> Result<Reached> {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    // They stay in the pod's spec for ever, so each has a name of its own.
+    let spec = pods.get(pod).await?.spec.unwrap_or_default();
+    let round = spec.ephemeral_containers.map_or(0, |all| all.len());
+    let name_of = |target: &str| format!("probe-{round}-{target}");
+    let containers: Vec<_> = targets
+        .iter()
+        .map(|(target, url)| container(&name_of(target), url))
+        .collect();
+    let patch = Patch::Strategic(json!({"spec": {"ephemeralContainers": containers}}));
+    pods.patch_ephemeral_containers(pod, &PatchParams::default(), &patch)
+        .await?;
+    let codes = wait::until(
+        &format!("the probes in {pod}"),
+        wait::REACTION,
+        async || {
+            let status = pods.get(pod).await?.status.unwrap_or_default();
+            let statuses = status
+                .ephemeral_container_statuses
+                .clone()
+                .unwrap_or_default();
+            let own = format!("probe-{round}-");
+            Ok(
+                match ended(
+                    statuses
+                        .iter()
+                        .filter(|status| status.name.starts_with(&own)),
+                ) {
+                    Some(codes) if codes.len() == targets.len() => Seen::Done(codes),
+                    _ => Seen::NotYet(serde_json::to_string(&statuses)?),
+                },
+            )
+        },
+    )
+    .await?;
+    targets
+        .iter()
+        .map(|(target, _)| {
+            Ok((
+                (*target).to_owned(),
+                reached(target, codes[&name_of(target)])?,
+            ))
+        })
+        .collect()
 }
 
 /// Waits until `ask` finds that exactly the `wanted` targets answer.

@@ -4,14 +4,14 @@
 
 use anyhow::{Context, Result};
 use ashlar_e2e::cluster::{self, SYSTEM_NAMESPACE};
-use ashlar_e2e::reach::only;
+use ashlar_e2e::reach::{only, reach_from};
 use ashlar_e2e::service::manifest;
 use ashlar_e2e::wait::{self, Seen};
 use ashlar_e2e::{Namespace, with_namespace};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::ResourceExt as _;
-use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
 use serde_json::json;
 
 const GATEWAY: &str = "http://ashlar-gateway.ashlar-system.svc/v1/models";
@@ -175,12 +175,39 @@ async fn a_model_pod_resolves_names_and_reaches_nothing() -> Result<()> {
     .await
 }
 
+/// Operator and gateway reach what their work needs, and no port beside it: here one of the cluster's DNS server, which is open.
+async fn the_chart_reaches_what_it_needs(ns: &Namespace, model: &str) -> Result<()> {
+    let pods: Api<Pod> = Api::namespaced(ns.client.clone(), "kube-system");
+    let dns = ListParams::default().labels("k8s-app=kube-dns");
+    let dns = pods.list(&dns).await?.items.pop().context("no DNS pod")?;
+    let beside = format!("http://{}:8181/ready", address(&dns)?);
+    let targets = [
+        ("api-server", API_SERVER),
+        ("model", model),
+        ("beside", &beside),
+    ];
+    for component in ["operator", "gateway"] {
+        let pod = ns.cluster.component_pods(component).await?.pop();
+        let pod = pod.context("no pod")?.name_any();
+        let ask = async || reach_from(&ns.client, (SYSTEM_NAMESPACE, &pod), &targets).await;
+        open(ns, SYSTEM_NAMESPACE).await?;
+        let all = ["api-server", "model", "beside"];
+        only(&format!("an open {component}"), &all, ask).await?;
+        close(ns, SYSTEM_NAMESPACE).await?;
+        let needed = ["api-server", "model"];
+        only(&format!("the {component} by default"), &needed, ask).await?;
+    }
+    Ok(())
+}
+
 #[tokio::test]
-async fn metrics_are_for_those_whom_the_chart_was_told() -> Result<()> {
+async fn the_chart_reaches_what_it_needs_and_metrics_are_for_those_whom_it_was_told() -> Result<()>
+{
     with_namespace("monitoring", async |ns| {
         with_namespace("curious", async |curious| {
             ns.serve(&manifest(&ns, "smollm2")).await?;
             let model = format!("http://{}:8000/metrics", address(&model_pod(&ns).await?)?);
+            the_chart_reaches_what_it_needs(&ns, &model).await?;
             let ask = async |from: &Namespace| {
                 // The chart's pods may be new ones since the last time.
                 let operator = metrics_of(&ns, "operator").await?;
