@@ -39,6 +39,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Requests a second of the latency measurement, and streams of the throughput measurement.
 const RATE: u32 = 1000;
 const STREAMS: usize = 1000;
+/// Rounds of the latency measurement, an odd number.
+const ROUNDS: usize = 5;
 /// Open files of a proxy beside those of its streams, with room for connections that end while others begin.
 const OTHER_FILES: usize = 150;
 
@@ -199,18 +201,38 @@ fn that_fit(streams: usize) -> Result<usize> {
     }))
 }
 
+/// p50 and p99 of each, the median of rounds in which all take their turn: what else runs on a machine takes a core for some
+/// milliseconds now and then, and would be found in the figures of whoever it meets.
+async fn latencies<const N: usize>(to: [SocketAddr; N], time: Duration) -> Result<[(f64, f64); N]> {
+    let mut of = [const { (Vec::new(), Vec::new()) }; N];
+    for to in to {
+        load::latencies(to, RATE, time / 4).await?; // warm
+    }
+    for round in 0..ROUNDS {
+        for turn in 0..N {
+            let which = (round + turn) % N;
+            let sorted = load::latencies(to[which], RATE, time * 2 / ROUNDS as u32).await?;
+            let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share) as usize];
+            of[which].0.push(at(0.5));
+            of[which].1.push(at(0.99));
+        }
+    }
+    let median = |mut figures: Vec<f64>| {
+        figures.sort_by(f64::total_cmp);
+        figures[ROUNDS / 2]
+    };
+    Ok(of.map(|(p50, p99)| (median(p50), median(p99))))
+}
+
 async fn measure(
     to: SocketAddr,
     seconds: u64,
     streams: usize,
+    (p50, p99): (f64, f64),
+    before: f64,
     memory: impl Fn() -> Result<f64>,
 ) -> Result<Figures> {
     let time = Duration::from_secs(seconds);
-    let before = memory()?;
-    load::latencies(to, RATE, time / 4).await?; // warm
-    let latencies = load::latencies(to, RATE, time).await?;
-    let at = |share: f64| latencies[((latencies.len() - 1) as f64 * share) as usize];
-    let (p50, p99) = (at(0.5), at(0.99));
     let held_back = load::longest_held_back(to, time / 2).await?;
     let events = load::events(to, STREAMS, time).await?;
     let open = load::idle(to, streams).await?;
@@ -251,17 +273,12 @@ async fn compare() -> Result<()> {
 
     let _stub = Process::on(&others, &me, &["stub", &stub.to_string()])?;
     up(stub).await?;
-    let direct = measure(stub, seconds, streams, || Ok(0.0)).await?;
-
     let gateway = Process::on(
         proxy_core,
         &me,
         &["gateway", &ours.to_string(), &stub.to_string()],
     )?;
     up(ours).await?;
-    let ours = measure(ours, seconds, streams, || gateway.memory()).await?;
-    drop(gateway);
-
     let file = std::env::temp_dir().join(format!("ashlar-haproxy-{pid}.cfg"));
     // Its own sum of open files must keep to the limit, or it does not start.
     let config = haproxy_config(theirs, stub, streams.max(STREAMS) + 10);
@@ -272,7 +289,24 @@ async fn compare() -> Result<()> {
         &["-db", "-f", &file.display().to_string()],
     )?;
     up(theirs).await?;
-    let theirs = measure(theirs, seconds, streams, || haproxy.memory()).await;
+
+    let before = [gateway.memory()?, haproxy.memory()?];
+    let time = Duration::from_secs(seconds);
+    let [alone, through_ours, through_theirs] = latencies([stub, ours, theirs], time).await?;
+    let direct = measure(stub, seconds, streams, alone, 0.0, || Ok(0.0)).await?;
+    let gateways = || gateway.memory();
+    let ours = measure(ours, seconds, streams, through_ours, before[0], gateways).await?;
+    drop(gateway);
+    let haproxys = || haproxy.memory();
+    let theirs = measure(
+        theirs,
+        seconds,
+        streams,
+        through_theirs,
+        before[1],
+        haproxys,
+    )
+    .await;
     drop(haproxy);
     std::fs::remove_file(&file)?;
     report(&direct, &ours, &theirs?, wanted)
