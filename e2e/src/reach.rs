@@ -101,14 +101,6 @@ impl Namespace {
             .map(|(name, code)| Ok((name.clone(), reached(&name, code)?)))
             .collect()
     }
-
-    /// What the pod `pod` of this namespace reaches.
-    ///
-    /// # Errors
-    /// As [`Self::reach_from_new_pod`].
-    pub async fn reach_from(&self, pod: &str, targets: &Targets<'_>) -> Result<Reached> {
-        reach_from(&self.client, (&self.name, pod), targets).await
-    }
 }
 
 /// What the pod of this namespace and name reaches.

@@ -157,7 +157,7 @@ async fn a_model_pod_resolves_names_and_reaches_nothing() -> Result<()> {
                 ("api-server", API_SERVER),
                 ("model", &model),
             ];
-            let inside = async || ns.reach_from(&pod, &targets).await;
+            let inside = async || reach_from(&ns.client, (&ns.name, &pod), &targets).await;
 
             open(&ns, &ns.name).await?;
             only(

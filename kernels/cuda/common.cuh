@@ -121,17 +121,13 @@ __device__ __forceinline__ float block_sum(float v, float *scratch) {
 
 // Adds to a counter in memory, behind all that this thread has written or seen written.
 __device__ __forceinline__ void add_release(int *counter, int value) {
-#if __CUDA_ARCH__ >= 700
     asm volatile("red.release.gpu.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
-#endif
 }
 // Waits until a counter in memory has this value; what was written before it was added to can be read then.
 __device__ __forceinline__ void wait_until(const int *counter, int value) {
-#if __CUDA_ARCH__ >= 700
     int now;
     do asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
     while (now < value);
-#endif
 }
 
 // One instance for each 16-bit type: NAME_bf16 and NAME_f16.

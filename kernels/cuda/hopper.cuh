@@ -75,59 +75,6 @@ template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wg
     "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
     "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
     "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define REGISTERS_64 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
-    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define OUTPUTS_64(d) \
-    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-    "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-    "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-    "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
-    "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-    "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
-    "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
-    "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-// d[64 rows × 64] (+)= a · b with a in shared memory; one warpgroup.
-#define WGMMA_SHARED_64(TYPE) \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE \
-                 " {" REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0;}" \
-                 : OUTPUTS_32(d) : "l"(a), "l"(b), "r"(add));
-// The same with a in registers: 64 rows × 16, as mma.sync holds them.
-#define WGMMA_REGISTERS_64(TYPE) \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE \
-                 " {" REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}" \
-                 : OUTPUTS_32(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-
-// d[64 rows × 128] (+)= a · b with a in shared memory; one warpgroup.
-#define WGMMA_SHARED_128(TYPE) \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE \
-                 " {" REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;}" \
-                 : OUTPUTS_64(d) : "l"(a), "l"(b), "r"(add));
-// The same with a in registers: 64 rows × 16, as mma.sync holds them.
-#define WGMMA_REGISTERS_128(TYPE) \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE \
-                 " {" REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}" \
-                 : OUTPUTS_64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-
-// The same for 8, 16 and 32 columns.
-#define REGISTERS_4 "%0,%1,%2,%3"
-#define OUTPUTS_4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-#define REGISTERS_8 REGISTERS_4 ",%4,%5,%6,%7"
-#define OUTPUTS_8(d) OUTPUTS_4(d), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-#define REGISTERS_16 REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define OUTPUTS_16(d) \
-    OUTPUTS_8(d), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-#define WGMMA_REGISTERS(TYPE, N, HALF, A0, A1, A2, A3, B, ADD) \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
-                 " {" REGISTERS_##HALF "}, {" A0 "," A1 "," A2 "," A3 "}, " B ", p, 1, 1, 0;}" \
-                 : OUTPUTS_##HALF(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#define WGMMA_REGISTERS_8(TYPE) WGMMA_REGISTERS(TYPE, 8, 4, "%4", "%5", "%6", "%7", "%8", "%9")
-#define WGMMA_REGISTERS_16(TYPE) WGMMA_REGISTERS(TYPE, 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
-#define WGMMA_REGISTERS_32(TYPE) WGMMA_REGISTERS(TYPE, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
-
-// 96 and 112 columns, with a in shared memory alone.
 #define REGISTERS_48 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define OUTPUTS_48(d) \
     OUTPUTS_32(d), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
@@ -135,12 +82,35 @@ template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wg
 #define REGISTERS_56 REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55"
 #define OUTPUTS_56(d) \
     OUTPUTS_48(d), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
+#define REGISTERS_64 REGISTERS_56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define OUTPUTS_64(d) \
+    OUTPUTS_56(d), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define REGISTERS_4 "%0,%1,%2,%3"
+#define OUTPUTS_4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define REGISTERS_8 REGISTERS_4 ",%4,%5,%6,%7"
+#define OUTPUTS_8(d) OUTPUTS_4(d), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+#define REGISTERS_16 REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define OUTPUTS_16(d) \
+    OUTPUTS_8(d), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+// d[64 rows × N] (+)= a · b with a in shared memory; one warpgroup. HALF is N / 2, the registers that d takes of each thread.
 #define WGMMA_SHARED(TYPE, N, HALF, A, B, ADD) \
     asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
                  " {" REGISTERS_##HALF "}, " A ", " B ", p, 1, 1, 0, 0;}" \
                  : OUTPUTS_##HALF(d) : "l"(a), "l"(b), "r"(add));
+#define WGMMA_SHARED_64(TYPE) WGMMA_SHARED(TYPE, 64, 32, "%32", "%33", "%34")
 #define WGMMA_SHARED_96(TYPE) WGMMA_SHARED(TYPE, 96, 48, "%48", "%49", "%50")
 #define WGMMA_SHARED_112(TYPE) WGMMA_SHARED(TYPE, 112, 56, "%56", "%57", "%58")
+#define WGMMA_SHARED_128(TYPE) WGMMA_SHARED(TYPE, 128, 64, "%64", "%65", "%66")
+// The same with a in registers: 64 rows × 16, as mma.sync holds them.
+#define WGMMA_REGISTERS(TYPE, N, HALF, A0, A1, A2, A3, B, ADD) \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+                 " {" REGISTERS_##HALF "}, {" A0 "," A1 "," A2 "," A3 "}, " B ", p, 1, 1, 0;}" \
+                 : OUTPUTS_##HALF(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#define WGMMA_REGISTERS_8(TYPE) WGMMA_REGISTERS(TYPE, 8, 4, "%4", "%5", "%6", "%7", "%8", "%9")
+#define WGMMA_REGISTERS_16(TYPE) WGMMA_REGISTERS(TYPE, 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
+#define WGMMA_REGISTERS_32(TYPE) WGMMA_REGISTERS(TYPE, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
+#define WGMMA_REGISTERS_64(TYPE) WGMMA_REGISTERS(TYPE, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+#define WGMMA_REGISTERS_128(TYPE) WGMMA_REGISTERS(TYPE, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 
 template <typename T, int N> struct Warpgroup;
 // Few columns are multiplied with rows in registers alone.

@@ -47,6 +47,14 @@ __device__ __forceinline__ void integers(uint32_t word, __half2 zero, __half2 hi
     }
 }
 
+// The steps of a block, from another one on: blocks that all read the same part of x at once would all ask the same part of the
+// L2 cache.
+struct Steps {
+    int first, steps, begin;
+    // Where the columns of a step are, in steps.
+    __device__ __forceinline__ int place(int step) const { return first + (begin + step < steps ? begin + step : begin + step - steps); }
+};
+
 // Copies BYTES (4 or 16) to shared memory in the background; weights, read once.
 template <int BYTES> __device__ __forceinline__ void copy_ahead(void *to, const void *from) {
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(to);

@@ -36,17 +36,14 @@ template <int TILE_M, int TILE_N> struct Memory {
 };
 
 // What a block works on.
-struct Work {
-    int n_tile, m_tile, split, first, steps, begin; // steps of 64 columns, the first of them, and how far behind it the block begins
+struct Work : Steps {
+    int n_tile, m_tile, split;
     __device__ __forceinline__ explicit Work(const Int4Gemm &p) {
         n_tile = blockIdx.x / p.splits, m_tile = blockIdx.y, split = blockIdx.x % p.splits;
         const int all = p.k / STEP, share = (all + p.splits - 1) / p.splits;
         first = split * share, steps = min(share, all - first);
-        // Blocks that all read the same part of x at once would all ask the same part of the L2 cache.
         begin = (long)steps * n_tile / (gridDim.x / p.splits);
     }
-    // Where the columns of a step are, in steps.
-    __device__ __forceinline__ int place(int step) const { return first + (begin + step < steps ? begin + step : begin + step - steps); }
 };
 
 template <bool AFFINE, int TILE_M, int TILE_N>

@@ -47,18 +47,15 @@ __device__ __forceinline__ float4 read_of(uint32_t address, int rank) {
 }
 
 // The steps of a block that shares a tile with others, an even number.
-struct Work {
-    int tile, rank, splits, first, steps, begin;
+struct Work : Steps {
+    int tile, rank, splits;
     __device__ __forceinline__ Work(const Skinny &p) {
         asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(splits));
         tile = blockIdx.x / splits, rank = blockIdx.x % splits;
         const int pairs = (p.k + 2 * STEP - 1) / (2 * STEP);
         first = pairs * rank / splits * 2, steps = pairs * (rank + 1) / splits * 2 - first;
-        // Blocks that all read the same part of x at once would all ask the same part of the L2 cache.
         begin = (long)(steps / 2) * tile / (gridDim.x / splits) * 2;
     }
-    // Where the columns of a step are, in steps.
-    __device__ __forceinline__ int place(int step) const { return first + (begin + step < steps ? begin + step : begin + step - steps); }
 };
 
 // The tensors that the copy engine reads.
