@@ -2,18 +2,29 @@
 #include "int4.cuh"
 #include "skinny.cuh"
 
-// out[n][8·words] from weight[n][words] and cells[groups][n]. One thread per word. Bound by memory: half a byte in, two out.
+// out[n][8·words] from weight[n][words] and cells[groups][n]. A thread takes a word of each of DEQUANTIZE_ROWS rows. Bound by memory:
+// half a byte in, two out.
+constexpr int DEQUANTIZE_ROWS = 4;
 template <bool AFFINE>
 __device__ __forceinline__ void dequantize_all(const uint32_t *weight, const uint32_t *cells, uint4 *out, int n, int words, int words_per_group) {
     let_next_start();
-    const long row = blockIdx.x;
-    const int word = blockIdx.y * blockDim.x + threadIdx.x;
+    const int first = blockIdx.x * DEQUANTIZE_ROWS, word = blockIdx.y * blockDim.x + threadIdx.x;
     if (word >= words) return;
     // Weights may be read before the earlier kernels end; `out` may still be in use by one of them.
-    Vec8 values;
-    dequantize<AFFINE>(weight[row * words + word], cells[(long)(word / words_per_group) * n + row], values.w);
+    uint32_t packed[DEQUANTIZE_ROWS], cell[DEQUANTIZE_ROWS];
+#pragma unroll
+    for (int i = 0; i < DEQUANTIZE_ROWS; i++) {
+        const long row = min(first + i, n - 1);
+        packed[i] = weight[row * words + word];
+        cell[i] = cells[(long)(word / words_per_group) * n + row];
+    }
     wait_for_previous();
-    out[row * words + word] = values.v;
+#pragma unroll
+    for (int i = 0; i < DEQUANTIZE_ROWS; i++) {
+        Vec8 values;
+        dequantize<AFFINE>(packed[i], cell[i], values.w);
+        if (first + i < n) out[(long)(first + i) * words + word] = values.v;
+    }
 }
 
 // Words of random bits from a hash of (seed, index), all with the same cell but for the sign of its scale, so that they are 0 in

@@ -12,7 +12,7 @@ use ashlar_kernels::cuda::{
     gemm::{Fp8Gemm, Gemm, bucket},
     int4::{DequantizeInt4, Int4View},
     int4_gemm::Int4Gemm,
-    rope::BLOCK_SIZE,
+    rope::{BLOCK_SIZE, RopeWriteKv},
     sampling::{MAX_LOGPROBS, Sample, SampleRow},
     skinny::{Input, Output, SkinnyGemm, Weight},
 };
@@ -384,7 +384,45 @@ impl Bench {
         }
     }
 
+    /// Rows of one prompt, in pages in order.
+    fn rope(&self) {
+        let (rows, num_heads, num_kv_heads, head_dim) = (4096, 32, 8, 128);
+        let width = (num_heads + 2 * num_kv_heads) * head_dim;
+        let kv_width = 2 * num_kv_heads * head_dim;
+        let sets = 3;
+        let qkv: Vec<DeviceBuffer> = (0..sets).map(|_| self.random(rows * width)).collect();
+        let caches: Vec<DeviceBuffer> = (0..sets).map(|_| self.random(rows * kv_width)).collect();
+        let table = self.random(rows * head_dim * 2);
+        let positions = self.i32s(&(0..rows as i32).collect::<Vec<_>>());
+        let slots = self.i32s(
+            &(0..rows as i32)
+                .flat_map(|row| [row, 0])
+                .collect::<Vec<_>>(),
+        );
+        let us = self.time(2 * sets, |i| {
+            RopeWriteKv {
+                float: FLOAT,
+                qkv: qkv[i % sets].view(),
+                norms: None,
+                table: table.view(),
+                positions: positions.view(),
+                slot_mapping: slots.view(),
+                cache: caches[i % sets].view(),
+                rows,
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                eps: 1e-5,
+            }
+            .launch(&self.device)
+            .unwrap();
+        });
+        let bytes = (rows * 2 * width * 2) as f64;
+        self.bandwidth(&format!("rope and kv write {rows} × {width}"), us, bytes);
+    }
+
     fn elementwise(&self) {
+        self.rope();
         let (rows, width) = (8192, 4096);
         let buffers: Vec<DeviceBuffer> = (0..9).map(|_| self.random(rows * width)).collect();
         let weight = self.random(width);

@@ -11,6 +11,8 @@ use super::{
 
 /// Values in a word.
 const PER_WORD: usize = 8;
+/// Rows that a thread of the dequantising kernel takes: as in `int4.cu`.
+const DEQUANTIZE_ROWS: usize = 4;
 /// Values that a thread reads at once: a group is a power of two of these, or a whole row.
 const CHUNK: usize = 32;
 
@@ -163,7 +165,7 @@ impl DequantizeInt4<'_> {
         let threads = words.next_multiple_of(32).min(256);
         let (words_i32, per_group) = (words as i32, (self.weight.group / PER_WORD) as i32);
         let shape = Shape {
-            grid: (self.n, words.div_ceil(threads)),
+            grid: (self.n.div_ceil(DEQUANTIZE_ROWS), words.div_ceil(threads)),
             threads,
             shared: 0,
         };

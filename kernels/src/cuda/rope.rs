@@ -8,8 +8,10 @@ use super::{
 
 /// Tokens in a page.
 pub const BLOCK_SIZE: usize = 16;
-/// Heads (one warp each) in a block of threads.
-const HEADS: usize = 4;
+/// Rows and heads in a block of threads, and threads that share a row: as in `rope.cu`.
+const TILE_ROWS: usize = 16;
+const TILE_HEADS: usize = 4;
+const ROW_THREADS: usize = 16;
 
 /// Cosine and sine of position · frequency for all positions, `[positions, pairs]` pairs of f32.
 ///
@@ -67,7 +69,7 @@ pub struct RopeWriteKv<'a> {
     pub num_heads: usize,
     /// Key and value heads.
     pub num_kv_heads: usize,
-    /// Values in a head, a multiple of 4 up to 256.
+    /// Values in a head, a multiple of 16 up to 256.
     pub head_dim: usize,
     /// Added to the mean square in the heads' norms.
     pub eps: f32,
@@ -77,11 +79,11 @@ impl RopeWriteKv<'_> {
     fn validate(&self) -> Result<(), CudaError> {
         let op = "rope_write_kv";
         need(
-            self.head_dim > 0 && self.head_dim.is_multiple_of(4) && self.head_dim <= 256,
+            self.head_dim > 0 && self.head_dim.is_multiple_of(16) && self.head_dim <= 256,
             op,
             || {
                 format!(
-                    "heads of {} values; a multiple of 4 up to 256 is needed",
+                    "heads of {} values; a multiple of 16 up to 256 is needed",
                     self.head_dim
                 )
             },
@@ -108,17 +110,22 @@ impl RopeWriteKv<'_> {
         let (qkv, table) = (self.qkv.address(), self.table.address());
         let (positions, slots) = (self.positions.address(), self.slot_mapping.address());
         let cache = self.cache.address();
-        let (heads, kv_heads) = (self.num_heads as i32, self.num_kv_heads as i32);
+        let (rows, heads, kv_heads) = (
+            self.rows as i32,
+            self.num_heads as i32,
+            self.num_kv_heads as i32,
+        );
         let (head_dim, block) = (self.head_dim as i32, BLOCK_SIZE as i32);
         let shape = Shape {
             grid: (
-                self.rows,
-                (self.num_heads + 2 * self.num_kv_heads).div_ceil(HEADS),
+                self.rows.div_ceil(TILE_ROWS),
+                (self.num_heads + 2 * self.num_kv_heads).div_ceil(TILE_HEADS),
             ),
-            threads: HEADS * 32,
-            shared: 0,
+            threads: TILE_ROWS * ROW_THREADS,
+            shared: TILE_HEADS * TILE_ROWS * (self.head_dim + 8) * Float::BYTES,
         };
-        let name = format!("rope_write_kv_{}", self.float.suffix());
+        let lanes = (self.head_dim / 16).next_power_of_two().max(4);
+        let name = format!("rope_write_kv_{lanes}_{}", self.float.suffix());
         // SAFETY: parameters as in `rope.cu`; the rows fit (`validate`); positions and cache slots are in range by the
         // uploader's check.
         unsafe {
@@ -126,8 +133,8 @@ impl RopeWriteKv<'_> {
                 &name,
                 shape,
                 arguments![
-                    qkv, query_norm, key_norm, table, positions, slots, cache, heads, kv_heads,
-                    head_dim, block, self.eps
+                    qkv, query_norm, key_norm, table, positions, slots, cache, rows, heads,
+                    kv_heads, head_dim, block, self.eps
                 ],
             )
         }
