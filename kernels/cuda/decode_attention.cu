@@ -6,15 +6,11 @@
 // registers. The warps of a block take pages in turn, each with its own running maximum; they merge in shared memory. Of a row
 // that several items work for, the block that finishes last merges the parts.
 //
-// Order of k inside a product is free when both operands agree: a lane loads 16 neighbouring bytes of K, and row r of the
-// S^T tile is token 4·(r/2 mod 4) + r mod 2 + 2·(r/8), so that four neighbouring tokens of V^T are one lane's operand.
-//
 // With a rotary table q and k come as the product made them: q is rotated (after its norm, where there is one) on its way in,
 // and the item with a row's last token rotates k, computes with k and v, and writes both to their page. Work lists and pages
 // of earlier tokens are nothing that an earlier kernel of the step writes, so they are read before the kernel waits for it.
-#include "common.cuh"
+#include "decode_pages.cuh"
 
-constexpr int BLOCK = 16; // tokens in a page
 constexpr int WARPS = 4;
 
 struct Item {
@@ -43,8 +39,10 @@ struct DecodeAttention {
     const void *query_norm;    // [D] or null
     const void *key_norm;      // [D] or null
     int num_heads, num_kv_heads, q_stride, window;
-    float scale;               // 1/√D · log2(e)
+    float scale;               // 1/√D · log2(e), and K's scale
     float eps;
+    float value_scale;         // of eight-bit floats, as the rest
+    float inverse_key_scale, inverse_value_scale;
 };
 
 __device__ __forceinline__ uint32_t transpose8x8(uint32_t v) {
@@ -93,7 +91,7 @@ template <typename T, int D> __device__ __forceinline__ void rotate(uint32_t (*h
 }
 
 // Merges the parts of one row's heads, in their order; a thread has 4 neighbouring values.
-template <typename T, int D> __device__ __forceinline__ void merge_parts(const DecodeAttention &p, int seq, int kv_head, T *result) {
+template <typename T, typename KV, int D> __device__ __forceinline__ void merge_parts(const DecodeAttention &p, int seq, int kv_head, T *result) {
     using N = Num<T>;
     constexpr int AHEAD = 8;
     const int heads = p.num_heads / p.num_kv_heads;
@@ -128,17 +126,20 @@ template <typename T, int D> __device__ __forceinline__ void merge_parts(const D
             }
             m = now;
         }
-        const float inverse = 1.f / total;
+        const float inverse = (sizeof(KV) == 1 ? p.value_scale : 1.f) / total;
         *reinterpret_cast<uint2 *>(result + i) = make_uint2(N::pack(value.x * inverse, value.y * inverse), N::pack(value.z * inverse, value.w * inverse));
     }
 }
 
-template <typename T, int D, int TILES, bool SHARED_Q> __device__ __forceinline__ void decode_attention(const DecodeAttention &p) {
+template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ __forceinline__ void decode_attention(const DecodeAttention &p) {
     using N = Num<T>;
-    constexpr int KBLOCKS = D / 32, MTILES = D / 16, COLUMNS = 8 * TILES;
+    using Held = Pages<T, KV, D>;
+    using Values = Num<typename Held::Values>;
+    constexpr bool FP8 = sizeof(KV) == 1;
+    constexpr int KBLOCKS = Held::KBLOCKS, MTILES = Held::MTILES, COLUMNS = 8 * TILES, PAGES = Held::PAGES, STEP = WARPS * PAGES;
     __shared__ float merged[WARPS][COLUMNS][D + 4];
     __shared__ float maxima[WARPS][COLUMNS], sums[WARPS][COLUMNS];
-    __shared__ __align__(16) T new_key[D], new_value[D];
+    __shared__ __align__(16) KV new_key[D], new_value[D];
     __shared__ int finished; // bit per member: all its parts are there
     let_next_start();
     const int kv_head = blockIdx.x;
@@ -153,39 +154,25 @@ template <typename T, int D, int TILES, bool SHARED_Q> __device__ __forceinline_
     const int begin = item.begin, end = item.end;
     const int *table = p.blocks + p.table_starts[seq];
     const long page_values = 2l * p.num_kv_heads * BLOCK * D;
-    T *cache = static_cast<T *>(p.cache);
-    const int token0 = 4 * (group / 2) + group % 2, token1 = token0 + 2; // within a page
-    Vec8 k[KBLOCKS][2];
-    uint2 v[MTILES][2];
-    auto load_keys = [&](int block) {
-        const T *keys = cache + block * page_values + (long)kv_head * BLOCK * D;
-#pragma unroll
-        for (int b = 0; b < KBLOCKS; b++) {
-            k[b][0].v = load_once16(keys + token0 * D + b * 32 + quad * 8);
-            k[b][1].v = load_once16(keys + token1 * D + b * 32 + quad * 8);
-        }
-    };
-    auto load_values = [&](int block) {
-        const T *values = cache + block * page_values + (long)(p.num_kv_heads + kv_head) * BLOCK * D;
-#pragma unroll
-        for (int i = 0; i < MTILES; i++) {
-            v[i][0] = load_once8(values + (i * 16 + group) * BLOCK + quad * 4);
-            v[i][1] = load_once8(values + (i * 16 + group + 8) * BLOCK + quad * 4);
-        }
-    };
-    int page = begin + warp;
-    int block = page < end ? table[page] : 0;
-    // The table's entry of the page after the next is on its way while a page is computed.
-    int next_block = page + WARPS < end ? table[page + WARPS] : 0;
+    KV *cache = static_cast<KV *>(p.cache);
+    Held held(group, quad);
+    auto load_keys = [&](typename Held::Entry entry) { held.load_keys(cache, page_values, (long)kv_head * BLOCK * D, entry); };
+    auto load_values = [&](typename Held::Entry entry) { held.load_values(cache, page_values, (long)(p.num_kv_heads + kv_head) * BLOCK * D, entry); };
+    int page = begin + warp * PAGES;
+    auto entry = held.look_up(table, page, end);
+    // The table's entries of the pages after the next are on their way while these are computed.
+    auto next_entry = held.look_up(table, page + STEP, end);
     // Without a table these pages were written by the kernel in front.
     const bool early = p.rope && page < end;
-    if (early) load_keys(block), load_values(block);
+    if (early) load_keys(entry), load_values(entry);
     wait_for_previous();
-    if (!early && page < end) load_keys(block), load_values(block);
+    if (!early && page < end) load_keys(entry), load_values(entry);
 
-    // Q^T: column = (member, head), k in the lanes' order; in registers, or in shared memory to leave more of them.
-    constexpr int Q_STRIDE = D * 2 + 64; // rows begin in alternate halves of the banks
-    __shared__ __align__(16) char queries[SHARED_Q ? COLUMNS * Q_STRIDE : 16];
+    // Q^T: column = (member, head), k in the lanes' order; in registers, or in shared memory to leave more of them, and to
+    // change the order, which is one for the rotation and another for eight-bit floats.
+    constexpr bool STORED_Q = SHARED_Q || FP8;
+    constexpr int Q_STRIDE = D * 2 + (FP8 ? 16 : 64); // rows that are read together begin in other banks
+    __shared__ __align__(16) char queries[STORED_Q ? COLUMNS * Q_STRIDE : 16];
     uint32_t q[SHARED_Q ? 1 : TILES][KBLOCKS][4];
     auto make_queries = [&](int t, uint32_t (&tile)[KBLOCKS][4]) {
         const int column = t * 8 + group, member = column / heads;
@@ -203,12 +190,16 @@ template <typename T, int D, int TILES, bool SHARED_Q> __device__ __forceinline_
         if constexpr (D % 64 == 0)
             if (p.rope) rotate<T, D>(tile, p.query_norm, p.rope + (long)(p.context_lens[their_seq] - 1) * (D / 2), p.eps);
     };
-    if constexpr (SHARED_Q) {
+    if constexpr (STORED_Q) {
         for (int t = warp; t < TILES; t += WARPS) {
             make_queries(t, q[0]);
 #pragma unroll
-            for (int b = 0; b < KBLOCKS; b++)
+            for (int b = 0; b < KBLOCKS; b++) {
+                if constexpr (FP8)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) q[0][b][j] = to_halves<T>(q[0][b][j]);
                 *reinterpret_cast<uint4 *>(queries + (t * 8 + group) * Q_STRIDE + b * 64 + quad * 16) = make_uint4(q[0][b][0], q[0][b][1], q[0][b][2], q[0][b][3]);
+            }
         }
     } else {
 #pragma unroll
@@ -216,7 +207,8 @@ template <typename T, int D, int TILES, bool SHARED_Q> __device__ __forceinline_
     }
     // The warp with the row's last token makes its k and v.
     const int last_page = (length - 1) / BLOCK, offset = (length - 1) % BLOCK;
-    const bool has_last = p.rope && item.num_members == 1 && last_page >= begin && last_page < end && (last_page - begin) % WARPS == warp;
+    const bool has_last = p.rope && item.num_members == 1 && last_page >= begin && last_page < end && (last_page - begin) / PAGES % WARPS == warp;
+    const int last_unit = last_page - (last_page - begin) % PAGES; // the first of the pages that a warp takes with it
     if constexpr (D % 64 == 0) {
         if (has_last) {
             const T *key = static_cast<const T *>(p.q) + (long)p.rows[seq] * p.q_stride + (p.num_heads + kv_head) * D, *value = key + p.num_kv_heads * D;
@@ -229,25 +221,37 @@ template <typename T, int D, int TILES, bool SHARED_Q> __device__ __forceinline_
                 for (int j = 0; j < 4; j++) new_k[b][j] = w.w[j];
             }
             rotate<T, D>(new_k, p.key_norm, p.rope + (long)(length - 1) * (D / 2), p.eps);
-            T *to = cache + table[last_page] * page_values + (long)kv_head * BLOCK * D, *value_to = to + (long)p.num_kv_heads * BLOCK * D;
+            KV *to = cache + table[last_page] * page_values + (long)kv_head * BLOCK * D, *value_to = to + (long)p.num_kv_heads * BLOCK * D;
             if (group == 0) {
 #pragma unroll
                 for (int b = 0; b < KBLOCKS; b++) {
-                    const uint4 w = make_uint4(new_k[b][0], new_k[b][1], new_k[b][2], new_k[b][3]);
-                    *reinterpret_cast<uint4 *>(to + offset * D + b * 32 + quad * 8) = w;
-                    *reinterpret_cast<uint4 *>(new_key + b * 32 + quad * 8) = w;
+                    const auto w = Held::stored(new_k[b], p.inverse_key_scale);
+                    *reinterpret_cast<typename Held::Eight *>(to + offset * D + b * 32 + quad * 8) = w;
+                    *reinterpret_cast<typename Held::Eight *>(new_key + b * 32 + quad * 8) = w;
                 }
             }
 #pragma unroll
             for (int i = 0; i < D / 32; i++) {
-                const T one = value[i * 32 + lane];
+                const KV one = Held::stored(value[i * 32 + lane], p.inverse_value_scale);
                 new_value[i * 32 + lane] = one;
                 value_to[(i * 32 + lane) * BLOCK + offset] = one;
             }
             __syncwarp();
         }
     }
-    if (SHARED_Q) __syncthreads();
+    if (STORED_Q) __syncthreads();
+    auto query_at = [&](int t, int b) { return *reinterpret_cast<const uint4 *>(queries + (t * 8 + group) * Q_STRIDE + held.dim(b) * 2); };
+    if constexpr (STORED_Q && !SHARED_Q) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int b = 0; b < KBLOCKS; b++) {
+                const uint4 w = query_at(t, b);
+                q[t][b][0] = w.x, q[t][b][1] = w.y, q[t][b][2] = w.z, q[t][b][3] = w.w;
+            }
+    }
+    // Behind the item's end another page stands in.
+    const int limit = PAGES > 1 ? min(length, end * BLOCK) : length;
     float out[TILES][MTILES][4], maximum[TILES][2], sum[TILES][2];
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
@@ -258,74 +262,43 @@ template <typename T, int D, int TILES, bool SHARED_Q> __device__ __forceinline_
 #pragma unroll
             for (int j = 0; j < 4; j++) out[t][i][j] = 0.f;
     }
-    for (; page < end; page += WARPS) {
-        if constexpr (D % 64 == 0) {
-            if (has_last && page == last_page) {
-#pragma unroll
-                for (int b = 0; b < KBLOCKS; b++) {
-                    const uint4 w = *reinterpret_cast<const uint4 *>(new_key + b * 32 + quad * 8);
-                    if (token0 == offset) k[b][0].v = w;
-                    if (token1 == offset) k[b][1].v = w;
-                }
-                if (quad == offset / 4) {
-                    const uint32_t shift = offset % 2 * 16, keep = 0xffff0000u >> shift;
-                    auto put = [&](uint2 &word, int dim) {
-                        const uint32_t bits = (uint32_t)reinterpret_cast<const uint16_t *>(new_value)[dim] << shift;
-                        if (offset % 4 < 2) word.x = (word.x & keep) | bits;
-                        else word.y = (word.y & keep) | bits;
-                    };
-#pragma unroll
-                    for (int i = 0; i < MTILES; i++) put(v[i][0], i * 16 + group), put(v[i][1], i * 16 + group + 8);
-                }
-            }
-        }
-        float s[TILES][4];
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-#pragma unroll
-            for (int j = 0; j < 4; j++) s[t][j] = 0.f;
-#pragma unroll
-            for (int b = 0; b < KBLOCKS; b++) {
-                const uint32_t first[4] = {k[b][0].w[0], k[b][1].w[0], k[b][0].w[1], k[b][1].w[1]};
-                const uint32_t second[4] = {k[b][0].w[2], k[b][1].w[2], k[b][0].w[3], k[b][1].w[3]};
-                if constexpr (SHARED_Q) {
-                    const uint4 w = *reinterpret_cast<const uint4 *>(queries + (t * 8 + group) * Q_STRIDE + b * 64 + quad * 16);
-                    N::mma(s[t], first, w.x, w.y);
-                    N::mma(s[t], second, w.z, w.w);
-                } else {
-                    N::mma(s[t], first, q[t][b][0], q[t][b][1]);
-                    N::mma(s[t], second, q[t][b][2], q[t][b][3]);
-                }
-            }
-        }
-        block = next_block;
-        const bool more = page + WARPS < end;
+    for (; page < end; page += STEP) {
+        if constexpr (D % 64 == 0)
+            if (has_last && page == last_unit) held.put(new_key, new_value, (last_page - last_unit) * BLOCK + offset);
+        float s[TILES][Held::TILES][4];
+        held.template scores<TILES>(s, [&](int t, int b) {
+            if constexpr (SHARED_Q) return query_at(t, b);
+            else return make_uint4(q[t][b][0], q[t][b][1], q[t][b][2], q[t][b][3]);
+        });
+        entry = next_entry;
+        const bool more = page + STEP < end;
         if (more) {
-            load_keys(block);
-            next_block = page + 2 * WARPS < end ? table[page + 2 * WARPS] : 0;
+            load_keys(entry);
+            next_entry = held.look_up(table, page + 2 * STEP, end);
         }
-        const int position0 = page * BLOCK + token0, position1 = page * BLOCK + token1;
-        const bool whole = (page + 1) * BLOCK <= length && page * BLOCK >= first_token;
+        const bool whole = (page + PAGES) * BLOCK <= limit && page * BLOCK >= first_token;
         if (!whole) {
             // What lies behind the last token may be anything, NaN too.
-            const int start = page * BLOCK + quad * 4;
-            auto keep = [&](int token) { return token < length && token >= first_token; };
-            const uint32_t m0 = (keep(start) ? 0xffffu : 0u) | (keep(start + 1) ? 0xffff0000u : 0u);
-            const uint32_t m1 = (keep(start + 2) ? 0xffffu : 0u) | (keep(start + 3) ? 0xffff0000u : 0u);
+            auto keep = [&](int token) { return token < limit && token >= first_token; };
+            held.mask_values(page * BLOCK, keep);
 #pragma unroll
-            for (int i = 0; i < MTILES; i++) {
-                v[i][0].x &= m0, v[i][1].x &= m0;
-                v[i][0].y &= m1, v[i][1].y &= m1;
-            }
+            for (int t = 0; t < TILES; t++)
 #pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                if (!keep(position0)) s[t][0] = s[t][1] = -INFINITY;
-                if (!keep(position1)) s[t][2] = s[t][3] = -INFINITY;
-            }
+                for (int i = 0; i < Held::TILES; i++) {
+                    const int position = page * BLOCK + held.first_token(i);
+                    if (!keep(position)) s[t][i][0] = s[t][i][1] = -INFINITY;
+                    if (!keep(position + 2)) s[t][i][2] = s[t][i][3] = -INFINITY;
+                }
         }
+        uint32_t weights[TILES][Held::TILES][2];
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            float m[2] = {fmaxf(s[t][0], s[t][2]), fmaxf(s[t][1], s[t][3])};
+            float m[2] = {fmaxf(s[t][0][0], s[t][0][2]), fmaxf(s[t][0][1], s[t][0][3])};
+#pragma unroll
+            for (int i = 1; i < Held::TILES; i++) {
+                m[0] = fmaxf(m[0], fmaxf(s[t][i][0], s[t][i][2]));
+                m[1] = fmaxf(m[1], fmaxf(s[t][i][1], s[t][i][3]));
+            }
 #pragma unroll
             for (int o = 4; o < 32; o *= 2) {
                 m[0] = fmaxf(m[0], __shfl_xor_sync(0xffffffffu, m[0], o));
@@ -345,18 +318,19 @@ template <typename T, int D, int TILES, bool SHARED_Q> __device__ __forceinline_
                     out[t][i][c + 2] *= factor;
                 }
             }
-            const float e0 = exp2_fast(s[t][0] * p.scale - shift[0]), e1 = exp2_fast(s[t][1] * p.scale - shift[1]);
-            const float e2 = exp2_fast(s[t][2] * p.scale - shift[0]), e3 = exp2_fast(s[t][3] * p.scale - shift[1]);
-            sum[t][0] += e0 + e2;
-            sum[t][1] += e1 + e3;
-            const uint32_t b0 = transpose8x8(N::pack(e0, e1)), b1 = transpose8x8(N::pack(e2, e3));
 #pragma unroll
-            for (int i = 0; i < MTILES; i++) {
-                const uint32_t a[4] = {v[i][0].x, v[i][1].x, v[i][0].y, v[i][1].y};
-                N::mma(out[t][i], a, b0, b1);
+            for (int i = 0; i < Held::TILES; i++) {
+                const float e0 = exp2_fast(s[t][i][0] * p.scale - shift[0]), e1 = exp2_fast(s[t][i][1] * p.scale - shift[1]);
+                const float e2 = exp2_fast(s[t][i][2] * p.scale - shift[0]), e3 = exp2_fast(s[t][i][3] * p.scale - shift[1]);
+                sum[t][0] += e0 + e2;
+                sum[t][1] += e1 + e3;
+                weights[t][i][0] = transpose8x8(Values::pack(e0, e1)), weights[t][i][1] = transpose8x8(Values::pack(e2, e3));
             }
+            if constexpr (!FP8) held.template add<1>(out + t, weights + t);
         }
-        if (more) load_values(block);
+        // Eight-bit floats become halves once for all columns.
+        if constexpr (FP8) held.template add<TILES>(out, weights);
+        if (more) load_values(entry);
     }
     // Merge the warps.
 #pragma unroll
@@ -396,7 +370,7 @@ template <typename T, int D, int TILES, bool SHARED_Q> __device__ __forceinline_
             total += sums[w][column] * factor;
         }
         if (whole_row) {
-            const float inverse = 1.f / total;
+            const float inverse = (FP8 ? p.value_scale : 1.f) / total;
             *reinterpret_cast<uint2 *>(result_of(seq) + i) =
                 make_uint2(N::pack(value.x * inverse, value.y * inverse), N::pack(value.z * inverse, value.w * inverse));
         } else {
@@ -421,20 +395,22 @@ template <typename T, int D, int TILES, bool SHARED_Q> __device__ __forceinline_
     if (!finished) return;
     __threadfence();
     for (int member = 0; member < item.num_members; member++)
-        if (finished >> member & 1) merge_parts<T, D>(p, members[member], kv_head, result_of(members[member]));
+        if (finished >> member & 1) merge_parts<T, KV, D>(p, members[member], kv_head, result_of(members[member]));
 }
 
-#define DEFINE_ONE(SUFFIX, T, D, TILES)                                                                                            \
+#define DEFINE_ONE(SUFFIX, T, KV, D, TILES)                                                                                        \
     extern "C" __global__ void __launch_bounds__(128) decode_attention_##D##_##TILES##_##SUFFIX(const __grid_constant__ DecodeAttention p) { \
-        decode_attention<T, D, TILES, false>(p);                                                                                   \
+        decode_attention<T, KV, D, TILES, false>(p);                                                                               \
     }
 // Four blocks on a multiprocessor instead of three.
-#define DEFINE_FOUR(SUFFIX, T, D)                                                                                                  \
+#define DEFINE_FOUR(SUFFIX, T, KV, D)                                                                                              \
     extern "C" __global__ void __launch_bounds__(128, 4) decode_attention_four_##D##_1_##SUFFIX(const __grid_constant__ DecodeAttention p) { \
-        decode_attention<T, D, 1, true>(p);                                                                                        \
+        decode_attention<T, KV, D, 1, true>(p);                                                                                    \
     }
 // 16 columns of 256 values would not fit the registers.
-#define DEFINE(SUFFIX, T)                                                                                                          \
-    DEFINE_ONE(SUFFIX, T, 64, 1) DEFINE_ONE(SUFFIX, T, 64, 2) DEFINE_ONE(SUFFIX, T, 96, 1) DEFINE_ONE(SUFFIX, T, 96, 2)             \
-    DEFINE_ONE(SUFFIX, T, 128, 1) DEFINE_ONE(SUFFIX, T, 128, 2) DEFINE_ONE(SUFFIX, T, 256, 1) DEFINE_FOUR(SUFFIX, T, 128)
+#define DEFINE_DIMS(SUFFIX, T, KV)                                                                                                 \
+    DEFINE_ONE(SUFFIX, T, KV, 64, 1) DEFINE_ONE(SUFFIX, T, KV, 64, 2) DEFINE_ONE(SUFFIX, T, KV, 96, 1) DEFINE_ONE(SUFFIX, T, KV, 96, 2) \
+    DEFINE_ONE(SUFFIX, T, KV, 128, 1) DEFINE_ONE(SUFFIX, T, KV, 128, 2) DEFINE_ONE(SUFFIX, T, KV, 256, 1) DEFINE_FOUR(SUFFIX, T, KV, 128)
+// Pages of T, and of eight-bit floats.
+#define DEFINE(SUFFIX, T) DEFINE_DIMS(SUFFIX, T, T) DEFINE_DIMS(SUFFIX##_fp8, T, uint8_t)
 FOR_BOTH(DEFINE)

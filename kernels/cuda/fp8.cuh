@@ -32,20 +32,13 @@ template <> __device__ __forceinline__ void widen<__half>(uint32_t four, uint32_
 #endif
 }
 
-// What queries and a cache's values are multiplied as: eight-bit floats are exact as halves.
-template <typename T, bool FP8> struct Factor {
-    using Type = T;
-};
-template <typename T> struct Factor<T, true> {
-    using Type = __half;
-};
-
 // A pair of T as a pair of halves; what is larger than the largest half becomes it.
 template <typename T> __device__ __forceinline__ uint32_t to_halves(uint32_t pair);
 template <> __device__ __forceinline__ uint32_t to_halves<__half>(uint32_t pair) { return pair; }
 template <> __device__ __forceinline__ uint32_t to_halves<__nv_bfloat16>(uint32_t pair) {
     const float2 v = Num<__nv_bfloat16>::unpack(pair);
-    return Num<__half>::pack(fminf(fmaxf(v.x, -65504.f), 65504.f), fminf(fmaxf(v.y, -65504.f), 65504.f));
+    auto cut = [](float v) { return fabsf(v) > 65504.f ? copysignf(65504.f, v) : v; };
+    return Num<__half>::pack(cut(v.x), cut(v.y));
 }
 
 // The nearest two values, a in the lower byte; what is larger than the largest becomes it.

@@ -2,8 +2,9 @@
 //
 // A block computes 128 query rows of one head, 32 rows a warp, over tiles of 64 tokens that two stages of asynchronous
 // copies bring in. V pages are stored as [dim][token], so both products read their operands without a transposition.
-// Flash attention 2 (arXiv 2307.08691), with an online softmax in base 2.
-#include "common.cuh"
+// Flash attention 2 (arXiv 2307.08691), with an online softmax in base 2. Tiles of eight-bit floats come as they are, and become
+// T, which holds them exactly, once for all rows.
+#include "fp8.cuh"
 
 constexpr int BLOCK = 16, TILE_ROWS = 128, TILE_TOKENS = 64, WARPS = 4, PAGES = TILE_TOKENS / BLOCK;
 
@@ -18,7 +19,9 @@ struct PrefillAttention {
     const int *table_starts; // [sequences] first entry in `blocks`
     const int *blocks;       // block tables, one after another
     int num_heads, num_kv_heads, q_stride, window;
-    float scale;             // 1/√D · log2(e)
+    float scale;             // 1/√D · log2(e), and K's scale
+    int num_items;
+    float value_scale;       // of eight-bit floats
 };
 
 __device__ __forceinline__ void copy16(uint32_t to, const void *from, bool valid) {
@@ -31,10 +34,13 @@ __device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t at) {
 // Bytes of shared memory: rows of D = 96 are stored 128 wide, so that the swizzle stays inside a row.
 template <int D> constexpr int STRIDE = D == 96 ? 128 : D;
 
-template <typename T, int D, int RUN> __device__ __forceinline__ void prefill_attention(const PrefillAttention &p) {
+template <typename T, typename KV, int D, int RUN> __device__ __forceinline__ void prefill_attention(const PrefillAttention &p) {
     using N = Num<T>;
     constexpr int ROW = STRIDE<D> * 2, CHUNKS = D / 8; // bytes and 16-byte chunks of a row
     constexpr int K_BYTES = TILE_TOKENS * ROW, V_BYTES = TILE_TOKENS * D * 2, STAGE = K_BYTES + V_BYTES;
+    constexpr bool FP8 = sizeof(KV) == 1;
+    // Eight-bit floats: one stage of T, and behind it the next tile's pages as they are.
+    constexpr int RAW_PAGE = BLOCK * D, RAW_CHUNKS = RAW_PAGE / 16;
     extern __shared__ __align__(128) char memory[];
     const uint32_t q_at = (uint32_t)__cvta_generic_to_shared(memory), kv_at = q_at + TILE_ROWS * ROW;
     let_next_start();
@@ -49,7 +55,7 @@ template <typename T, int D, int RUN> __device__ __forceinline__ void prefill_at
     const int first_tile = first_token / TILE_TOKENS, tiles = (last_token + TILE_TOKENS - 1) / TILE_TOKENS;
     const int *table = p.blocks + p.table_starts[seq];
     const long page_values = 2l * p.num_kv_heads * BLOCK * D;
-    const T *cache = static_cast<const T *>(p.cache);
+    const KV *cache = static_cast<const KV *>(p.cache);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
 
     const T *q = static_cast<const T *>(p.q) + (long)(p.rows[seq] + first_row) * p.q_stride + head * D;
@@ -75,13 +81,19 @@ template <typename T, int D, int RUN> __device__ __forceinline__ void prefill_at
             for (int page = 0; page < PAGES; page++) {
                 const int logical = tile * PAGES + page;
                 const bool valid = logical * BLOCK < context;
-                const T *keys = cache + entries[page] * page_values + (long)kv_head * BLOCK * D;
-                const T *values = keys + (long)p.num_kv_heads * BLOCK * D;
-                for (int i = threadIdx.x; i < PER_PAGE; i += WARPS * 32) {
-                    const int token = page * BLOCK + i / CHUNKS, chunk = i % CHUNKS;
-                    copy16(k_at + token * ROW + (chunk ^ (token & 7)) * 16, keys + i * 8, valid);
-                    const int dim = i / 2;
-                    copy16(v_at + page * BLOCK * D * 2 + dim * 32 + ((i & 1) ^ ((dim >> 2) & 1)) * 16, values + i * 8, valid);
+                const KV *keys = cache + entries[page] * page_values + (long)kv_head * BLOCK * D;
+                const KV *values = keys + (long)p.num_kv_heads * BLOCK * D;
+                if constexpr (FP8) {
+                    const uint32_t raw_at = kv_at + STAGE + page * 2 * RAW_PAGE;
+                    for (int i = threadIdx.x; i < 2 * RAW_CHUNKS; i += WARPS * 32)
+                        copy16(raw_at + i * 16, i < RAW_CHUNKS ? keys + i * 16 : values + (i - RAW_CHUNKS) * 16, valid);
+                } else {
+                    for (int i = threadIdx.x; i < PER_PAGE; i += WARPS * 32) {
+                        const int token = page * BLOCK + i / CHUNKS, chunk = i % CHUNKS;
+                        copy16(k_at + token * ROW + (chunk ^ (token & 7)) * 16, keys + i * 8, valid);
+                        const int dim = i / 2;
+                        copy16(v_at + page * BLOCK * D * 2 + dim * 32 + ((i & 1) ^ ((dim >> 2) & 1)) * 16, values + i * 8, valid);
+                    }
                 }
             }
             look_up(tile + 1);
@@ -89,6 +101,27 @@ template <typename T, int D, int RUN> __device__ __forceinline__ void prefill_at
         asm volatile("cp.async.commit_group;");
     };
     load_tile(first_tile, 0);
+    // The tile that has been loaded, as T.
+    auto widen_tile = [&] {
+        const char *raw = memory + TILE_ROWS * ROW + STAGE;
+        char *k = memory + TILE_ROWS * ROW, *v = k + K_BYTES;
+        for (int i = threadIdx.x; i < PAGES * 2 * RAW_CHUNKS; i += WARPS * 32) {
+            const uint4 bytes = *reinterpret_cast<const uint4 *>(raw + i * 16);
+            Vec8 low, high;
+            widen<T>(bytes.x, low.w), widen<T>(bytes.y, low.w + 2);
+            widen<T>(bytes.z, high.w), widen<T>(bytes.w, high.w + 2);
+            const int page = i / (2 * RAW_CHUNKS), chunk = i % RAW_CHUNKS;
+            if (i / RAW_CHUNKS % 2 == 0) {
+                const int token = page * BLOCK + chunk / (D / 16), at = chunk % (D / 16) * 2;
+                *reinterpret_cast<uint4 *>(k + token * ROW + (at ^ (token & 7)) * 16) = low.v;
+                *reinterpret_cast<uint4 *>(k + token * ROW + ((at + 1) ^ (token & 7)) * 16) = high.v;
+            } else {
+                char *dim = v + (page * D + chunk) * 32;
+                *reinterpret_cast<uint4 *>(dim + (chunk >> 2 & 1) * 16) = low.v;
+                *reinterpret_cast<uint4 *>(dim + (~chunk >> 2 & 1) * 16) = high.v;
+            }
+        }
+    };
 
     constexpr int NTILES = D / 8;
     float out[2][NTILES][4], maximum[2][2], sum[2][2];
@@ -107,10 +140,18 @@ template <typename T, int D, int RUN> __device__ __forceinline__ void prefill_at
     const int b_row = (lane & 7) + ((lane >> 4) << 3), b_half = (lane >> 3) & 1;
 
     for (int tile = first_tile; tile < tiles; tile++) {
-        const int stage = (tile - first_tile) & 1;
-        load_tile(tile + 1, stage ^ 1);
-        asm volatile("cp.async.wait_group 1;");
-        __syncthreads();
+        const int stage = FP8 ? 0 : (tile - first_tile) & 1;
+        if constexpr (FP8) {
+            asm volatile("cp.async.wait_group 0;");
+            __syncthreads();
+            widen_tile();
+            __syncthreads();
+            load_tile(tile + 1, 0);
+        } else {
+            load_tile(tile + 1, stage ^ 1);
+            asm volatile("cp.async.wait_group 1;");
+            __syncthreads();
+        }
         const uint32_t k_at = kv_at + stage * STAGE, v_at = k_at + K_BYTES;
         if ((tile + 1) * TILE_TOKENS > context) {
             // What lies behind the last token may be anything, NaN too.
@@ -231,7 +272,7 @@ template <typename T, int D, int RUN> __device__ __forceinline__ void prefill_at
             total += __shfl_xor_sync(0xffffffffu, total, 2);
             const int row = warp_row + m * 16 + r * 8 + group;
             if (row >= num_rows) continue;
-            const float inverse = 1.f / total;
+            const float inverse = (FP8 ? p.value_scale : 1.f) / total;
 #pragma unroll
             for (int n = 0; n < NTILES; n++) {
                 const uint32_t packed = N::pack(out[m][n][r * 2] * inverse, out[m][n][r * 2 + 1] * inverse);
@@ -240,9 +281,12 @@ template <typename T, int D, int RUN> __device__ __forceinline__ void prefill_at
         }
 }
 
-#define DEFINE_DIM(SUFFIX, T, D)                                                                                                       \
+#define DEFINE_DIM(SUFFIX, T, KV, D)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128) prefill_attention_##D##_##SUFFIX(const __grid_constant__ PrefillAttention p) {   \
-        prefill_attention<T, D, D <= 128 ? 64 : 32>(p);                                                                                                    \
+        prefill_attention<T, KV, D, D <= 128 ? 64 : 32>(p);                                                                            \
     }
-#define DEFINE(SUFFIX, T) DEFINE_DIM(SUFFIX, T, 64) DEFINE_DIM(SUFFIX, T, 96) DEFINE_DIM(SUFFIX, T, 128) DEFINE_DIM(SUFFIX, T, 256)
+#define DEFINE_DIMS(SUFFIX, T, KV) \
+    DEFINE_DIM(SUFFIX, T, KV, 64) DEFINE_DIM(SUFFIX, T, KV, 96) DEFINE_DIM(SUFFIX, T, KV, 128) DEFINE_DIM(SUFFIX, T, KV, 256)
+// Pages of T, and of eight-bit floats.
+#define DEFINE(SUFFIX, T) DEFINE_DIMS(SUFFIX, T, T) DEFINE_DIMS(SUFFIX##_fp8, T, uint8_t)
 FOR_BOTH(DEFINE)

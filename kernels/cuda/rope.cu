@@ -2,7 +2,7 @@
 //
 // A page of a layer is `[K | V][kv_head]`, K as [token][dim], V as [dim][token]: both then come out of a page in the
 // order in which tensor cores want them, without a transposition.
-#include "common.cuh"
+#include "fp8.cuh"
 
 // cos and sin of position · frequency, in f64, kept as f32: `table[position][pair]`.
 extern "C" __global__ void rope_table(const double *inverse_frequencies, float2 *table, int pairs, int positions) {
@@ -13,15 +13,30 @@ extern "C" __global__ void rope_table(const double *inverse_frequencies, float2 
     table[at] = make_float2((float)c, (float)s);
 }
 
+// Eight neighbours, held as T, into a page: as they are, or as eight-bit floats divided by a scale.
+template <typename T> __device__ __forceinline__ void store8(T *to, const Vec8 &v, float) { *reinterpret_cast<uint4 *>(to) = v.v; }
+template <typename T> __device__ __forceinline__ void store8(uint8_t *to, const Vec8 &v, float inverse_scale) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float2 held = Num<T>::unpack(v.w[j]);
+        pairs[j] = narrow(held.x * inverse_scale, held.y * inverse_scale);
+    }
+    *reinterpret_cast<uint2 *>(to) = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+}
+template <typename T> __device__ __forceinline__ void store(T *to, T v, float) { *to = v; }
+template <typename T> __device__ __forceinline__ void store(uint8_t *to, T v, float inverse_scale) { *to = narrow(Num<T>::to(v) * inverse_scale); }
+
 // A block takes TILE_ROWS rows of TILE_HEADS heads. LANES threads hold a head of a row, each 8 neighbours of its lower half and the
 // 8 of its upper half that they turn with; 16 threads a row, so that a row's angles are loaded once for all of its heads.
 // V is turned over in shared memory: tokens of a page are neighbours there, and they are written together.
 constexpr int TILE_ROWS = 16, TILE_HEADS = 4, ROW_THREADS = 16;
 
-template <typename T, int LANES>
+template <typename T, typename KV, int LANES>
 __device__ __forceinline__ void rope_write_kv(T *qkv, const T *query_norm, const T *key_norm, const float2 *table,
-                                              const uint32_t *positions, const long *slot_mapping, T *cache, int rows, int num_heads,
-                                              int num_kv_heads, int head_dim, int block_size, float eps) {
+                                              const uint32_t *positions, const long *slot_mapping, KV *cache, int rows, int num_heads,
+                                              int num_kv_heads, int head_dim, int block_size, float eps, float inverse_key_scale,
+                                              float inverse_value_scale) {
     using N = Num<T>;
     constexpr int AT_ONCE = ROW_THREADS / LANES, STEPS = TILE_HEADS / AT_ONCE;
     extern __shared__ __align__(16) unsigned char turned[]; // [TILE_HEADS][TILE_ROWS][head_dim + 8] of T
@@ -94,14 +109,15 @@ __device__ __forceinline__ void rope_write_kv(T *qkv, const T *query_norm, const
             low[i].w[j] = N::pack(l[j].x * at.x - h[j].x * at.y, l[j].y * at.z - h[j].y * at.w);
             high[i].w[j] = N::pack(h[j].x * at.x + l[j].x * at.y, h[j].y * at.z + l[j].y * at.w);
         }
-        T *to = values_of(i);
-        if (!is_query) {
-            if (slot < 0) continue;
+        if (is_query) {
+            *reinterpret_cast<uint4 *>(values_of(i)) = low[i].v;
+            *reinterpret_cast<uint4 *>(values_of(i) + half) = high[i].v;
+        } else if (slot >= 0) {
             const long page = (slot / block_size * 2 * num_kv_heads + head - num_heads) * block_size;
-            to = cache + (page + slot % block_size) * head_dim + dim;
+            KV *to = cache + (page + slot % block_size) * head_dim + dim;
+            store8<T>(to, low[i], inverse_key_scale);
+            store8<T>(to + half, high[i], inverse_key_scale);
         }
-        *reinterpret_cast<uint4 *>(to) = low[i].v;
-        *reinterpret_cast<uint4 *>(to + half) = high[i].v;
     }
     if (first_head + TILE_HEADS <= first_value) return;
     __syncthreads();
@@ -112,18 +128,20 @@ __device__ __forceinline__ void rope_write_kv(T *qkv, const T *query_norm, const
     for (int i = max(first_value - first_head, 0); i < TILE_HEADS && first_head + i < heads; i++) {
         const T *from = tile + (i * TILE_ROWS + out_row) * stride;
         const long page = (out_slot / block_size * 2 + 1) * num_kv_heads + first_head + i - first_value;
-        T *to = cache + page * block_size * head_dim + out_slot % block_size;
-        for (int d = threadIdx.x / TILE_ROWS; d < head_dim; d += ROW_THREADS) to[d * block_size] = from[d];
+        KV *to = cache + page * block_size * head_dim + out_slot % block_size;
+        for (int d = threadIdx.x / TILE_ROWS; d < head_dim; d += ROW_THREADS) store<T>(to + d * block_size, from[d], inverse_value_scale);
     }
 }
 
 // Names end in the threads that hold a head of a row: half of its values, by eights, as a power of two.
-#define DEFINE_LANES(SUFFIX, T, LANES)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(TILE_ROWS * ROW_THREADS, LANES == 16 ? 2 : 3) rope_write_kv_##LANES##_##SUFFIX(                     \
+#define DEFINE_LANES(SUFFIX, T, KV, LANES)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(TILE_ROWS * ROW_THREADS, LANES == 16 ? 2 : 3) rope_write_kv_##LANES##_##SUFFIX( \
         T *qkv, const T *query_norm, const T *key_norm, const float2 *table, const uint32_t *positions, const long *slot_mapping, \
-        T *cache, int rows, int num_heads, int num_kv_heads, int head_dim, int block_size, float eps) {                         \
-        rope_write_kv<T, LANES>(qkv, query_norm, key_norm, table, positions, slot_mapping, cache, rows, num_heads, num_kv_heads, \
-                                head_dim, block_size, eps);                                                                     \
+        KV *cache, int rows, int num_heads, int num_kv_heads, int head_dim, int block_size, float eps, float inverse_key_scale, \
+        float inverse_value_scale) {                                                                                            \
+        rope_write_kv<T, KV, LANES>(qkv, query_norm, key_norm, table, positions, slot_mapping, cache, rows, num_heads,          \
+                                    num_kv_heads, head_dim, block_size, eps, inverse_key_scale, inverse_value_scale);           \
     }
-#define DEFINE(SUFFIX, T) DEFINE_LANES(SUFFIX, T, 4) DEFINE_LANES(SUFFIX, T, 8) DEFINE_LANES(SUFFIX, T, 16)
+#define DEFINE_KV(SUFFIX, T, KV) DEFINE_LANES(SUFFIX, T, KV, 4) DEFINE_LANES(SUFFIX, T, KV, 8) DEFINE_LANES(SUFFIX, T, KV, 16)
+#define DEFINE(SUFFIX, T) DEFINE_KV(SUFFIX, T, T) DEFINE_KV(SUFFIX##_fp8, T, uint8_t)
 FOR_BOTH(DEFINE)

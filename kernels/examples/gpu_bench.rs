@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
 use ashlar_kernels::cuda::{
-    Device, DeviceBuffer, Float,
+    Device, DeviceBuffer, Float, KvDtype,
     attention::{DecodeAttention, HeadShape, PlanView, PrefillAttention, Sequences, prefill_items},
     decode_plan::{DecodePlan, ITEM_WORDS, PARTS_PER_ITEM},
     eight_bit::{EightBit, Fp8View, QuantizeRows},
@@ -408,6 +408,8 @@ impl Bench {
                 positions: positions.view(),
                 slot_mapping: slots.view(),
                 cache: caches[i % sets].view(),
+                kv_dtype: KvDtype::Float,
+                kv_scales: [1.0; 2],
                 rows,
                 num_heads,
                 num_kv_heads,
@@ -460,17 +462,26 @@ impl Bench {
     fn attention(&self) {
         let shape = HeadShape {
             float: FLOAT,
+            kv_dtype: KvDtype::Float,
             num_heads: 32,
             num_kv_heads: 8,
             head_dim: 128,
             window: 0,
         };
+        for kv_dtype in [KvDtype::Float, KvDtype::Fp8] {
+            self.decode_attention(HeadShape { kv_dtype, ..shape });
+        }
+        self.prefill_attention(shape);
+    }
+
+    fn decode_attention(&self, shape: HeadShape) {
         for (batch, length) in [
             (1usize, 1024usize),
             (8, 1024),
             (32, 1024),
             (64, 768),
             (256, 1024),
+            (32, 8192),
             (8, 32768),
             (1, 32768),
         ] {
@@ -512,6 +523,7 @@ impl Bench {
                     shape,
                     qkv: qkv.view(),
                     cache: caches[i % sets].view(),
+                    kv_scales: [1.0; 2],
                     out: out.view(),
                     plan: PlanView {
                         num_items: num_items.view(),
@@ -537,11 +549,15 @@ impl Bench {
                 .unwrap();
             });
             let what = format!(
-                "decode attention {batch} × {length} ({} items)",
+                "decode attention {batch} × {length}{} ({} items)",
+                pages_of(shape.kv_dtype),
                 plan.items.len()
             );
-            self.bandwidth(&what, us, (batch * length * 4096) as f64);
+            self.bandwidth(&what, us, (pool * shape.page_bytes()) as f64);
         }
+    }
+
+    fn prefill_attention(&self, shape: HeadShape) {
         for (batch, rows, length) in [
             (1usize, 4096usize, 4096usize),
             (2, 4096, 4096),
@@ -569,12 +585,17 @@ impl Bench {
                 self.random(batch * rows * 4096),
                 self.i32s(&flat),
             );
-            for portable in [false, true] {
+            for (kv_dtype, portable) in [
+                (KvDtype::Float, false),
+                (KvDtype::Float, true),
+                (KvDtype::Fp8, true),
+            ] {
                 let us = self.time(5, |_| {
                     PrefillAttention {
-                        shape,
+                        shape: HeadShape { kv_dtype, ..shape },
                         qkv: qkv.view(),
                         cache: cache.view(),
+                        kv_scales: [1.0; 2],
                         out: out.view(),
                         items: list.view(),
                         sequences: Sequences {
@@ -594,7 +615,8 @@ impl Bench {
                 let seen = (length - rows) as f64 * rows as f64 + rows as f64 * rows as f64 / 2.0;
                 self.rate(
                     &format!(
-                        "prefill attention {batch} × {rows} of {length}{}",
+                        "prefill attention {batch} × {rows} of {length}{}{}",
+                        pages_of(kv_dtype),
                         if portable { " (portable)" } else { "" }
                     ),
                     us,
@@ -701,6 +723,14 @@ impl Bench {
                 );
             }
         }
+    }
+}
+
+/// What a line says of a cache's type.
+fn pages_of(kv_dtype: KvDtype) -> &'static str {
+    match kv_dtype {
+        KvDtype::Float => "",
+        KvDtype::Fp8 => ", fp8 pages",
     }
 }
 

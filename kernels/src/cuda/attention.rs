@@ -1,28 +1,26 @@
 //! Paged attention: single rows (decode) and many rows (prefill), with the lists of work that the host makes for them.
 
+pub use super::prefill::{PrefillAttention, TILE_ROWS, prefill_items};
 use super::{
-    CudaError, Device, Float, View,
+    CudaError, Device, Float, KvDtype, View,
     decode_plan::{ITEM_WORDS, PARTS_PER_ITEM},
     modules::{Shape, arguments},
     need,
     rope::BLOCK_SIZE,
-    tensor_map::{Swizzle, TensorMap},
 };
 
 /// Query heads that share a kv head, at most; 8 where a head has 256 values.
 pub const MAX_GROUP: usize = 16;
 /// Widths of a head that there are kernels for.
 pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
-/// Widths of a head that Hopper's prefill kernel knows.
-const HOPPER_DIMS: [usize; 2] = [64, 128];
-/// Query rows of a prefill item.
-pub const TILE_ROWS: usize = 128;
 
 /// Sizes of attention in a model.
 #[derive(Debug, Clone, Copy)]
 pub struct HeadShape {
-    /// Type of q, K, V and the result.
+    /// Type of q, new k and v, and the result.
     pub float: Float,
+    /// What the pages hold.
+    pub kv_dtype: KvDtype,
     /// Query heads.
     pub num_heads: usize,
     /// Key and value heads.
@@ -79,7 +77,7 @@ impl HeadShape {
     /// Bytes of one layer's page, K and V.
     #[must_use]
     pub fn page_bytes(&self) -> usize {
-        2 * self.num_kv_heads * BLOCK_SIZE * self.head_dim * Float::BYTES
+        2 * self.num_kv_heads * BLOCK_SIZE * self.head_dim * self.kv_dtype.bytes()
     }
 
     /// Bytes of one item's part of a result that is cut.
@@ -88,12 +86,18 @@ impl HeadShape {
         self.num_heads * (self.head_dim + 4) * 4
     }
 
-    fn q_stride(&self) -> usize {
+    pub(super) fn q_stride(&self) -> usize {
         (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
     }
 
-    fn scale(&self) -> f32 {
-        std::f32::consts::LOG2_E / (self.head_dim as f32).sqrt()
+    /// What turns products of q and the pages' K into exponents of 2.
+    pub(super) fn scale(&self, [key_scale, _]: [f32; 2]) -> f32 {
+        std::f32::consts::LOG2_E / (self.head_dim as f32).sqrt() * key_scale
+    }
+
+    /// The end of a kernel's name.
+    pub(super) fn suffix(&self) -> String {
+        format!("{}{}", self.float.suffix(), self.kv_dtype.suffix())
     }
 }
 
@@ -147,6 +151,8 @@ pub struct DecodeAttention<'a> {
     pub qkv: View<'a>,
     /// This layer's pages.
     pub cache: View<'a>,
+    /// What eight-bit K and V were divided by; 1 for others.
+    pub kv_scales: [f32; 2],
     /// `[rows, heads · head_dim]`
     pub out: View<'a>,
     /// The work.
@@ -190,6 +196,9 @@ struct DecodeParameters {
     window: i32,
     scale: f32,
     eps: f32,
+    value_scale: f32,
+    inverse_key_scale: f32,
+    inverse_value_scale: f32,
 }
 
 /// Whether so many blocks run faster four on a multiprocessor, with fewer registers each, than three: not when three of them
@@ -202,7 +211,8 @@ fn fits_four(blocks: usize, multiprocessors: usize) -> bool {
 impl DecodeAttention<'_> {
     fn validate(&self) -> Result<(), CudaError> {
         self.shape.validate()?;
-        let seqs = &self.sequences;
+        let (op, seqs) = ("decode_attention", &self.sequences);
+        self.shape.kv_dtype.check_scales(op, self.kv_scales)?;
         need(
             self.plan.num_items.bytes >= 4
                 && self.plan.items.bytes >= self.max_items * ITEM_WORDS * 4
@@ -213,7 +223,7 @@ impl DecodeAttention<'_> {
                 && [seqs.rows, seqs.context_lens, seqs.table_starts]
                     .iter()
                     .all(|view| view.bytes >= seqs.count * 4),
-            "decode_attention",
+            op,
             || {
                 format!(
                     "{} sequences, {} items do not fit",
@@ -229,7 +239,7 @@ impl DecodeAttention<'_> {
         need(
             self.rope
                 .is_none_or(|rope| Self::rotates(dim) && norms(&rope)),
-            "decode_attention",
+            op,
             || format!("heads of {dim} values cannot be rotated on the way"),
         )
     }
@@ -270,8 +280,11 @@ impl DecodeAttention<'_> {
             num_kv_heads: shape.num_kv_heads as i32,
             q_stride: shape.q_stride() as i32,
             window: shape.window as i32,
-            scale: shape.scale(),
+            scale: shape.scale(self.kv_scales),
             eps: self.rope.map_or(0.0, |rope| rope.eps),
+            value_scale: self.kv_scales[1],
+            inverse_key_scale: self.kv_scales[0].recip(),
+            inverse_value_scale: self.kv_scales[1].recip(),
         };
         let columns = if self.shares {
             shape.rows_per_item() * shape.group()
@@ -289,7 +302,7 @@ impl DecodeAttention<'_> {
         let name = format!(
             "decode_attention_{four}{}_{tiles}_{}",
             shape.head_dim,
-            shape.float.suffix()
+            shape.suffix()
         );
         let launch = Shape {
             grid: (shape.num_kv_heads, self.max_items),
@@ -299,191 +312,5 @@ impl DecodeAttention<'_> {
         // SAFETY: the parameter is the kernel's own struct; work lists and parts fit (`validate`); rows, pages and items
         // are in range by the uploader's check.
         unsafe { device.launch(&name, launch, arguments![parameters]) }
-    }
-}
-
-/// Items of prefill attention, longest first: (sequence, tile of [`TILE_ROWS`] rows).
-pub fn prefill_items(sequences: impl Iterator<Item = (u32, u32)>, items: &mut Vec<[i32; 2]>) {
-    let mut sized: Vec<(u32, [i32; 2])> = Vec::new();
-    for (seq, (query_len, context_len)) in sequences.enumerate() {
-        let tiles = (query_len as usize).div_ceil(TILE_ROWS);
-        for tile in 0..tiles {
-            let last = (query_len as usize).min((tile + 1) * TILE_ROWS) as u32;
-            let visible = context_len - query_len + last;
-            sized.push((visible, [seq as i32, tile as i32]));
-        }
-    }
-    sized.sort_by_key(|(visible, _)| std::cmp::Reverse(*visible));
-    items.clear();
-    items.extend(sized.into_iter().map(|(_, item)| item));
-}
-
-/// Causal attention of many rows per sequence.
-#[derive(Clone, Copy)]
-pub struct PrefillAttention<'a> {
-    /// The model's sizes.
-    pub shape: HeadShape,
-    /// `[rows, (heads + 2 · kv_heads) · head_dim]`
-    pub qkv: View<'a>,
-    /// This layer's pages.
-    pub cache: View<'a>,
-    /// `[rows, heads · head_dim]`
-    pub out: View<'a>,
-    /// `[num_items]` pairs of i32 by [`prefill_items`].
-    pub items: View<'a>,
-    /// Who attends.
-    pub sequences: Sequences<'a>,
-    /// `[sequences]` i32.
-    pub query_lens: View<'a>,
-    /// Items.
-    pub num_items: usize,
-    /// Takes the kernel for every architecture where there is one for this GPU alone, to compare the two.
-    pub portable: bool,
-}
-
-#[repr(C)]
-struct PrefillParameters {
-    q: u64,
-    cache: u64,
-    out: u64,
-    items: u64,
-    rows: u64,
-    query_lens: u64,
-    context_lens: u64,
-    table_starts: u64,
-    blocks: u64,
-    num_heads: i32,
-    num_kv_heads: i32,
-    q_stride: i32,
-    window: i32,
-    scale: f32,
-    num_items: i32,
-}
-
-impl PrefillAttention<'_> {
-    fn validate(&self) -> Result<(), CudaError> {
-        self.shape.validate()?;
-        let seqs = &self.sequences;
-        need(
-            self.items.bytes >= self.num_items * 8
-                && [
-                    seqs.rows,
-                    seqs.context_lens,
-                    seqs.table_starts,
-                    self.query_lens,
-                ]
-                .iter()
-                .all(|view| view.bytes >= seqs.count * 4),
-            "prefill_attention",
-            || {
-                format!(
-                    "{} sequences, {} items do not fit",
-                    seqs.count, self.num_items
-                )
-            },
-        )
-    }
-
-    /// Queues it.
-    ///
-    /// # Errors
-    /// [`CudaError`] when sizes do not fit or the driver refuses.
-    pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
-        self.validate()?;
-        let (shape, seqs) = (&self.shape, &self.sequences);
-        let parameters = PrefillParameters {
-            q: self.qkv.address(),
-            cache: self.cache.address(),
-            out: self.out.address(),
-            items: self.items.address(),
-            rows: seqs.rows.address(),
-            query_lens: self.query_lens.address(),
-            context_lens: seqs.context_lens.address(),
-            table_starts: seqs.table_starts.address(),
-            blocks: seqs.blocks.address(),
-            num_heads: shape.num_heads as i32,
-            num_kv_heads: shape.num_kv_heads as i32,
-            q_stride: shape.q_stride() as i32,
-            window: shape.window as i32,
-            scale: shape.scale(),
-            num_items: self.num_items as i32,
-        };
-        if device.is_hopper() && HOPPER_DIMS.contains(&shape.head_dim) && !self.portable {
-            return self.launch_hopper(device, &parameters);
-        }
-        let stored = if shape.head_dim == 96 {
-            128
-        } else {
-            shape.head_dim
-        };
-        let name = format!(
-            "prefill_attention_{}_{}",
-            shape.head_dim,
-            shape.float.suffix()
-        );
-        // Q, and two stages of 64 tokens of K and V.
-        let shared = TILE_ROWS * stored * 2 + 2 * 64 * (stored + shape.head_dim) * 2;
-        let launch = Shape {
-            grid: (self.num_items, shape.num_heads),
-            threads: 128,
-            shared,
-        };
-        // SAFETY: the parameter is the kernel's own struct; work lists fit (`validate`); rows, pages and items are in
-        // range by the uploader's check.
-        unsafe { device.launch(&name, launch, arguments![parameters]) }
-    }
-
-    /// The kernel for compute capability 9.0: its copies go by maps of q, K and V.
-    fn launch_hopper(
-        &self,
-        device: &Device,
-        parameters: &PrefillParameters,
-    ) -> Result<(), CudaError> {
-        let shape = &self.shape;
-        let (dim, kv_heads) = (shape.head_dim as u64, shape.num_kv_heads as u64);
-        let (float, row) = (Float::BYTES as u64, shape.q_stride() as u64);
-        let page = shape.page_bytes() as u64;
-        let head = dim * BLOCK_SIZE as u64 * float;
-        let pages = self.cache.bytes as u64 / page;
-        let q = TensorMap::new(
-            shape.float,
-            self.qkv,
-            &[row, self.qkv.bytes as u64 / (row * float)],
-            &[row * float],
-            &[64, TILE_ROWS as u32],
-            Swizzle::Bytes128,
-        )?;
-        let k = TensorMap::new(
-            shape.float,
-            self.cache,
-            &[dim, BLOCK_SIZE as u64, kv_heads, pages],
-            &[dim * float, head, page],
-            &[64, BLOCK_SIZE as u32, 1, 1],
-            Swizzle::Bytes128,
-        )?;
-        let values = (kv_heads * head) as usize;
-        let v = TensorMap::new(
-            shape.float,
-            self.cache.slice(values, self.cache.bytes - values),
-            &[BLOCK_SIZE as u64, dim, kv_heads, pages],
-            &[BLOCK_SIZE as u64 * float, head, page],
-            &[BLOCK_SIZE as u32, dim as u32, 1, 1],
-            Swizzle::Bytes32,
-        )?;
-        let name = format!(
-            "prefill_attention_hopper_{}_{}",
-            shape.head_dim,
-            shape.float.suffix()
-        );
-        let units = self.num_items * shape.num_heads;
-        let launch = Shape {
-            grid: (units.min(device.multiprocessors() as usize), 1),
-            threads: 384,
-            // Q, two stages of 128 tokens of K and V, and barriers.
-            shared: (TILE_ROWS + 2 * 2 * 128) * shape.head_dim * Float::BYTES + 128,
-        };
-        // SAFETY: the parameters are the kernel's own struct and three maps of tensors that lie inside their views; work
-        // lists fit (`validate`); rows, pages and items are in range by the uploader's check.
-        unsafe { device.launch(&name, launch, arguments![*parameters, q, k, v]) }
     }
 }

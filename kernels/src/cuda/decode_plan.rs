@@ -201,10 +201,11 @@ fn pieces((begin, end): (usize, usize), size: usize) -> usize {
 #[allow(missing_docs)] // Tests fail by panicking.
 mod tests {
     use super::{DecodePlan, SharedPrefix};
-    use crate::cuda::{Float, attention::HeadShape};
+    use crate::cuda::{Float, KvDtype, attention::HeadShape};
 
     const SHAPE: HeadShape = HeadShape {
         float: Float::Bf16,
+        kv_dtype: KvDtype::Float,
         num_heads: 32,
         num_kv_heads: 8,
         head_dim: 128,

@@ -14,6 +14,7 @@
 //! int4_skinny products of few rows with them, on Hopper
 //! eight_bit   eight-bit weights, floats and integers, likewise
 //! attention   paged attention: single rows (decode) and many rows (prefill)
+//! prefill     its many rows
 //! decode_plan what decode attention works on, and who reads together
 //! tensor_map  boxes of tensors for Hopper's copy engine
 //! peers       what tensor-parallel ranks reduce and gather over each other's memory
@@ -40,6 +41,7 @@ mod int4_skinny;
 pub mod memory;
 mod modules;
 pub mod peers;
+mod prefill;
 pub mod rope;
 pub mod sampling;
 pub mod skinny;
@@ -48,7 +50,7 @@ mod tensor_map;
 pub use device::{Device, Event, Graph};
 pub use memory::{DeviceBuffer, PinnedBuffer, View};
 
-/// 16-bit type of weights, activations and the KV cache.
+/// 16-bit type of weights and activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Float {
     /// Brain floats.
@@ -66,6 +68,48 @@ impl Float {
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
         }
+    }
+}
+
+/// What the pages of the KV cache hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum KvDtype {
+    /// The activations' 16-bit type.
+    #[default]
+    Float,
+    /// Eight-bit floats (e4m3), K and V of a layer divided by a scale each.
+    Fp8,
+}
+
+impl KvDtype {
+    /// Bytes of a value.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Float => Float::BYTES,
+            Self::Fp8 => 1,
+        }
+    }
+
+    /// Behind the activations' in a kernel's name.
+    pub(crate) fn suffix(self) -> &'static str {
+        match self {
+            Self::Float => "",
+            Self::Fp8 => "_fp8",
+        }
+    }
+
+    /// Whether K and V may have these scales.
+    pub(crate) fn check_scales(self, op: &'static str, scales: [f32; 2]) -> Result<(), CudaError> {
+        let usable = |scale: f32| match self {
+            Self::Float => scale == 1.0,
+            Self::Fp8 => scale.is_finite() && scale > 0.0,
+        };
+        need(scales.into_iter().all(usable), op, || {
+            format!(
+                "K and V are scaled by {scales:?}; eight-bit ones need positive numbers, others 1"
+            )
+        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Rotary embedding of q and k (with the heads' norms where a model has them), and K and V into their pages.
 
 use super::{
-    CudaError, Device, Float, View,
+    CudaError, Device, Float, KvDtype, View,
     modules::{Shape, arguments},
     need,
 };
@@ -49,8 +49,12 @@ pub fn rope_table(
 /// Rotates q and k in place and writes k and v to their pages (see `rope.cu` for a page's layout).
 #[derive(Clone, Copy)]
 pub struct RopeWriteKv<'a> {
-    /// Type of everything but indices.
+    /// Type of everything but indices and pages.
     pub float: Float,
+    /// What the pages hold.
+    pub kv_dtype: KvDtype,
+    /// What eight-bit K and V are divided by; 1 for others.
+    pub kv_scales: [f32; 2],
     /// `[rows, (heads + 2 · kv_heads) · head_dim]`
     pub qkv: View<'a>,
     /// `[head_dim]` each: norms of q and of k.
@@ -95,7 +99,8 @@ impl RopeWriteKv<'_> {
                 && self.slot_mapping.bytes >= self.rows * 8,
             op,
             || format!("{} rows do not fit", self.rows),
-        )
+        )?;
+        self.kv_dtype.check_scales(op, self.kv_scales)
     }
 
     /// Queues it.
@@ -125,7 +130,9 @@ impl RopeWriteKv<'_> {
             shared: TILE_HEADS * TILE_ROWS * (self.head_dim + 8) * Float::BYTES,
         };
         let lanes = (self.head_dim / 16).next_power_of_two().max(4);
-        let name = format!("rope_write_kv_{lanes}_{}", self.float.suffix());
+        let (float, kv) = (self.float.suffix(), self.kv_dtype.suffix());
+        let name = format!("rope_write_kv_{lanes}_{float}{kv}");
+        let [inverse_key, inverse_value] = self.kv_scales.map(f32::recip);
         // SAFETY: parameters as in `rope.cu`; the rows fit (`validate`); positions and cache slots are in range by the
         // uploader's check.
         unsafe {
@@ -133,8 +140,21 @@ impl RopeWriteKv<'_> {
                 &name,
                 shape,
                 arguments![
-                    qkv, query_norm, key_norm, table, positions, slots, cache, rows, heads,
-                    kv_heads, head_dim, block, self.eps
+                    qkv,
+                    query_norm,
+                    key_norm,
+                    table,
+                    positions,
+                    slots,
+                    cache,
+                    rows,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    block,
+                    self.eps,
+                    inverse_key,
+                    inverse_value
                 ],
             )
         }

@@ -1,283 +1,23 @@
 //! Paged attention over shuffled pages with NaN in everything unused, against plain softmax in f64.
 
 use ashlar_kernels::cuda::{
-    DeviceBuffer, Float,
-    attention::{
-        DecodeAttention, DecodeRope, HeadShape, PlanView, PrefillAttention, Sequences,
-        prefill_items,
-    },
-    decode_plan::{DecodePlan, ITEM_WORDS, PARTS_PER_ITEM, SharedPrefix},
+    Float, KvDtype,
+    attention::{DecodeAttention, DecodeRope, HeadShape},
+    decode_plan::SharedPrefix,
     rope::{BLOCK_SIZE, RopeWriteKv, rope_table},
 };
 
-use crate::support::*;
+use crate::{
+    attention_case::{Case, shape},
+    support::*,
+};
 
-struct Case {
-    shape: HeadShape,
-    /// (rows, tokens up to and including the last row)
-    seqs: Vec<(usize, usize)>,
-}
-
-struct Data {
-    qkv: Vec<f32>,
-    qkv_gpu: DeviceBuffer,
-    cache: DeviceBuffer,
-    /// `[seq][kv_head][token][dim]`
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
-    first_rows: Vec<i32>,
-    table_starts: Vec<i32>,
-    blocks: Vec<i32>,
-    rows: usize,
-}
-
-impl Case {
-    fn data(&self, seed: u64) -> Data {
-        let mut random = Random(seed);
-        let shape = &self.shape;
-        let (float, dim, kv_heads) = (shape.float, shape.head_dim, shape.num_kv_heads);
-        let stride = (shape.num_heads + 2 * kv_heads) * dim;
-        let rows: usize = self.seqs.iter().map(|(rows, _)| rows).sum();
-        // Queries large enough for softmax to be far from flat.
-        let qkv: Vec<f32> = random
-            .values(float, rows * stride)
-            .iter()
-            .map(|v| round(float, v * 3.0))
-            .collect();
-        let pages: usize = self
-            .seqs
-            .iter()
-            .map(|(_, len)| len.div_ceil(BLOCK_SIZE))
-            .sum();
-        let order = random.shuffled(pages + 3);
-        let page = 2 * kv_heads * BLOCK_SIZE * dim;
-        let mut pool = vec![f32::NAN; (pages + 3) * page];
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        let (mut table_starts, mut blocks, mut first_rows) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut next, mut row) = (0, 0);
-        for (query_len, len) in &self.seqs {
-            first_rows.push(row as i32);
-            row += query_len;
-            table_starts.push(blocks.len() as i32);
-            let (k, v) = (
-                random.values(float, kv_heads * len * dim),
-                random.values(float, kv_heads * len * dim),
-            );
-            for logical in 0..len.div_ceil(BLOCK_SIZE) {
-                let block = order[next];
-                next += 1;
-                blocks.push(block as i32);
-                for token in logical * BLOCK_SIZE..(*len).min((logical + 1) * BLOCK_SIZE) {
-                    let offset = token % BLOCK_SIZE;
-                    for head in 0..kv_heads {
-                        let from = (head * len + token) * dim;
-                        let k_at = block * page + head * BLOCK_SIZE * dim;
-                        let v_at = k_at + kv_heads * BLOCK_SIZE * dim;
-                        for d in 0..dim {
-                            pool[k_at + offset * dim + d] = k[from + d];
-                            pool[v_at + d * BLOCK_SIZE + offset] = v[from + d];
-                        }
-                    }
-                }
-            }
-            keys.push(k);
-            values.push(v);
-        }
-        Data {
-            qkv_gpu: upload(float, &qkv),
-            qkv,
-            cache: upload(float, &pool),
-            keys,
-            values,
-            first_rows,
-            table_starts,
-            blocks,
-            rows,
-        }
-    }
-
-    fn expected(&self, data: &Data) -> Vec<f64> {
-        let shape = &self.shape;
-        let (dim, group) = (shape.head_dim, shape.num_heads / shape.num_kv_heads);
-        let stride = (shape.num_heads + 2 * shape.num_kv_heads) * dim;
-        let mut out = vec![0.0; data.rows * shape.num_heads * dim];
-        for (seq, (query_len, len)) in self.seqs.iter().enumerate() {
-            for i in 0..*query_len {
-                let row = data.first_rows[seq] as usize + i;
-                let last = len - query_len + i;
-                let first = if shape.window == 0 {
-                    0
-                } else {
-                    (last + 1).saturating_sub(shape.window)
-                };
-                for head in 0..shape.num_heads {
-                    let q = &data.qkv[row * stride + head * dim..][..dim];
-                    let at = |token: usize| (head / group * len + token) * dim;
-                    let score = |token: usize| -> f64 {
-                        let k = &data.keys[seq][at(token)..][..dim];
-                        q.iter()
-                            .zip(k)
-                            .map(|(a, b)| f64::from(*a) * f64::from(*b))
-                            .sum::<f64>()
-                            / (dim as f64).sqrt()
-                    };
-                    let scores: Vec<f64> = (first..=last).map(score).collect();
-                    let max = scores.iter().copied().fold(f64::MIN, f64::max);
-                    let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-                    let result = &mut out[(row * shape.num_heads + head) * dim..][..dim];
-                    for (token, score) in (first..=last).zip(&scores) {
-                        let weight = (score - max).exp() / total;
-                        let v = &data.values[seq][at(token)..][..dim];
-                        for (r, v) in result.iter_mut().zip(v) {
-                            *r += weight * f64::from(*v);
-                        }
-                    }
-                }
-            }
-        }
-        out
-    }
-
-    fn decode(&self, data: &Data, max_items: usize) -> Vec<f32> {
-        self.decode_by(data, &[], max_items, None)
-    }
-
-    fn decode_by(
-        &self,
-        data: &Data,
-        shared: &[SharedPrefix],
-        max_items: usize,
-        rope: Option<DecodeRope<'_>>,
-    ) -> Vec<f32> {
-        let shape = self.shape;
-        let lengths: Vec<u32> = self.seqs.iter().map(|(_, len)| *len as u32).collect();
-        let mut plan = DecodePlan::default();
-        plan.make(&shape, &lengths, shared, (max_items, max_items));
-        assert!(plan.items.len() <= max_items);
-        let mut items: Vec<i32> = plan.items.iter().flatten().copied().collect();
-        items.resize(max_items * ITEM_WORDS, 1 << 30);
-        let count = self.seqs.len();
-        let out = poisoned(data.rows * shape.num_heads * shape.head_dim * 2);
-        let parts = poisoned(max_items * PARTS_PER_ITEM * shape.part_bytes());
-        let arrived = device().alloc(count * shape.num_kv_heads * 4).unwrap();
-        let row_parts: Vec<i32> = plan.row_parts.iter().flatten().copied().collect();
-        let (num_items, items, members) = (
-            upload_i32(&[plan.items.len() as i32]),
-            upload_i32(&items),
-            upload_i32(&plan.members),
-        );
-        let (row_parts, slots) = (upload_i32(&row_parts), upload_i32(&plan.slots));
-        let (rows, starts, blocks) = (
-            upload_i32(&data.first_rows),
-            upload_i32(&data.table_starts),
-            upload_i32(&data.blocks),
-        );
-        let lens: Vec<i32> = lengths.iter().map(|len| *len as i32).collect();
-        let lens = upload_i32(&lens);
-        let attention = DecodeAttention {
-            shape,
-            qkv: data.qkv_gpu.view(),
-            cache: data.cache.view(),
-            out: out.view(),
-            plan: PlanView {
-                num_items: num_items.view(),
-                items: items.view(),
-                members: members.view(),
-                row_parts: row_parts.view(),
-                slots: slots.view(),
-            },
-            sequences: Sequences {
-                rows: rows.view(),
-                context_lens: lens.view(),
-                table_starts: starts.view(),
-                blocks: blocks.view(),
-                count,
-            },
-            parts: parts.view(),
-            arrived: arrived.view(),
-            rope,
-            shares: plan.items.iter().any(|item| item[1] > 1),
-            max_items,
-        };
-        attention.launch(device()).unwrap();
-        let first = download(
-            shape.float,
-            &out,
-            data.rows * shape.num_heads * shape.head_dim,
-        );
-        // Counters are back at zero: a second launch gives the same, bit for bit.
-        device().fill(out.view(), 0xFF).unwrap();
-        attention.launch(device()).unwrap();
-        assert_eq!(first, download(shape.float, &out, first.len()));
-        first
-    }
-
-    fn prefill(&self, data: &Data) -> Vec<f32> {
-        self.prefill_by(data, false)
-    }
-
-    fn prefill_by(&self, data: &Data, portable: bool) -> Vec<f32> {
-        let shape = self.shape;
-        let mut items = Vec::new();
-        prefill_items(
-            self.seqs
-                .iter()
-                .map(|(rows, len)| (*rows as u32, *len as u32)),
-            &mut items,
-        );
-        let flat: Vec<i32> = items.iter().flatten().copied().collect();
-        let out = poisoned(data.rows * shape.num_heads * shape.head_dim * 2);
-        let column = |pick: fn(&(usize, usize)) -> usize| -> DeviceBuffer {
-            let values: Vec<i32> = self.seqs.iter().map(|seq| pick(seq) as i32).collect();
-            upload_i32(&values)
-        };
-        let (query_lens, context_lens) = (column(|seq| seq.0), column(|seq| seq.1));
-        let (rows, starts, blocks) = (
-            upload_i32(&data.first_rows),
-            upload_i32(&data.table_starts),
-            upload_i32(&data.blocks),
-        );
-        PrefillAttention {
-            shape,
-            qkv: data.qkv_gpu.view(),
-            cache: data.cache.view(),
-            out: out.view(),
-            items: upload_i32(&flat).view(),
-            sequences: Sequences {
-                rows: rows.view(),
-                context_lens: context_lens.view(),
-                table_starts: starts.view(),
-                blocks: blocks.view(),
-                count: self.seqs.len(),
-            },
-            query_lens: query_lens.view(),
-            num_items: items.len(),
-            portable,
-        }
-        .launch(device())
-        .unwrap();
-        download(
-            shape.float,
-            &out,
-            data.rows * shape.num_heads * shape.head_dim,
-        )
-    }
-}
-
-fn shape(
-    float: Float,
-    num_heads: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
-    window: usize,
-) -> HeadShape {
-    HeadShape {
-        float,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        window,
-    }
+/// Every type of pages, with its scales, and every other value.
+fn kv_dtypes_and<T: Copy, const N: usize>(
+    others: [T; N],
+) -> impl Iterator<Item = ((KvDtype, [f32; 2]), T)> {
+    let pairs = move |kv| others.into_iter().map(move |other| (kv, other));
+    KV_DTYPES.into_iter().flat_map(pairs)
 }
 
 const HEADS: [(usize, usize, usize); 8] = [
@@ -295,17 +35,21 @@ const HEADS: [(usize, usize, usize); 8] = [
 fn decode_whole_and_cut() {
     for float in FLOATS {
         for (heads, kv_heads, dim) in HEADS {
-            for window in [0, 50] {
+            for ((kv_dtype, kv_scales), window) in kv_dtypes_and([0, 50]) {
                 let lengths = [1, 15, 16, 17, 63, 64, 65, 100, 333, 1000];
                 let case = Case {
-                    shape: shape(float, heads, kv_heads, dim, window),
+                    shape: HeadShape {
+                        kv_dtype,
+                        ..shape(float, heads, kv_heads, dim, window)
+                    },
+                    kv_scales,
                     seqs: lengths.iter().map(|len| (1, *len)).collect(),
                 };
                 let data = case.data(heads as u64);
                 let expected = case.expected(&data);
                 for max_items in [lengths.len(), 37, 400] {
                     let what = format!(
-                        "{float:?} {heads}/{kv_heads}×{dim} window {window} items {max_items}"
+                        "{float:?} {kv_dtype:?} {heads}/{kv_heads}×{dim} window {window} items {max_items}"
                     );
                     assert_close(&what, float, &case.decode(&data, max_items), &expected);
                 }
@@ -317,15 +61,19 @@ fn decode_whole_and_cut() {
 /// So many rows that four blocks run on a multiprocessor, or three, or two.
 #[test]
 fn decode_of_many_rows() {
-    for count in [30, 45, 80] {
+    for ((kv_dtype, kv_scales), count) in kv_dtypes_and([30, 45, 80]) {
         let case = Case {
-            shape: shape(Float::Bf16, 32, 8, 128, 0),
+            shape: HeadShape {
+                kv_dtype,
+                ..shape(Float::Bf16, 32, 8, 128, 0)
+            },
+            kv_scales,
             seqs: (0..count).map(|row| (1, 10 + row * 7 % 200)).collect(),
         };
         let data = case.data(count as u64);
         let found = case.decode(&data, count + 20);
         assert_close(
-            &format!("{count} rows"),
+            &format!("{kv_dtype:?} {count} rows"),
             Float::Bf16,
             &found,
             &case.expected(&data),
@@ -336,11 +84,15 @@ fn decode_of_many_rows() {
 /// Rows 1.. begin with the pages of row 1; their own come behind.
 #[test]
 fn decode_of_rows_that_share_pages() {
-    for float in FLOATS {
+    for (kv, float) in kv_dtypes_and(FLOATS) {
         for (heads, kv_heads, dim) in HEADS {
             let lengths = [40, 700, 701, 545, 544, 1000, 560, 643, 700, 2000, 577];
             let case = Case {
-                shape: shape(float, heads, kv_heads, dim, 0),
+                shape: HeadShape {
+                    kv_dtype: kv.0,
+                    ..shape(float, heads, kv_heads, dim, 0)
+                },
+                kv_scales: kv.1,
                 seqs: lengths.iter().map(|len| (1, *len)).collect(),
             };
             let mut data = case.data(dim as u64);
@@ -364,7 +116,7 @@ fn decode_of_rows_that_share_pages() {
             let members: Vec<u32> = (1..lengths.len() as u32).collect();
             let shared = [SharedPrefix { members, pages }];
             for max_items in [lengths.len(), 22, 60, 400] {
-                let what = format!("{float:?} {heads}/{kv_heads}×{dim} items {max_items}");
+                let what = format!("{float:?} {kv:?} {heads}/{kv_heads}×{dim} items {max_items}");
                 let found = case.decode_by(&data, &shared, max_items, None);
                 assert_close(&what, float, &found, &expected);
             }
@@ -375,7 +127,7 @@ fn decode_of_rows_that_share_pages() {
 /// With q and k as the product made them: what attention rotates and writes itself is what the two kernels do one by one.
 #[test]
 fn decode_rotates_and_writes_the_cache() {
-    for float in FLOATS {
+    for ((kv_dtype, kv_scales), float) in kv_dtypes_and(FLOATS) {
         for (heads, kv_heads, dim) in HEADS {
             if !DecodeAttention::rotates(dim) {
                 continue;
@@ -383,7 +135,11 @@ fn decode_rotates_and_writes_the_cache() {
             for (window, has_norms) in [(0, false), (50, true), (0, true)] {
                 let lengths = [1, 15, 16, 17, 33, 63, 64, 65, 100, 333, 1000];
                 let case = Case {
-                    shape: shape(float, heads, kv_heads, dim, window),
+                    shape: HeadShape {
+                        kv_dtype,
+                        ..shape(float, heads, kv_heads, dim, window)
+                    },
+                    kv_scales,
                     seqs: lengths.iter().map(|len| (1, *len)).collect(),
                 };
                 let data = case.data(heads as u64 + 7);
@@ -416,7 +172,8 @@ fn decode_rotates_and_writes_the_cache() {
                     norms,
                     eps: 1e-6,
                 };
-                let what = format!("{float:?} {heads}/{kv_heads}×{dim} window {window}");
+                let what =
+                    format!("{float:?} {kv_dtype:?} {heads}/{kv_heads}×{dim} window {window}");
                 let mut fused = Vec::new();
                 for max_items in [lengths.len(), 37, 400] {
                     device().write(&whole_cache, data.cache.view()).unwrap();
@@ -437,6 +194,8 @@ fn decode_rotates_and_writes_the_cache() {
                 let positions: Vec<u32> = lengths.iter().map(|len| *len as u32 - 1).collect();
                 RopeWriteKv {
                     float,
+                    kv_dtype,
+                    kv_scales,
                     qkv: data.qkv_gpu.view(),
                     norms,
                     table: table.view(),
@@ -459,24 +218,20 @@ fn decode_rotates_and_writes_the_cache() {
                 for found in &fused {
                     assert_close(&what, float, found, &apart);
                 }
-                let decoded = |bytes: &[u8]| -> Vec<f32> {
-                    let whole = upload_bytes(bytes);
-                    download(float, &whole, bytes.len() / 2)
-                };
-                let (found, expected) = (
-                    decoded(&fused_cache),
-                    decoded(&device().read(data.cache.view()).unwrap()),
-                );
-                let ulp = if float == Float::Bf16 {
-                    1.0 / 128.0
-                } else {
-                    1.0 / 1024.0
+                let expected_cache = device().read(data.cache.view()).unwrap();
+                let [found, expected] = [fused_cache, expected_cache]
+                    .map(|bytes| page_values_of(float, kv_dtype, &bytes));
+                // Of a value, and of the smallest eight-bit ones.
+                let (ulp, least) = match (kv_dtype, float) {
+                    (KvDtype::Fp8, _) => (1.0 / 8.0, 1.0 / 512.0),
+                    (KvDtype::Float, Float::Bf16) => (1.0 / 128.0, 0.0),
+                    (KvDtype::Float, Float::F16) => (1.0 / 1024.0, 0.0),
                 };
                 for (found, expected) in found.iter().zip(&expected) {
                     let same = found.is_nan() == expected.is_nan();
                     // The sum of a norm goes in another order: a bit in the last place.
-                    let near =
-                        expected.is_nan() || (found - expected).abs() <= expected.abs() * ulp;
+                    let most = (expected.abs() * ulp).max(least);
+                    let near = expected.is_nan() || (found - expected).abs() <= most;
                     assert!(
                         same && near,
                         "{what}: the cache has {found}, not {expected}"
@@ -491,7 +246,7 @@ fn decode_rotates_and_writes_the_cache() {
 fn prefill_with_and_without_a_prefix() {
     for float in FLOATS {
         for (heads, kv_heads, dim) in [(9, 3, 64), (8, 2, 128), (6, 2, 96), (4, 1, 256)] {
-            for window in [0, 40, 150] {
+            for ((kv_dtype, kv_scales), window) in kv_dtypes_and([0, 40, 150]) {
                 let seqs = vec![
                     (2, 2),
                     (16, 16),
@@ -504,11 +259,16 @@ fn prefill_with_and_without_a_prefix() {
                     (64, 1000),
                 ];
                 let case = Case {
-                    shape: shape(float, heads, kv_heads, dim, window),
+                    shape: HeadShape {
+                        kv_dtype,
+                        ..shape(float, heads, kv_heads, dim, window)
+                    },
+                    kv_scales,
                     seqs,
                 };
                 let data = case.data(dim as u64);
-                let what = format!("{float:?} {heads}/{kv_heads}×{dim} window {window}");
+                let what =
+                    format!("{float:?} {kv_dtype:?} {heads}/{kv_heads}×{dim} window {window}");
                 let expected = case.expected(&data);
                 for portable in [false, true] {
                     let what = format!("{what} portable {portable}");
@@ -524,6 +284,7 @@ fn a_row_does_not_depend_on_its_company() {
     let float = Float::Bf16;
     let alone = Case {
         shape: shape(float, 8, 2, 128, 0),
+        kv_scales: [1.0; 2],
         seqs: vec![(70, 200)],
     };
     let data = alone.data(5);
@@ -546,6 +307,7 @@ fn prefill_of_more_work_than_blocks() {
             seqs.push((40, 3000));
             let case = Case {
                 shape: shape(Float::Bf16, heads, kv_heads, dim, window),
+                kv_scales: [1.0; 2],
                 seqs,
             };
             let data = case.data(dim as u64 + 1);
@@ -556,6 +318,53 @@ fn prefill_of_more_work_than_blocks() {
                 assert_eq!(case.prefill(&data), first, "{what} again");
             }
         }
+    }
+}
+
+/// As many tokens as end in the middle of what a warp reads at once, cut into items of odd numbers of pages.
+#[test]
+fn eight_bit_pages_are_cut_anywhere() {
+    let (kv_dtype, kv_scales) = KV_DTYPES[1];
+    for float in FLOATS {
+        for (heads, kv_heads, dim) in [(9, 3, 64), (6, 2, 96), (8, 2, 128), (8, 1, 256)] {
+            let lengths: Vec<usize> = (1..=12).map(|pages| pages * 16 * 7 - 5).collect();
+            let case = Case {
+                shape: HeadShape {
+                    kv_dtype,
+                    ..shape(float, heads, kv_heads, dim, 0)
+                },
+                kv_scales,
+                seqs: lengths.iter().map(|len| (1, *len)).collect(),
+            };
+            let data = case.data(dim as u64 + 3);
+            let expected = case.expected(&data);
+            for max_items in [13, 16, 21, 30, 50, 77, 110] {
+                let what = format!("{float:?} {heads}/{kv_heads}×{dim} items {max_items}");
+                assert_close(&what, float, &case.decode(&data, max_items), &expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn scales_that_pages_cannot_have_are_refused() {
+    for (kv_dtype, kv_scales) in [
+        (KvDtype::Float, [1.0, 0.5]),
+        (KvDtype::Fp8, [0.0, 1.0]),
+        (KvDtype::Fp8, [1.0, f32::NAN]),
+        (KvDtype::Fp8, [f32::INFINITY, 1.0]),
+    ] {
+        let mut case = Case {
+            shape: HeadShape {
+                kv_dtype,
+                ..shape(Float::Bf16, 8, 2, 128, 0)
+            },
+            kv_scales: [1.0; 2],
+            seqs: vec![(1, 20)],
+        };
+        let data = case.data(1);
+        case.kv_scales = kv_scales;
+        assert!(case.try_prefill(&data, false).is_err(), "{kv_scales:?}");
     }
 }
 

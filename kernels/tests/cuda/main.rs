@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
 
 mod attention;
+mod attention_case;
 mod eight_bit;
 mod elementwise;
 mod int4;

@@ -1,18 +1,31 @@
 //! Rotation, head norms, and where K and V land.
 
-use ashlar_kernels::cuda::rope::{BLOCK_SIZE, RopeWriteKv, rope_table};
+use ashlar_kernels::{
+    cuda::{
+        Float, KvDtype,
+        rope::{BLOCK_SIZE, RopeWriteKv, rope_table},
+    },
+    e4m3,
+};
 
 use crate::support::*;
 
+/// Eight-bit ones with scales that cut the largest values.
+const KV: [(KvDtype, [f32; 2]); 2] = [(KvDtype::Float, [1.0; 2]), (KvDtype::Fp8, [0.0025, 0.002])];
+const HEADS: [(usize, usize, usize, bool); 4] = [
+    (9, 3, 64, false),
+    (4, 1, 128, true),
+    (2, 2, 96, false),
+    (3, 1, 256, true),
+];
+
 #[test]
 fn rotates_norms_and_writes_pages() {
-    for float in FLOATS {
-        for (heads, kv_heads, dim, normed) in [
-            (9, 3, 64, false),
-            (4, 1, 128, true),
-            (2, 2, 96, false),
-            (3, 1, 256, true),
-        ] {
+    for (float, (kv_dtype, kv_scales)) in FLOATS
+        .into_iter()
+        .flat_map(|float| KV.map(|kv| (float, kv)))
+    {
+        for (heads, kv_heads, dim, normed) in HEADS {
             let mut random = Random(dim as u64);
             let (rows, positions, blocks) = (19, 500, 6);
             let all = heads + 2 * kv_heads;
@@ -38,12 +51,14 @@ fn rotates_norms_and_writes_pages() {
             )
             .unwrap();
             let page = 2 * kv_heads * BLOCK_SIZE * dim;
-            let cache = poisoned(blocks * page * 2);
+            let cache = poisoned(blocks * page * kv_dtype.bytes());
             let slot_bytes: Vec<u8> = slots.iter().flat_map(|s| s.to_le_bytes()).collect();
             let gpu = upload(float, &qkv);
             let (query_norm, key_norm) = (upload(float, &norms.0), upload(float, &norms.1));
             RopeWriteKv {
                 float,
+                kv_dtype,
+                kv_scales,
                 qkv: gpu.view(),
                 norms: normed.then(|| (query_norm.view(), key_norm.view())),
                 table: table.view(),
@@ -83,7 +98,8 @@ fn rotates_norms_and_writes_pages() {
                     .collect()
             };
             let after = download(float, &gpu, rows * all * dim);
-            let pages = download(float, &cache, blocks * page);
+            let bytes = device().read(cache.view()).unwrap();
+            let pages = page_values_of(float, kv_dtype, &bytes);
             let (mut q, mut q_expected) = (Vec::new(), Vec::new());
             let (mut k, mut k_expected) = (Vec::new(), Vec::new());
             for row in 0..rows {
@@ -106,16 +122,41 @@ fn rotates_norms_and_writes_pages() {
                     let stored: Vec<f32> = (0..dim)
                         .map(|i| pages[values + i * BLOCK_SIZE + offset])
                         .collect();
-                    assert_eq!(
-                        stored,
-                        qkv[(row * all + heads + kv_heads + kv_head) * dim..][..dim]
-                    );
+                    let given = &qkv[(row * all + heads + kv_heads + kv_head) * dim..][..dim];
+                    let given = given.iter().map(|v| match kv_dtype {
+                        KvDtype::Float => *v,
+                        KvDtype::Fp8 => e4m3::widen(e4m3::narrow(v * kv_scales[1].recip())),
+                    });
+                    assert_eq!(stored, given.collect::<Vec<f32>>());
                 }
             }
             assert_close("q", float, &q, &q_expected);
-            assert_close("k", float, &k, &k_expected);
+            match kv_dtype {
+                KvDtype::Float => assert_close("k", float, &k, &k_expected),
+                KvDtype::Fp8 => assert_nearest(float, kv_scales[0], &k, &k_expected),
+            }
             let written = slots.iter().filter(|slot| **slot >= 0).count() * 2 * kv_heads * dim;
             assert_eq!(pages.iter().filter(|v| !v.is_nan()).count(), written);
         }
+    }
+}
+
+/// `stored` are the nearest eight-bit floats to `expected / scale`, but for what computing in `float` adds.
+fn assert_nearest(float: Float, scale: f32, stored: &[f32], expected: &[f64]) {
+    let most = f64::from(e4m3::MAX);
+    let wanted: Vec<f64> = expected.iter().map(|v| v / f64::from(scale)).collect();
+    let largest = wanted.iter().fold(0f64, |largest, v| largest.max(v.abs()));
+    assert!(largest > most, "none is cut");
+    // A norm and a sum are rounded.
+    let rounding = match float {
+        Float::Bf16 => 2.0 / 256.0,
+        Float::F16 => 2.0 / 2048.0,
+    };
+    for (stored, wanted) in stored.iter().zip(wanted) {
+        let wanted = wanted.clamp(-most, most);
+        // Half of a step: a sixteenth of the power of two below, or 2⁻¹⁰.
+        let allowed = (wanted.abs() / 16.0).max(1.0 / 1024.0) + rounding * largest;
+        let off = (f64::from(*stored) - wanted).abs();
+        assert!(off <= allowed, "{stored}, not {wanted}");
     }
 }

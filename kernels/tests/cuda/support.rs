@@ -2,10 +2,16 @@
 
 use std::sync::OnceLock;
 
-use ashlar_kernels::cuda::{Device, DeviceBuffer, Float};
+use ashlar_kernels::{
+    cuda::{Device, DeviceBuffer, Float, KvDtype},
+    e4m3,
+};
 use half::{bf16, f16};
 
 pub(crate) const FLOATS: [Float; 2] = [Float::Bf16, Float::F16];
+/// What pages hold, and the scales of K and V.
+pub(crate) const KV_DTYPES: [(KvDtype, [f32; 2]); 2] =
+    [(KvDtype::Float, [1.0; 2]), (KvDtype::Fp8, [0.0125, 0.03])];
 
 /// One device for all tests: they queue on one stream.
 pub(crate) fn device() -> &'static Device {
@@ -66,6 +72,28 @@ pub(crate) fn bytes_of(float: Float, values: &[f32]) -> Vec<u8> {
         Float::F16 => values
             .flat_map(|v| f16::from_f32(*v).to_le_bytes())
             .collect(),
+    }
+}
+
+/// What pages of this type hold of a value that is stored in them; they are scaled already.
+pub(crate) fn stored(kv_dtype: KvDtype, value: f32) -> f32 {
+    match kv_dtype {
+        KvDtype::Float => value,
+        KvDtype::Fp8 => e4m3::widen(e4m3::narrow(value)),
+    }
+}
+
+pub(crate) fn page_bytes_of(float: Float, kv_dtype: KvDtype, values: &[f32]) -> Vec<u8> {
+    match kv_dtype {
+        KvDtype::Float => bytes_of(float, values),
+        KvDtype::Fp8 => values.iter().map(|v| e4m3::narrow(*v)).collect(),
+    }
+}
+
+pub(crate) fn page_values_of(float: Float, kv_dtype: KvDtype, bytes: &[u8]) -> Vec<f32> {
+    match kv_dtype {
+        KvDtype::Float => values_of(float, bytes),
+        KvDtype::Fp8 => bytes.iter().map(|byte| e4m3::widen(*byte)).collect(),
     }
 }
 
