@@ -338,9 +338,6 @@ impl EngineArgs {
             let flag = "--dtype float32".to_owned();
             return refuse(flag, "use auto, bfloat16 or float16, or --device cpu");
         }
-        if self.kv_cache_dtype == KvCacheDtype::Fp8 {
-            return refuse("--kv-cache-dtype fp8".to_owned(), "use auto");
-        }
         if self.block_size != cpu::BLOCK_SIZE {
             return refuse(format!("--block-size {}", self.block_size), "use 16");
         }

@@ -284,6 +284,10 @@ fn load_on_gpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
             Dtype::Auto | Dtype::Float32 => None,
         },
         quantize_fp8: args.quantization == Quantization::Fp8,
+        kv_dtype: match args.kv_cache_dtype {
+            KvCacheDtype::Auto => cuda::KvDtype::Float,
+            KvCacheDtype::Fp8 => cuda::KvDtype::Fp8,
+        },
         ordinal: 0,
         gpu_memory_utilization: args.gpu_memory_utilization,
         kv_cache_memory_bytes: args.kv_cache_memory_bytes,

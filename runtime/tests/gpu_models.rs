@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)] // Tests fail by panicking.
 
 mod common;
+#[path = "gpu_models/fp8_cache.rs"]
+mod fp8_cache;
 #[path = "gpu_models/quantized.rs"]
 mod quantized;
 
@@ -13,7 +15,7 @@ use ashlar::{
     engine::request::TokenId,
     model_runner::{
         RankedRunner,
-        cuda::{self, CudaRunner, CudaRunnerConfig, Float},
+        cuda::{self, CudaRunner, CudaRunnerConfig, Float, KvDtype},
     },
     models::loader::LoadFormat,
 };
@@ -31,6 +33,7 @@ fn config(path: &Path, float: Float, enforce_eager: bool) -> CudaRunnerConfig {
         load_format: LoadFormat::Auto,
         dtype: Some(float),
         quantize_fp8: false,
+        kv_dtype: KvDtype::Float,
         ordinal: 0,
         gpu_memory_utilization: 0.5,
         kv_cache_memory_bytes: Some(256 << 20),

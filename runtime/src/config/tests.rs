@@ -88,7 +88,7 @@ fn contradictions_and_what_the_cpu_cannot_do_are_refused_by_name() {
     refused(&["m", "--dtype", "half"], "--dtype float16");
     for dtype in ["auto", "fp8", "fp8_e4m3"] {
         let args = parse(&["m", "--kv-cache-dtype", dtype]).unwrap();
-        assert_eq!(args.validate(), Ok(()));
+        assert_eq!((args.validate(), args.validate_for_gpu()), (Ok(()), Ok(())));
     }
     refused(&["m", "--max-model-len", "0"], "--max-model-len");
     refused(

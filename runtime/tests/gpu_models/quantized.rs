@@ -18,6 +18,7 @@ fn gpu_with(path: &Path, float: Option<Float>, quantize_fp8: bool) -> Driver<Cud
             load_format: LoadFormat::Auto,
             dtype: float,
             quantize_fp8,
+            kv_dtype: KvDtype::Float,
             ordinal: 0,
             gpu_memory_utilization: 0.5,
             kv_cache_memory_bytes: Some(256 << 20),

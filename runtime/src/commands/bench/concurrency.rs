@@ -207,7 +207,7 @@ async fn on_cpu(args: &ConcurrencyArgs, sizes: &Sizes) -> anyhow::Result<()> {
 
 #[cfg(feature = "cuda")]
 async fn on_gpu(args: &ConcurrencyArgs, sizes: &Sizes) -> anyhow::Result<()> {
-    use ashlar::model_runner::cuda::{CudaRunner, CudaRunnerConfig};
+    use ashlar::model_runner::cuda::{CudaRunner, CudaRunnerConfig, KvDtype};
 
     let (model, path) = find(args)?;
     let config = CudaRunnerConfig {
@@ -215,6 +215,7 @@ async fn on_gpu(args: &ConcurrencyArgs, sizes: &Sizes) -> anyhow::Result<()> {
         load_format: args.load_format.into(),
         dtype: None,
         quantize_fp8: false,
+        kv_dtype: KvDtype::Float,
         ordinal: 0,
         gpu_memory_utilization: GPU_MEMORY_UTILIZATION,
         kv_cache_memory_bytes: Some(args.kv_cache_memory_bytes.unwrap_or(GPU_KV_CACHE_BYTES)),

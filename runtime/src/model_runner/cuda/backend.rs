@@ -15,7 +15,7 @@ mod weights;
 use std::sync::Arc;
 
 use ashlar_kernels::cuda::{
-    CudaError, Device, DeviceBuffer, Float, View, attention::HeadShape,
+    CudaError, Device, DeviceBuffer, Float, KvDtype, View, attention::HeadShape,
     decode_plan::PARTS_PER_ITEM, gemm::Fp8Gemm, int4_gemm::Int4Gemm, skinny,
 };
 
@@ -29,6 +29,10 @@ pub(super) type GpuMatrix = Arc<Matrix>;
 /// Sizes of a [`CudaBackend`].
 pub(super) struct CudaBackendConfig {
     pub(super) float: Float,
+    /// What the KV cache stores.
+    pub(super) kv_dtype: KvDtype,
+    /// What K and V of each layer are divided by in eight bits; 1 in others.
+    pub(super) kv_scales: Vec<[f32; 2]>,
     /// Layers hold integers, in four bits for the most part.
     pub(super) integers: bool,
     /// Positions in the rotary table.
@@ -53,6 +57,7 @@ pub(super) struct CudaBackend {
     /// Pages of all layers; none before [`Self::set_cache`].
     cache: Option<DeviceBuffer>,
     layer_bytes: usize,
+    kv_scales: Vec<[f32; 2]>,
     num_layers: usize,
     /// The step's arrays.
     pub(super) step: DeviceBuffer,
@@ -87,6 +92,7 @@ impl CudaBackend {
     ) -> Result<Self, CudaError> {
         let shape = HeadShape {
             float: config.float,
+            kv_dtype: config.kv_dtype,
             num_heads: model.num_heads,
             num_kv_heads: model.num_kv_heads,
             head_dim: model.head_dim,
@@ -120,6 +126,7 @@ impl CudaBackend {
             rope_table,
             cache: None,
             layer_bytes: 0,
+            kv_scales: config.kv_scales.clone(),
             num_layers: model.num_layers,
             step: device.alloc(config.step_bytes)?,
             layout: Layout::default(),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{CudaError, Float};
+use super::{CudaError, Float, KvDtype};
 use crate::{model_runner::ranks::RankError, models::loader::LoadFormat, weights::WeightsError};
 
 /// What a [`CudaRunner`] is built from.
@@ -16,6 +16,8 @@ pub struct CudaRunnerConfig {
     pub dtype: Option<Float>,
     /// Rounds 16-bit weights to eight-bit floats as they are loaded.
     pub quantize_fp8: bool,
+    /// What the KV cache stores.
+    pub kv_dtype: KvDtype,
     /// Which GPU.
     pub ordinal: usize,
     /// Share of the GPU's memory to use.

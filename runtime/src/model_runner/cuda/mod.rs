@@ -27,7 +27,7 @@ use std::{
 };
 
 pub use self::config::{CudaRunnerConfig, CudaRunnerError};
-pub use ashlar_kernels::cuda::{CudaError, Float};
+pub use ashlar_kernels::cuda::{CudaError, Float, KvDtype};
 use ashlar_kernels::cuda::{Device, Graph, attention::DecodeAttention, gemm, peers::Peers};
 
 use self::{
@@ -157,7 +157,12 @@ impl CudaRunner {
         let max_model_len = model_len(config, &model)?;
         let max_logit_rows = max_logit_rows(config.max_num_seqs) as usize;
         let max_rows = gemm::bucket(config.max_num_batched_tokens as usize);
-        let mut backend_config = backend_config(&device, config, &model, float, max_model_len);
+        let kv_scales = match config.kv_dtype {
+            KvDtype::Float => vec![[1.0; 2]; model.num_layers],
+            KvDtype::Fp8 => checkpoint.kv_scales(model.num_layers)?,
+        };
+        let mut backend_config =
+            backend_config(&device, config, &model, float, max_model_len, kv_scales);
         backend_config.integers = float == Float::F16 && has_integers(&checkpoint, &model);
         let mut backend = CudaBackend::new(&device, &model, &backend_config)?;
         let decoder = loader::load(

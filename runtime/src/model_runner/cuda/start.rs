@@ -106,12 +106,14 @@ pub(super) fn backend_config(
     model: &ModelConfig,
     float: Float,
     max_model_len: u32,
+    kv_scales: Vec<[f32; 2]>,
 ) -> CudaBackendConfig {
     let max_num_seqs = config.max_num_seqs as usize;
     let max_logit_rows = max_logit_rows(config.max_num_seqs) as usize;
     let rows = config.max_num_batched_tokens as usize;
     let shape = ashlar_kernels::cuda::attention::HeadShape {
         float,
+        kv_dtype: config.kv_dtype,
         num_heads: model.num_heads,
         num_kv_heads: model.num_kv_heads,
         head_dim: model.head_dim,
@@ -131,6 +133,8 @@ pub(super) fn backend_config(
     });
     CudaBackendConfig {
         float,
+        kv_dtype: config.kv_dtype,
+        kv_scales,
         integers: false,
         max_model_len: max_model_len as usize,
         step_bytes: largest.bytes,

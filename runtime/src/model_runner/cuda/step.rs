@@ -366,7 +366,7 @@ fn put64(bytes: &mut [u8], offset: usize, values: impl Iterator<Item = i64>) {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, missing_docs)] // Tests fail by panicking.
 mod tests {
-    use ashlar_kernels::cuda::{Float, attention::HeadShape};
+    use ashlar_kernels::cuda::{Float, KvDtype, attention::HeadShape};
 
     use super::{Layout, StepBuilder};
     use crate::{
@@ -376,6 +376,7 @@ mod tests {
 
     const SHAPE: HeadShape = HeadShape {
         float: Float::Bf16,
+        kv_dtype: KvDtype::Float,
         num_heads: 8,
         num_kv_heads: 2,
         head_dim: 64,

@@ -31,6 +31,7 @@ impl CudaBackend {
             shape: self.shape,
             qkv: qkv.view(),
             cache: self.layer_cache(layer)?,
+            kv_scales: self.kv_scales[layer],
             out: out.view(),
             plan: PlanView {
                 num_items: self.at(section.num_items),
@@ -75,6 +76,7 @@ impl CudaBackend {
             shape: self.shape,
             qkv: qkv.view(),
             cache: self.layer_cache(layer)?,
+            kv_scales: self.kv_scales[layer],
             out: out.view(),
             items: self.at(layout.prefill_items),
             sequences: Sequences {

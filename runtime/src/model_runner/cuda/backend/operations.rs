@@ -184,6 +184,8 @@ impl Backend for CudaBackend {
         let result = self.settle(qkv).and_then(|()| {
             RopeWriteKv {
                 float: self.float,
+                kv_dtype: self.shape.kv_dtype,
+                kv_scales: self.kv_scales[args.layer],
                 qkv: qkv.view(),
                 norms: args
                     .norms
