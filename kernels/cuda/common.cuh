@@ -80,6 +80,15 @@ __device__ __forceinline__ uint2 load_once8(const void *p) {
     return v;
 }
 
+// 16 bytes into shared memory, asynchronously; zeros unless `valid`, and nothing is read then.
+__device__ __forceinline__ void copy16(uint32_t to, const void *from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
+}
+// Four 8×8 matrices of 16 bits from shared memory, a row at each lane's address.
+__device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+}
+
 // Eight values of 16 bits in a vector register.
 union Vec8 {
     uint4 v;

@@ -4,6 +4,9 @@
 // copies bring in. V pages are stored as [dim][token], so both products read their operands without a transposition.
 // Flash attention 2 (arXiv 2307.08691), with an online softmax in base 2. Tiles of eight-bit floats come as they are, and become
 // T, which holds them exactly, once for all rows.
+//
+// A row's result depends on nothing but the row and its tokens, bit for bit: tiles begin at multiples of 64 tokens wherever the
+// query does, tokens that a row does not see add exact zeros, and what other rows of the warp find never rescales it.
 #include "fp8.cuh"
 
 constexpr int BLOCK = 16, TILE_ROWS = 128, TILE_TOKENS = 64, WARPS = 4, PAGES = TILE_TOKENS / BLOCK;
@@ -24,13 +27,6 @@ struct PrefillAttention {
     float value_scale;       // of eight-bit floats
 };
 
-__device__ __forceinline__ void copy16(uint32_t to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
-}
-__device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
-}
-
 // Bytes of shared memory: rows of D = 96 are stored 128 wide, so that the swizzle stays inside a row.
 template <int D> constexpr int STRIDE = D == 96 ? 128 : D;
 
@@ -49,6 +45,7 @@ template <typename T, typename KV, int D, int RUN> __device__ __forceinline__ vo
     const int seq = work.x, head = blockIdx.y, kv_head = head / (p.num_heads / p.num_kv_heads);
     const int query_len = p.query_lens[seq], context = p.context_lens[seq], first_row = work.y * TILE_ROWS;
     const int num_rows = min(TILE_ROWS, query_len - first_row);
+    if (num_rows <= 0) return; // a captured step's padding
     const int position = context - query_len + first_row; // of the tile's first row
     const int last_token = min(context, position + num_rows);
     const int first_token = p.window > 0 ? max(0, position + 1 - p.window) : 0;
@@ -168,8 +165,8 @@ template <typename T, typename KV, int D, int RUN> __device__ __forceinline__ vo
 #pragma unroll
         for (int run = 0; run < TILE_TOKENS / RUN; run++) {
             const int token0 = tile * TILE_TOKENS + run * RUN;
-            // Rows of this warp end before these tokens begin: nothing to see.
-            if (token0 > position + warp_row + 31) continue;
+            // This warp has no row, or its rows end before these tokens begin: nothing to see.
+            if (warp_row >= num_rows || token0 > position + warp_row + 31) continue;
             float s[2][RUN / 8][4];
 #pragma unroll
             for (int m = 0; m < 2; m++)
@@ -219,7 +216,8 @@ template <typename T, typename KV, int D, int RUN> __device__ __forceinline__ vo
                     const float shift = now == -INFINITY ? 0.f : now * p.scale;
                     const bool grows = now > maximum[m][r];
                     if (__any_sync(0xffffffffu, grows)) {
-                        const float factor = exp2_fast(maximum[m][r] * p.scale - shift); // of -∞: 0
+                        // Of -∞: 0. A row that does not grow keeps its sums as they are: the fused product is not exact.
+                        const float factor = grows ? exp2_fast(fmaf(maximum[m][r], p.scale, -shift)) : 1.f;
                         maximum[m][r] = now;
                         sum[m][r] *= factor;
 #pragma unroll

@@ -12,6 +12,7 @@ use ashlar_kernels::cuda::{
     gemm::{Fp8Gemm, Gemm, bucket},
     int4::{DequantizeInt4, Int4View},
     int4_gemm::Int4Gemm,
+    invariant_gemm::InvariantGemm,
     rope::{BLOCK_SIZE, RopeWriteKv},
     sampling::{MAX_LOGPROBS, Sample, SampleRow},
     skinny::{Input, Output, SkinnyGemm, Weight},
@@ -30,6 +31,21 @@ fn limit(name: &str, default: f64) -> f64 {
         .ok()
         .and_then(|v| v.parse().ok())
         .unwrap_or(default)
+}
+
+/// The same product by the kernel that is one for all numbers of rows.
+fn invariant<'a>(gemm: &Gemm<'a>) -> InvariantGemm<'a> {
+    InvariantGemm {
+        float: gemm.float,
+        x: gemm.x,
+        weight: gemm.weight,
+        bias: gemm.bias,
+        y: gemm.y,
+        f32_out: gemm.f32_out,
+        m: gemm.m,
+        n: gemm.n,
+        k: gemm.k,
+    }
 }
 
 impl Bench {
@@ -349,6 +365,10 @@ impl Bench {
                 gemm(0).tune(&self.device, 3).unwrap();
                 let us = self.time(2 * sets.max(10), |i| gemm(i).launch(&self.device).unwrap());
                 self.bandwidth(&format!("cublaslt {m} × {n} × {k}"), us, bytes);
+                let us = self.time(2 * sets.max(10), |i| {
+                    invariant(&gemm(i)).launch(&self.device).unwrap();
+                });
+                self.bandwidth(&format!("invariant {m} × {n} × {k}"), us, bytes);
             }
         }
         for (m, n, k) in [
@@ -376,11 +396,10 @@ impl Bench {
             };
             gemm.tune(&self.device, 3).unwrap();
             let us = self.time(5, |_| gemm.launch(&self.device).unwrap());
-            self.rate(
-                &format!("cublaslt {m} × {n} × {k}"),
-                us,
-                2.0 * (m * n) as f64 * k as f64,
-            );
+            let flop = 2.0 * (m * n) as f64 * k as f64;
+            self.rate(&format!("cublaslt {m} × {n} × {k}"), us, flop);
+            let us = self.time(5, |_| invariant(&gemm).launch(&self.device).unwrap());
+            self.rate(&format!("invariant {m} × {n} × {k}"), us, flop);
         }
     }
 
@@ -565,6 +584,9 @@ impl Bench {
             (16, 512, 512),
             (1, 16384, 16384),
             (8, 128, 2176),
+            // Decode by the kernel that is one for all rows.
+            (1, 1, 2048),
+            (64, 1, 2048),
         ] {
             let pages = batch * length.div_ceil(BLOCK_SIZE);
             let cache = self.random(pages * shape.page_bytes() / 2);

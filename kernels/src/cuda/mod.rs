@@ -13,6 +13,7 @@
 //! int4_few    products of one or two rows with them, on Hopper
 //! int4_skinny products of few rows with them, on Hopper
 //! eight_bit   eight-bit weights, floats and integers, likewise
+//! invariant_gemm products whose rows have the same bits whatever stands beside them
 //! attention   paged attention: single rows (decode) and many rows (prefill)
 //! prefill     its many rows
 //! decode_plan what decode attention works on, and who reads together
@@ -38,6 +39,7 @@ pub mod int4;
 mod int4_few;
 pub mod int4_gemm;
 mod int4_skinny;
+pub mod invariant_gemm;
 pub mod memory;
 mod modules;
 pub mod peers;

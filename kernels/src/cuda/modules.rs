@@ -32,6 +32,7 @@ const IMAGES: &[(&str, &[u8])] = &[
     fatbin!("int4_gemm_sm90a"),
     fatbin!("int4_skinny_sm90a"),
     fatbin!("eight_bit"),
+    fatbin!("invariant_gemm"),
     fatbin!("decode_attention"),
     fatbin!("prefill_attention"),
     fatbin!("prefill_attention_sm90a"),

@@ -45,7 +45,7 @@ pub struct PrefillAttention<'a> {
     pub kv_scales: [f32; 2],
     /// `[rows, heads · head_dim]`
     pub out: View<'a>,
-    /// `[num_items]` pairs of i32 by [`prefill_items`].
+    /// `[num_items]` pairs of i32 by [`prefill_items`]; with `portable`, also (sequence without rows, 0), which does nothing.
     pub items: View<'a>,
     /// Who attends.
     pub sequences: Sequences<'a>,
@@ -53,7 +53,8 @@ pub struct PrefillAttention<'a> {
     pub query_lens: View<'a>,
     /// Items.
     pub num_items: usize,
-    /// Takes the kernel for every architecture where there is one for this GPU alone, to compare the two.
+    /// Takes the kernel for every architecture where there is one for this GPU alone. A row's result then depends on the row and
+    /// its tokens alone, bit for bit, however many other rows its sequence has.
     pub portable: bool,
 }
 

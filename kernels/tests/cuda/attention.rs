@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Every type of pages, with its scales, and every other value.
-fn kv_dtypes_and<T: Copy, const N: usize>(
+pub(crate) fn kv_dtypes_and<T: Copy, const N: usize>(
     others: [T; N],
 ) -> impl Iterator<Item = ((KvDtype, [f32; 2]), T)> {
     let pairs = move |kv| others.into_iter().map(move |other| (kv, other));

@@ -227,50 +227,61 @@ impl Case {
     }
 
     pub(crate) fn try_prefill(&self, data: &Data, portable: bool) -> Result<Vec<f32>, CudaError> {
+        let starts = (data.first_rows.as_slice(), data.table_starts.as_slice());
+        self.prefill_of(data, &self.seqs, starts, portable)
+    }
+
+    /// Attention of these sequences, each (rows, tokens up to and including the last row) with its first row and the first entry
+    /// of its table. Those without rows get an item all the same, as in a captured step.
+    pub(crate) fn prefill_of(
+        &self,
+        data: &Data,
+        seqs: &[(usize, usize)],
+        (first_rows, table_starts): (&[i32], &[i32]),
+        portable: bool,
+    ) -> Result<Vec<f32>, CudaError> {
         let shape = self.shape;
         let mut items = Vec::new();
         prefill_items(
-            self.seqs
-                .iter()
-                .map(|(rows, len)| (*rows as u32, *len as u32)),
+            seqs.iter().map(|(rows, len)| (*rows as u32, *len as u32)),
             &mut items,
         );
+        let absent = seqs.iter().zip(0..).filter(|((rows, _), _)| *rows == 0);
+        items.extend(absent.map(|(_, seq)| [seq, 0]));
         let flat: Vec<i32> = items.iter().flatten().copied().collect();
-        let out = poisoned(data.rows * shape.num_heads * shape.head_dim * 2);
+        let count = data.rows * shape.num_heads * shape.head_dim;
+        let out = poisoned(count * 2);
         let column = |pick: fn(&(usize, usize)) -> usize| -> DeviceBuffer {
-            let values: Vec<i32> = self.seqs.iter().map(|seq| pick(seq) as i32).collect();
+            let values: Vec<i32> = seqs.iter().map(|seq| pick(seq) as i32).collect();
             upload_i32(&values)
         };
         let (query_lens, context_lens) = (column(|seq| seq.0), column(|seq| seq.1));
         let (rows, starts, blocks) = (
-            upload_i32(&data.first_rows),
-            upload_i32(&data.table_starts),
+            upload_i32(first_rows),
+            upload_i32(table_starts),
             upload_i32(&data.blocks),
         );
+        let list = upload_i32(&flat);
         PrefillAttention {
             shape,
             qkv: data.qkv_gpu.view(),
             cache: data.cache.view(),
             kv_scales: self.kv_scales,
             out: out.view(),
-            items: upload_i32(&flat).view(),
+            items: list.view(),
             sequences: Sequences {
                 rows: rows.view(),
                 context_lens: context_lens.view(),
                 table_starts: starts.view(),
                 blocks: blocks.view(),
-                count: self.seqs.len(),
+                count: seqs.len(),
             },
             query_lens: query_lens.view(),
             num_items: items.len(),
             portable,
         }
         .launch(device())?;
-        Ok(download(
-            shape.float,
-            &out,
-            data.rows * shape.num_heads * shape.head_dim,
-        ))
+        Ok(download(shape.float, &out, count))
     }
 }
 

@@ -7,6 +7,8 @@ mod eight_bit;
 mod elementwise;
 mod int4;
 mod int4_gemm;
+mod invariant_attention;
+mod invariant_gemm;
 mod peers;
 mod products;
 mod rope;

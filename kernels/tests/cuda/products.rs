@@ -8,7 +8,7 @@ use ashlar_kernels::cuda::{
 
 use crate::support::*;
 
-fn product(
+pub(crate) fn product(
     x: &[f64],
     weight: &[f32],
     (m, n, k): (usize, usize, usize),
