@@ -222,6 +222,10 @@ pub struct EngineArgs {
     /// Do without CUDA graphs; nothing to do without on the CPU
     #[arg(long, env = "ASHLAR_ENFORCE_EAGER")]
     pub enforce_eager: bool,
+    /// Give a request the same logits and tokens, bit for bit, whatever else runs, however its prompt is cut, and from the prefix
+    /// cache or not; slower on a GPU. On the CPU it is so with this flag and without
+    #[arg(long, env = "ASHLAR_BATCH_INVARIANT")]
+    pub batch_invariant: bool,
     /// Seeds requests that bring no seed
     #[arg(long, env = "ASHLAR_SEED", value_name = "SEED", default_value_t = 0)]
     pub seed: u64,
@@ -254,6 +258,7 @@ impl EngineArgs {
             enable_prefix_caching: true,
             no_enable_prefix_caching: false,
             enforce_eager: false,
+            batch_invariant: false,
             seed: 0,
         }
     }

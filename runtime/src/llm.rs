@@ -297,6 +297,7 @@ fn load_on_gpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
         max_num_batched_tokens,
         max_model_len: args.max_model_len,
         enforce_eager: args.enforce_eager,
+        batch_invariant: args.batch_invariant,
     };
     let ranks = args.tensor_parallel_size as usize;
     if ranks > 1 {

@@ -6,6 +6,8 @@
 mod common;
 #[path = "gpu_models/fp8_cache.rs"]
 mod fp8_cache;
+#[path = "gpu_models/invariant.rs"]
+mod invariant;
 #[path = "gpu_models/quantized.rs"]
 mod quantized;
 
@@ -41,6 +43,7 @@ fn config(path: &Path, float: Float, enforce_eager: bool) -> CudaRunnerConfig {
         max_num_batched_tokens: 2048,
         max_model_len: Some(2048),
         enforce_eager,
+        batch_invariant: false,
     }
 }
 
@@ -60,6 +63,13 @@ fn gpus(config: &CudaRunnerConfig, ranks: usize) -> Driver<RankedRunner<CudaRunn
 /// rounding of an activation is 2⁻⁹ of it in brain floats and 2⁻¹² in half floats, so a wrong term shows in the latter.
 const TYPES: [(Float, f64, f64); 2] = [(Float::Bf16, 1e-3, 1e-2), (Float::F16, 2e-5, 2e-4)];
 
+/// Each as it is served by default, and with `--batch-invariant`.
+fn both_ways<T: Copy, const N: usize>(cases: [T; N]) -> impl Iterator<Item = (T, bool)> {
+    cases
+        .into_iter()
+        .flat_map(|case| [(case, false), (case, true)])
+}
+
 #[test]
 fn every_family_computes_what_the_cpu_computes() {
     for family in families() {
@@ -73,13 +83,17 @@ fn every_family_computes_what_the_cpu_computes() {
                 (len, tokens, want)
             })
             .collect();
-        for (float, max_mean, max_worst) in TYPES {
-            let mut gpu = gpu(&folder, float, false);
+        for ((float, max_mean, max_worst), invariant) in both_ways(TYPES) {
+            let config = CudaRunnerConfig {
+                batch_invariant: invariant,
+                ..config(&folder, float, false)
+            };
+            let mut gpu = Driver::new(CudaRunner::new(&config).unwrap());
             for (len, tokens, want) in &cases {
                 for pieces in [&[][..], &[33, 1, 64]] {
                     let (mean, worst) = distance(&logits(&mut gpu, tokens, pieces), want);
                     let case = format!(
-                        "{} {float:?}: {len} tokens in pieces {pieces:?}, {DECODED} decoded: 1 − cosine {mean:.2e} mean, \
+                        "{} {float:?}, invariant {invariant}: {len} tokens in pieces {pieces:?}, {DECODED} decoded: 1 − cosine {mean:.2e} mean, \
                          {worst:.2e} worst",
                         family.name
                     );
@@ -159,23 +173,30 @@ fn awq_models_compute_what_the_cpu_computes() {
         let folder = checkpoint(&family);
         quantize(&folder, group);
         let mut cpu = cpu(&folder);
-        let mut gpu = gpu(&folder, Float::F16, false);
-        for (seed, len) in [(1, 1), (2, 17), (3, 130), (4, 515)] {
-            let tokens = prompt(seed, len + DECODED);
-            let want = logits(&mut cpu, &tokens, &[]);
-            let (mean, worst) = distance(&logits(&mut gpu, &tokens, &[33, 1, 64]), &want);
-            let case = format!(
-                "{} AWQ, groups of {group}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst",
-                family.name
-            );
-            println!("{case}");
-            let (max_mean, max_worst) = MAX_AWQ_DISTANCE;
-            assert!(mean < max_mean && worst < max_worst, "{case}");
+        for batch_invariant in [false, true] {
+            let config = CudaRunnerConfig {
+                batch_invariant,
+                ..config(&folder, Float::F16, false)
+            };
+            let mut gpu = Driver::new(CudaRunner::new(&config).unwrap());
+            for (seed, len) in [(1, 1), (2, 17), (3, 130), (4, 515)] {
+                let tokens = prompt(seed, len + DECODED);
+                let want = logits(&mut cpu, &tokens, &[]);
+                let (mean, worst) = distance(&logits(&mut gpu, &tokens, &[33, 1, 64]), &want);
+                let case = format!(
+                    "{} AWQ, groups of {group}, invariant {batch_invariant}: {len} tokens, {DECODED} decoded: 1 − cosine \
+                     {mean:.2e} mean, {worst:.2e} worst",
+                    family.name
+                );
+                println!("{case}");
+                let (max_mean, max_worst) = MAX_AWQ_DISTANCE;
+                assert!(mean < max_mean && worst < max_worst, "{case}");
+            }
+            // And decodes of several sequences at once, as graphs.
+            let prompts: Vec<_> = (0..32).map(|i| prompt(i + 50, 20)).collect();
+            let (bits, tokens) = together(&mut gpu, &prompts);
+            assert_eq!((bits, tokens), together(&mut gpu, &prompts));
         }
-        // And decodes of several sequences at once, as graphs.
-        let prompts: Vec<_> = (0..32).map(|i| prompt(i + 50, 20)).collect();
-        let (bits, tokens) = together(&mut gpu, &prompts);
-        assert_eq!((bits, tokens), together(&mut gpu, &prompts));
         fs::remove_dir_all(&folder).unwrap();
     }
 }

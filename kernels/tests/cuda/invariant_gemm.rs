@@ -144,6 +144,50 @@ fn a_products_row_does_not_see_nan_beside_it() {
     assert!(found[3 * row..4 * row] != clean[3 * row..4 * row]);
 }
 
+/// Attention counts on this of the tensor cores: tokens that a row does not see are multiplied with zero, and may be large where
+/// its sums are small.
+#[test]
+fn zeros_times_anything_change_no_bit() {
+    for float in FLOATS {
+        let (m, n, k) = (16, 128, 256);
+        let mut random = Random(4);
+        // Every other value is unseen.
+        let seen = |i: usize| i.is_multiple_of(2);
+        let mut values = |count: usize, unseen: f32| -> Vec<f32> {
+            let value = |i| {
+                let unit = random.unit();
+                round(
+                    float,
+                    if seen(i) {
+                        unit / 1024.0
+                    } else {
+                        unit * unseen
+                    },
+                )
+            };
+            (0..count).map(value).collect()
+        };
+        let (x, weight) = (values(m * k, 0.0), values(n * k, 50_000.0));
+        let run = |weight: &[f32]| {
+            let operands = Operands {
+                float,
+                x: upload(float, &x),
+                weight: upload(float, weight),
+                bias: None,
+                n,
+                k,
+            };
+            operands.rows(0, m, true)
+        };
+        let large = run(&weight);
+        let mut zeros = weight;
+        for (i, value) in zeros.iter_mut().enumerate() {
+            *value = if seen(i) { *value } else { 0.0 };
+        }
+        assert!(run(&zeros) == large, "{float:?}");
+    }
+}
+
 #[test]
 fn invariant_products_that_do_not_fit_are_refused() {
     let buffer = device().alloc(4096).unwrap();

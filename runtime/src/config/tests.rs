@@ -114,3 +114,20 @@ fn contradictions_and_what_the_cpu_cannot_do_are_refused_by_name() {
         Ok(())
     );
 }
+
+#[test]
+fn batch_invariance_is_asked_for_by_a_flag_and_allowed_on_every_device() {
+    assert!(!parse(&["m"]).unwrap().batch_invariant);
+    let args = parse(&["m", "--batch-invariant"]).unwrap();
+    assert!(args.batch_invariant);
+    for device in [Device::Auto, Device::Cpu] {
+        let args = EngineArgs {
+            device,
+            ..args.clone()
+        };
+        assert_eq!(args.validate(), Ok(()));
+    }
+    assert_eq!(args.validate_for_gpu(), Ok(()));
+    let ranks = parse(&["m", "--batch-invariant", "--tp", "2"]).unwrap();
+    assert_eq!(ranks.validate_for_gpu(), Ok(()));
+}

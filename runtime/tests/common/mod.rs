@@ -4,7 +4,12 @@
 
 pub mod families;
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use ashlar::{
     engine::request::{SamplingParams, SeqId, TokenId},
@@ -66,6 +71,10 @@ pub struct Driver<R = CpuRunner> {
     pub return_logits: bool,
     tables: HashMap<u32, Vec<BlockId>>,
     lengths: HashMap<u32, u32>,
+    /// Sequences whose slot is bound.
+    started: HashSet<u32>,
+    /// How many of a sequence's first blocks are another's.
+    shared: HashMap<u32, usize>,
     free: Vec<BlockId>,
 }
 
@@ -80,15 +89,31 @@ impl<R: ModelRunner> Driver<R> {
             return_logits: true,
             tables: HashMap::new(),
             lengths: HashMap::new(),
+            started: HashSet::new(),
+            shared: HashMap::new(),
             free,
         }
     }
 
     /// Forgets a sequence and frees its blocks.
     pub fn finish(&mut self, slot: u32) {
-        self.free
-            .extend(self.tables.remove(&slot).unwrap_or_default());
+        let table = self.tables.remove(&slot).unwrap_or_default();
+        let shared = self.shared.remove(&slot).unwrap_or(0);
+        self.free.extend(table.into_iter().skip(shared));
         self.lengths.remove(&slot);
+        self.started.remove(&slot);
+    }
+
+    /// Begins a sequence with the first tokens of another, whole blocks of them, as the prefix cache does. The other one must be
+    /// finished after it.
+    pub fn share(&mut self, from: u32, to: u32, tokens: u32) {
+        let block_size = self.runner.limits().block_size;
+        assert!(tokens.is_multiple_of(block_size) && tokens <= self.lengths[&from]);
+        let blocks = (tokens / block_size) as usize;
+        let table = self.tables[&from][..blocks].to_vec();
+        self.tables.insert(to, table);
+        self.lengths.insert(to, tokens);
+        self.shared.insert(to, blocks);
     }
 
     /// One step. Returns each item's wanted logits, one row after another, and its next greedy token (if it wanted
@@ -129,7 +154,7 @@ impl<R: ModelRunner> Driver<R> {
         while (table.len() as u32) * block_size < end {
             table.push(self.free.pop().expect("the test fits its pool"));
         }
-        if start == 0 {
+        if self.started.insert(item.slot) {
             input.init_slots.push(SlotInit {
                 slot: Slot(item.slot),
                 seq: SeqId(u64::from(item.slot)),

@@ -11,21 +11,18 @@ use super::{
 /// so that it grows from layer to layer; a wrong term would be near 1.
 const MAX_FP8_DISTANCE: (f64, f64) = (4e-2, 2e-1);
 
-fn gpu_with(path: &Path, float: Option<Float>, quantize_fp8: bool) -> Driver<CudaRunner> {
+fn gpu_with(
+    path: &Path,
+    dtype: Option<Float>,
+    quantize_fp8: bool,
+    batch_invariant: bool,
+) -> Driver<CudaRunner> {
     Driver::new(
         CudaRunner::new(&CudaRunnerConfig {
-            path: path.to_owned(),
-            load_format: LoadFormat::Auto,
-            dtype: float,
+            dtype,
             quantize_fp8,
-            kv_dtype: KvDtype::Float,
-            ordinal: 0,
-            gpu_memory_utilization: 0.5,
-            kv_cache_memory_bytes: Some(256 << 20),
-            max_num_seqs: 32,
-            max_num_batched_tokens: 2048,
-            max_model_len: Some(2048),
-            enforce_eager: false,
+            batch_invariant,
+            ..config(path, Float::F16, false)
         })
         .unwrap(),
     )
@@ -52,8 +49,8 @@ fn eight_bit_floats_compute_what_the_cpu_computes() {
     for family in families() {
         let folder = checkpoint(&family);
         let mut cpu = exact_cpu(&folder, true);
-        for (float, few_mean, few_worst) in TYPES {
-            let mut gpu = gpu_with(&folder, Some(float), true);
+        for ((float, few_mean, few_worst), invariant) in both_ways(TYPES) {
+            let mut gpu = gpu_with(&folder, Some(float), true, invariant);
             // Rows one by one read the weights alone in eight bits; those of long prompts are rounded too.
             for (len, (max_mean, max_worst)) in [
                 (1, (few_mean, few_worst)),
@@ -64,7 +61,7 @@ fn eight_bit_floats_compute_what_the_cpu_computes() {
                 let want = logits(&mut cpu, &tokens, &[]);
                 let (mean, worst) = distance(&logits(&mut gpu, &tokens, &[]), &want);
                 let case = format!(
-                    "{} fp8 beside {float:?}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst",
+                    "{} fp8 beside {float:?}, invariant {invariant}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst",
                     family.name
                 );
                 println!("{case}");
@@ -80,7 +77,7 @@ fn eight_bit_floats_compute_what_the_cpu_computes() {
 
 /// A storage type of GGUF: its number, values in a block.
 #[derive(Clone, Copy)]
-enum Kind {
+pub(super) enum Kind {
     Q4_0,
     Q4_1,
     Q8_0,
@@ -206,7 +203,7 @@ impl GgufFile {
 }
 
 /// A small Llama whose layers' matrices are of these kinds: most of them, and v and down.
-fn gguf(path: &Path, (most, others): (Kind, Kind)) {
+pub(super) fn gguf(path: &Path, (most, others): (Kind, Kind)) {
     const HIDDEN: usize = 512;
     const INTERMEDIATE: usize = 1024;
     const KV: usize = 128;
@@ -285,17 +282,18 @@ fn ggufs_blocks_compute_what_the_cpu_computes() {
         let mut cpu = exact_cpu(&path, false);
         // As served, and dequantised to brain floats at load.
         let (bf16_mean, bf16_worst) = (TYPES[0].1, TYPES[0].2);
-        for (float, (max_mean, max_worst)) in [
-            (None, MAX_GGUF_DISTANCE),
-            (Some(Float::Bf16), (bf16_mean, bf16_worst)),
+        for (float, invariant, (max_mean, max_worst)) in [
+            (None, false, MAX_GGUF_DISTANCE),
+            (None, true, MAX_GGUF_DISTANCE),
+            (Some(Float::Bf16), false, (bf16_mean, bf16_worst)),
         ] {
-            let mut gpu = gpu_with(&path, float, false);
+            let mut gpu = gpu_with(&path, float, false, invariant);
             for (len, pieces) in [(1, &[][..]), (17, &[]), (130, &[33, 1, 64]), (515, &[])] {
                 let tokens = prompt(len as u64, len + DECODED);
                 let want = logits(&mut cpu, &tokens, &[]);
                 let (mean, worst) = distance(&logits(&mut gpu, &tokens, pieces), &want);
                 let case = format!(
-                    "{name} in {float:?}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst"
+                    "{name} in {float:?}, invariant {invariant}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst"
                 );
                 println!("{case}");
                 assert!(mean < max_mean && worst < max_worst, "{case}");

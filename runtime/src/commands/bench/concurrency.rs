@@ -223,6 +223,7 @@ async fn on_gpu(args: &ConcurrencyArgs, sizes: &Sizes) -> anyhow::Result<()> {
         max_num_batched_tokens: GPU_MAX_NUM_BATCHED_TOKENS,
         max_model_len: Some(sizes.max_model_len),
         enforce_eager: false,
+        batch_invariant: false,
     };
     let limits = CudaRunner::new(&config)?.limits().clone();
     let runner = || {

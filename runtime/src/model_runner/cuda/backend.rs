@@ -4,6 +4,9 @@
 //! a product, or is fed by one, is not launched but noted in its output, and runs fused with its neighbour: the norm with
 //! the product that reads it, SiLU·up and the residual sum with the product that they follow.
 //!
+//! With [`CudaBackendConfig::batch_invariant`] nothing is fused: every product is one kernel's for any number of rows, on weights
+//! in 16 bits, and every row attends in a tile. What is left works row by row.
+//!
 //! Operations cannot return errors: the first one is kept, what follows is skipped, and [`CudaBackend::take_error`] is
 //! asked once the step is queued.
 mod attention;
@@ -20,7 +23,7 @@ use ashlar_kernels::cuda::{
 };
 
 pub(super) use self::{buffer::CudaBuf, products::FUSED_ROWS, weights::block_format};
-use super::{matrix::Matrix, place::Place, step::Layout};
+use super::{layout::Layout, matrix::Matrix, place::Place};
 use crate::models::config::ModelConfig;
 
 pub(super) type GpuVector = Arc<DeviceBuffer>;
@@ -35,6 +38,8 @@ pub(super) struct CudaBackendConfig {
     pub(super) kv_scales: Vec<[f32; 2]>,
     /// Layers hold integers, in four bits for the most part.
     pub(super) integers: bool,
+    /// Rows' results do not depend on each other, bit for bit.
+    pub(super) batch_invariant: bool,
     /// Positions in the rotary table.
     pub(super) max_model_len: usize,
     /// Bytes that a step's arrays may take.
@@ -79,6 +84,8 @@ pub(super) struct CudaBackend {
     int4_parts: Option<(DeviceBuffer, DeviceBuffer)>,
     /// Whether layers hold integers, which few rows multiply as they are, and many only once they are 16-bit floats.
     integers: bool,
+    /// Whether every product is one kernel's, whatever its number of rows, and every row attends in a tile.
+    pub(super) batch_invariant: bool,
     error: Option<CudaError>,
     /// Among several ranks.
     pub(super) place: Option<Place>,
@@ -140,6 +147,7 @@ impl CudaBackend {
             fp8_rows: None,
             int4_parts: None,
             integers: config.integers,
+            batch_invariant: config.batch_invariant,
             error: None,
             place: None,
             device: device.clone(),
@@ -157,6 +165,7 @@ impl CudaBackend {
             .filter(|matrix| matrix.fp8_view().is_some());
         let widest = fp8.map(|matrix| matrix.columns).max();
         if let Some(columns) = widest
+            && !self.batch_invariant
             && Fp8Gemm::is_available(&self.device)
         {
             let (data, scales) = (
@@ -168,7 +177,8 @@ impl CudaBackend {
             self.device.fill(data.view(), 0)?;
             self.fp8_rows = Some((data, scales));
         }
-        if self.device.is_hopper() && matrices.clone().any(|matrix| matrix.is_int4()) {
+        let has_int4 = matrices.clone().any(|matrix| matrix.is_int4());
+        if has_int4 && self.device.is_hopper() && !self.batch_invariant {
             let parts = self.device.alloc(Int4Gemm::parts_bytes(&self.device))?;
             let arrived = self.device.alloc(Int4Gemm::arrived_bytes(&self.device))?;
             self.device.fill(arrived.view(), 0)?;

@@ -32,6 +32,9 @@ pub struct CudaRunnerConfig {
     pub max_model_len: Option<u32>,
     /// Queue every kernel by itself instead of as graphs.
     pub enforce_eager: bool,
+    /// A sequence's logits have the same bits whatever else is in its steps, however its prompt is cut, and with graphs or
+    /// without: one kernel for every product and one for all attention, which is slower.
+    pub batch_invariant: bool,
 }
 
 /// Why a runner could not be built.

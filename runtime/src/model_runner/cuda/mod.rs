@@ -12,6 +12,7 @@
 mod backend;
 mod config;
 mod integers;
+mod layout;
 mod matrix;
 mod place;
 mod sampling;
@@ -28,10 +29,16 @@ use std::{
 
 pub use self::config::{CudaRunnerConfig, CudaRunnerError};
 pub use ashlar_kernels::cuda::{CudaError, Float, KvDtype};
-use ashlar_kernels::cuda::{Device, Graph, attention::DecodeAttention, gemm, peers::Peers};
+use ashlar_kernels::cuda::{
+    Device, Graph,
+    attention::DecodeAttention,
+    gemm,
+    peers::{Peers, Way},
+};
 
 use self::{
     backend::CudaBackend,
+    layout::Layout,
     place::{Place, load_products},
     sampling::GpuSampler,
     staging::Staging,
@@ -39,7 +46,7 @@ use self::{
         LOAD_THREADS, activations, backend_config, buckets, check_widths, float_of, has_integers,
         layer_matrices, limits, model_len, tune,
     },
-    step::{Layout, StepBuilder},
+    step::StepBuilder,
     timeline::Timeline,
 };
 use super::{
@@ -178,7 +185,8 @@ impl CudaRunner {
         if let Some(member) = &member {
             let sizes = (max_rows, gemm::bucket(max_logit_rows));
             let held = partition.vocabulary.padded;
-            let place = Place::take(member, &device, &decoder, &mut activations, sizes, held)?;
+            let mut place = Place::take(member, &device, &decoder, &mut activations, sizes, held)?;
+            place.way = config.batch_invariant.then_some(Way::Read);
             backend.place = Some(place);
         }
         device.synchronize()?;
@@ -208,7 +216,7 @@ impl CudaRunner {
             decoder,
             activations,
             // A graph made while ranks run would have to be made by all at once.
-            builder: StepBuilder::new(ranks == 1),
+            builder: StepBuilder::new(ranks == 1, config.batch_invariant),
             graphs: BTreeMap::new(),
             sharing_graphs: BTreeMap::new(),
             submitted: None,
@@ -333,7 +341,7 @@ impl CudaRunner {
 
     /// Whether decode attention rotates q and k on the way, where it may.
     fn rotates(&self) -> bool {
-        DecodeAttention::rotates(self.config.head_dim)
+        !self.backend.batch_invariant && DecodeAttention::rotates(self.config.head_dim)
     }
 }
 

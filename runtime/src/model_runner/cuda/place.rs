@@ -23,6 +23,8 @@ pub(super) struct Place {
     pub(super) embeddings: Vec<GpuMatrix>,
     /// This rank's columns of the logits.
     pub(super) logits: CudaBuf,
+    /// How rows are summed, where it is not the fastest way for their number.
+    pub(super) way: Option<Way>,
     /// The buffers that rows to be summed lie in, in turns.
     deltas: [Arc<DeviceBuffer>; 2],
 }
@@ -51,6 +53,7 @@ impl Place {
             peers: Peers::connect(member.rank(), endpoints)?,
             embeddings: all.iter().map(|theirs| Arc::clone(&theirs.1)).collect(),
             logits: CudaBuf::new(device, logit_rows, held, 4, false)?,
+            way: None,
             deltas,
         })
     }
@@ -65,6 +68,7 @@ impl Place {
         out: &CudaBuf,
     ) -> Result<(), CudaError> {
         let (rows, width) = (delta.rows(), residual.width());
+        let fastest = Way::of(rows, width, self.peers.ranks());
         ReduceAddNorm {
             peers: &self.peers,
             slot: usize::from(!Arc::ptr_eq(delta.memory(), &self.deltas[0])),
@@ -75,7 +79,7 @@ impl Place {
             rows,
             width,
             eps,
-            way: Way::of(rows, width, self.peers.ranks()),
+            way: self.way.unwrap_or(fastest),
         }
         .launch()?;
         delta.turn();

@@ -5,7 +5,8 @@ use ashlar_kernels::cuda::{CudaError, Device, Float, gemm};
 use super::{
     BLOCK_SIZE, CudaRunnerConfig, CudaRunnerError,
     backend::{CudaBackend, CudaBackendConfig, CudaBuf, GpuMatrix, block_format},
-    step::{Counts, Layout, max_items},
+    layout::{Counts, Layout},
+    step::max_items,
 };
 use crate::{
     model_runner::{RunnerLimits, max_logit_rows},
@@ -126,6 +127,7 @@ pub(super) fn backend_config(
         decode_items: items,
         prefills: max_num_seqs,
         prefill_items: max_num_seqs + rows,
+        tiles_only: config.batch_invariant,
         kept: max_logit_rows,
         kept_items: items,
         blocks: max_num_seqs * max_model_len.div_ceil(BLOCK_SIZE) as usize,
@@ -136,6 +138,7 @@ pub(super) fn backend_config(
         kv_dtype: config.kv_dtype,
         kv_scales,
         integers: false,
+        batch_invariant: config.batch_invariant,
         max_model_len: max_model_len as usize,
         step_bytes: largest.bytes,
         max_logit_rows,

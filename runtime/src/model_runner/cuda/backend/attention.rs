@@ -6,7 +6,7 @@ use ashlar_kernels::cuda::{
 };
 
 use super::{CudaBackend, CudaBuf};
-use crate::model_runner::cuda::step::DecodeSection;
+use crate::model_runner::cuda::layout::{DecodeSection, TileSection};
 
 impl CudaBackend {
     pub(super) fn rows_attention(
@@ -63,13 +63,28 @@ impl CudaBackend {
         out: &CudaBuf,
     ) -> Result<(), CudaError> {
         let (layout, counts) = (&self.layout, &self.layout.counts);
+        if self.kept && counts.tiles_only {
+            return self.tiles_attention(layer, qkv, &layout.kept_tiles, [counts.kept; 2], out);
+        }
         if self.kept {
             let sizes = (counts.kept, counts.kept_items, false);
             return self.rows_attention(layer, qkv, &layout.kept, sizes, out);
         }
         let sizes = (counts.decodes, counts.decode_items, counts.shares);
         self.rows_attention(layer, qkv, &layout.decode, sizes, out)?;
-        if counts.prefills == 0 {
+        let sizes = [counts.prefills, counts.prefill_items];
+        self.tiles_attention(layer, qkv, &layout.prefill, sizes, out)
+    }
+
+    fn tiles_attention(
+        &self,
+        layer: usize,
+        qkv: &CudaBuf,
+        section: &TileSection,
+        [count, num_items]: [usize; 2],
+        out: &CudaBuf,
+    ) -> Result<(), CudaError> {
+        if count == 0 {
             return Ok(());
         }
         PrefillAttention {
@@ -78,17 +93,17 @@ impl CudaBackend {
             cache: self.layer_cache(layer)?,
             kv_scales: self.kv_scales[layer],
             out: out.view(),
-            items: self.at(layout.prefill_items),
+            items: self.at(section.items),
             sequences: Sequences {
-                rows: self.at(layout.prefill_rows),
-                context_lens: self.at(layout.prefill_context_lens),
-                table_starts: self.at(layout.prefill_table_starts),
-                blocks: self.at(layout.blocks),
-                count: counts.prefills,
+                rows: self.at(section.rows),
+                context_lens: self.at(section.context_lens),
+                table_starts: self.at(section.table_starts),
+                blocks: self.at(self.layout.blocks),
+                count,
             },
-            query_lens: self.at(layout.prefill_query_lens),
-            num_items: counts.prefill_items,
-            portable: false,
+            query_lens: self.at(section.query_lens),
+            num_items,
+            portable: self.layout.counts.tiles_only,
         }
         .launch(&self.device)
     }

@@ -7,6 +7,7 @@ use ashlar_kernels::cuda::{
     eight_bit::QuantizeRows,
     gemm::{Fp8Gemm, Gemm},
     int4_gemm::Int4Gemm,
+    invariant_gemm::InvariantGemm,
     skinny::{self, Input, Output, SkinnyGemm},
 };
 
@@ -32,6 +33,7 @@ enum LargeProduct<'a> {
     Float(Gemm<'a>),
     Fp8(Fp8Gemm<'a>),
     Int4(Int4Gemm<'a>),
+    Invariant(InvariantGemm<'a>),
 }
 
 impl CudaBackend {
@@ -46,7 +48,7 @@ impl CudaBackend {
 
     /// Whether a layer's product of these rows with this matrix is left to its neighbours.
     pub(super) fn fuses(&self, rows: usize, matrix: &Matrix) -> bool {
-        if rows > self.fused_rows() {
+        if self.batch_invariant || rows > self.fused_rows() {
             // All alike: what reads a fused norm must be fused too.
             false
         } else if matrix.is_int4() {
@@ -58,17 +60,17 @@ impl CudaBackend {
             // As many as a norm is fused with below.
             SkinnyGemm::takes(rows, matrix.columns)
         } else {
-            Self::is_skinny(rows, matrix.columns)
+            self.is_skinny(rows, matrix.columns)
         }
     }
 
-    pub(super) fn is_skinny(rows: usize, width: usize) -> bool {
+    fn is_skinny(&self, rows: usize, width: usize) -> bool {
         let most = if width < WIDE {
             FUSED_ROWS
         } else {
             FUSED_ROWS / 2
         };
-        rows <= most && SkinnyGemm::takes(rows, width)
+        !self.batch_invariant && rows <= most && SkinnyGemm::takes(rows, width)
     }
 
     /// Whether the norm behind a noted product is left to the products that read it.
@@ -162,6 +164,19 @@ impl CudaBackend {
         run: impl Fn(&LargeProduct<'_>) -> Result<T, CudaError>,
     ) -> Result<T, CudaError> {
         let (n, k) = (matrix.rows, matrix.columns);
+        if self.batch_invariant {
+            return run(&LargeProduct::Invariant(InvariantGemm {
+                float: self.float,
+                x: x.view(),
+                weight: self.values(matrix)?,
+                bias: bias.map(|bias| bias.view()),
+                y,
+                f32_out,
+                m: rows,
+                n,
+                k,
+            }));
+        }
         if let (Some(weight), Some((parts, arrived))) = (matrix.int4_view(), &self.int4_parts)
             && rows <= INT4_GEMM_ROWS
             && Int4Gemm::takes(&self.device, n, k)
@@ -217,7 +232,7 @@ impl CudaBackend {
     ) -> Result<(), CudaError> {
         let (matrix, bias) = (&head.parts[0], head.bias.as_ref());
         let is_normed = matches!(x.state, State::Normed { .. });
-        if is_normed || Self::is_skinny(x.rows, matrix.columns) {
+        if is_normed || self.is_skinny(x.rows, matrix.columns) {
             let product = Self::product_of(x, matrix, bias);
             let output = Output::StoreF32(out.view());
             self.run_product(&product, x.rows, out.width, output)
@@ -239,7 +254,7 @@ impl CudaBackend {
         self.gemm(x, (matrix, None), target, rows, |product| match product {
             LargeProduct::Float(gemm) => gemm.tune(&self.device, 3),
             LargeProduct::Fp8(gemm) => gemm.tune(&self.device, 3),
-            LargeProduct::Int4(_) => Ok(0.0),
+            LargeProduct::Int4(_) | LargeProduct::Invariant(_) => Ok(0.0),
         })
     }
 
@@ -259,6 +274,7 @@ impl CudaBackend {
             LargeProduct::Float(gemm) => gemm.launch(&self.device),
             LargeProduct::Fp8(gemm) => gemm.launch(&self.device),
             LargeProduct::Int4(gemm) => gemm.launch(&self.device),
+            LargeProduct::Invariant(gemm) => gemm.launch(&self.device),
         }
     }
 
