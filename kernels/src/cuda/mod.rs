@@ -3,6 +3,7 @@
 //! ```text
 //! device      one GPU: context, stream, copies, events, graphs
 //! memory      buffers on it and on the host, and views of them
+//! upload      how weights get there, through page-locked memory
 //! modules     the compiled kernels (`kernels/cuda/*.cu`) and their launch
 //! elementwise embedding, RMS norms, SiLU·up, gathering rows, random weights
 //! rope        rotary embedding and the write of K and V into their pages
@@ -48,9 +49,11 @@ pub mod rope;
 pub mod sampling;
 pub mod skinny;
 mod tensor_map;
+pub mod upload;
 
 pub use device::{Device, Event, Graph};
 pub use memory::{DeviceBuffer, PinnedBuffer, View};
+pub use upload::Uploader;
 
 /// 16-bit type of weights and activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -147,6 +150,12 @@ pub enum CudaError {
     Lost {
         /// The rank.
         rank: usize,
+    },
+    /// What was to be copied to the GPU could not be read.
+    #[error("what is to be copied to the GPU cannot be read: {message}")]
+    Source {
+        /// What the system said.
+        message: String,
     },
     /// Sizes that an operation cannot work with.
     #[error("{op}: {message}")]

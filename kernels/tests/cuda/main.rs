@@ -14,3 +14,4 @@ mod products;
 mod rope;
 mod sampling;
 mod support;
+mod upload;

@@ -115,6 +115,14 @@ pub trait Backend: Sync {
         self.pack(&[scheme.random(shape, seed)?])
     }
 
+    /// Called once all weights were handed over: waits until the device has them, and frees what loading needed.
+    ///
+    /// # Errors
+    /// Why the device could not take them.
+    fn finish_loading(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     /// `residual = embedding[tokens]`, `out = norm(residual)`; a rank that does not hold a token's row gets it from the one
     /// that does.
     fn embed_norm(

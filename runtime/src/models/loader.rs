@@ -1,7 +1,14 @@
 //! From a checkpoint to a [`Decoder`]: check shapes, take the rank's part, undo permutations, fuse parts, repack; layers in
-//! parallel.
+//! parallel, and beside them the embedding and the head, the largest matrices.
 
-use std::{borrow::Cow, sync::Mutex, thread, time::Instant};
+use std::{
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Instant,
+};
 
 use super::{
     backend::{Backend, HeadNorms, Linear},
@@ -25,7 +32,7 @@ pub enum LoadFormat {
     Dummy,
 }
 
-/// Loads the rank's part of all weights of `checkpoint`, on `threads` threads. `config` describes the whole model.
+/// Loads the rank's part of all weights of `checkpoint`, layers on `threads` threads. `config` describes the whole model.
 ///
 /// # Errors
 /// [`WeightsError`] when a tensor is absent, has another shape than the configuration says, or cannot be used or cut.
@@ -49,20 +56,21 @@ pub fn load<B: Backend>(
             Checkpoint::Gguf(_) => &GGUF_WEIGHTS,
             Checkpoint::Safetensors(_) => &HF_WEIGHTS,
         },
+        bytes: AtomicUsize::new(0),
     };
-    let layers = loader.layers(threads.max(1))?;
-    let decoder = Decoder {
-        embedding: loader.linear(&loader.names.embedding, 0)?,
-        layers,
-        final_norm: loader.norm(loader.names.final_norm, 0, config.hidden_size)?,
-        head: (!config.tie_embeddings)
-            .then(|| loader.linear(&loader.names.head, 0))
-            .transpose()?,
-    };
+    let decoder = loader.decoder(threads.max(1))?;
+    backend
+        .finish_loading()
+        .map_err(|reason| checkpoint.unsupported(reason))?;
+    let (bytes, seconds) = (loader.bytes.into_inner(), started.elapsed().as_secs_f64());
     tracing::info!(
         architecture = config.architecture.name,
         layers = config.num_layers,
-        seconds = started.elapsed().as_secs_f64(),
+        rank = partition.rank,
+        threads,
+        bytes,
+        seconds,
+        gigabytes_per_second = bytes as f64 / 1e9 / seconds,
         "weights loaded"
     );
     Ok(decoder)
@@ -75,9 +83,26 @@ struct Loader<'a, B> {
     backend: &'a B,
     format: LoadFormat,
     names: &'static WeightMap,
+    /// Of the matrices so far, as the checkpoint holds them.
+    bytes: AtomicUsize,
 }
 
 impl<B: Backend> Loader<'_, B> {
+    fn decoder(&self, threads: usize) -> Result<Decoder<B>, WeightsError> {
+        thread::scope(|scope| {
+            let embedding = scope.spawn(|| self.linear(&self.names.embedding, 0));
+            let head = (!self.config.tie_embeddings)
+                .then(|| scope.spawn(|| self.linear(&self.names.head, 0)));
+            let layers = self.layers(threads)?;
+            Ok(Decoder {
+                embedding: joined(embedding)?,
+                layers,
+                final_norm: self.norm(self.names.final_norm, 0, self.config.hidden_size)?,
+                head: head.map(joined).transpose()?,
+            })
+        })
+    }
+
     fn layers(&self, threads: usize) -> Result<Vec<Layer<B>>, WeightsError> {
         let count = self.config.num_layers;
         let next = Mutex::new(0usize);
@@ -102,11 +127,7 @@ impl<B: Backend> Loader<'_, B> {
         };
         let mut layers: Vec<(usize, Layer<B>)> = thread::scope(|scope| {
             let handles: Vec<_> = (0..threads.min(count)).map(|_| scope.spawn(run)).collect();
-            let results = handles.into_iter().map(|handle| {
-                handle
-                    .join()
-                    .expect("a loader thread panicked: this is a bug")
-            });
+            let results = handles.into_iter().map(joined);
             results
                 .collect::<Result<Vec<_>, WeightsError>>()
                 .map(|parts| parts.into_iter().flatten().collect())
@@ -202,6 +223,7 @@ impl<B: Backend> Loader<'_, B> {
             }
             out_features += weight.rows();
             in_features = weight.columns();
+            self.bytes.fetch_add(weight.num_bytes(), Ordering::Relaxed);
             stacked.push(weight);
         }
         let name = entry.parts[0].name.replace("{}", &layer.to_string());
@@ -275,7 +297,7 @@ impl<B: Backend> Loader<'_, B> {
             Weight::Rows(raw) if self.permuted(part.role) => {
                 let data = unpermute(&raw.data, raw.row_bytes(), self.config.head_dim);
                 Ok(Weight::Rows(RawTensor {
-                    data: Cow::Owned(data),
+                    data: data.into(),
                     ..raw
                 }))
             }
@@ -381,6 +403,12 @@ impl<B: Backend> Loader<'_, B> {
             Role::Vocabulary => (config.vocab_size, config.hidden_size),
         }
     }
+}
+
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .expect("a loader thread panicked: this is a bug")
 }
 
 /// Undoes GGUF's row order for interleaved RoPE: within each head, stored row `2i + half` is row `half·dim/2 + i`.

@@ -1,11 +1,12 @@
 //! A checkpoint of either format: its tensors by name, as typed bytes.
 
-use std::{borrow::Cow, path::Path};
+use std::path::Path;
 
 use half::{bf16, f16};
 
 use super::{
-    Fp8Matrix, GgmlType, Gguf, Int4Matrix, SafetensorsFolder, Scheme, WeightsError, fp8::floats,
+    Bytes, Fp8Matrix, Fp8Scales, GgmlType, Gguf, Int4Matrix, SafetensorsFolder, Scheme,
+    WeightsError, fp8::floats,
 };
 use crate::models::loader::LoadFormat;
 
@@ -28,7 +29,7 @@ pub struct RawTensor<'a> {
     /// Values in a row (input features).
     pub columns: usize,
     /// `rows · kind.bytes_of(columns)` bytes.
-    pub data: Cow<'a, [u8]>,
+    pub data: Bytes<'a>,
 }
 
 /// A matrix of a checkpoint, as a device gets it.
@@ -60,6 +61,23 @@ impl Weight<'_> {
             Self::Rows(raw) => raw.columns,
             Self::Int4(matrix) => matrix.columns,
             Self::Fp8(matrix) => matrix.columns,
+        }
+    }
+
+    /// Bytes of its values, with their scales and zeros.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        match self {
+            Self::Rows(raw) => raw.data.len(),
+            Self::Int4(matrix) => {
+                size_of_val(&*matrix.qweight)
+                    + size_of_val(&*matrix.scales)
+                    + size_of_val(&*matrix.zeros)
+            }
+            Self::Fp8(matrix) => {
+                let (Fp8Scales::Rows(scales) | Fp8Scales::Blocks { scales, .. }) = &matrix.scales;
+                matrix.data.len() + size_of_val(&**scales)
+            }
         }
     }
 }
@@ -175,7 +193,7 @@ impl Checkpoint {
                 kind: tensor.kind,
                 rows: tensor.rows(),
                 columns: tensor.columns(),
-                data: Cow::Borrowed(tensor.data),
+                data: tensor.data.into(),
             })),
             Self::Safetensors(folder) => folder.tensor(name),
         }

@@ -1,7 +1,5 @@
 //! Cutting matrices for tensor-parallel ranks, as they are stored: no value is changed, quantised blocks stay whole.
 
-use std::borrow::Cow;
-
 use half::f16;
 
 use super::{
@@ -100,10 +98,7 @@ impl<'a> RawTensor<'a> {
     fn cut_rows(self, span: Span) -> Self {
         let row = self.row_bytes();
         let wanted = span.start * row..(span.start + span.len) * row;
-        let mut data = match self.data {
-            Cow::Borrowed(bytes) => Cow::Borrowed(&bytes[wanted]),
-            Cow::Owned(bytes) => Cow::Owned(bytes[wanted].to_vec()),
-        };
+        let mut data = self.data.slice(wanted);
         if span.padded > span.len {
             // In every storage type a block of zero bytes is a block of zeros: its scale is 0.
             data.to_mut().resize(span.padded * row, 0);
@@ -135,7 +130,7 @@ impl<'a> RawTensor<'a> {
             kind: self.kind,
             rows: self.rows,
             columns: span.padded,
-            data: Cow::Owned(data),
+            data: data.into(),
         })
     }
 }

@@ -1,17 +1,17 @@
 //! Weights in eight-bit floats (e4m3): how checkpoints store them, and how 16-bit ones become them.
 //!
 //! Invariants:
-//! - reading is exact: the matrix borrows the stored bytes, and scales are widened to f32;
+//! - reading is exact: the matrix has the stored bytes, and scales are widened to f32;
 //! - nothing but shapes and types is trusted once they were checked: any bytes give a matrix or an error.
 
-use std::{borrow::Cow, fmt};
+use std::fmt;
 
 use ashlar_kernels::e4m3::{MAX, narrow, widen};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::{RawTensor, int4::StoredTensor};
+use super::{Bytes, RawTensor, int4::StoredTensor};
 
 #[cfg(test)]
 mod tests;
@@ -163,7 +163,7 @@ pub struct Fp8Matrix<'a> {
     /// Input features.
     pub columns: usize,
     /// `[rows, columns]`
-    pub data: Cow<'a, [u8]>,
+    pub data: Bytes<'a>,
     /// What they are multiplied with.
     pub scales: Fp8Scales,
 }
@@ -256,7 +256,7 @@ impl<'a> Fp8Matrix<'a> {
         Ok(Some(Self {
             rows,
             columns,
-            data: Cow::Borrowed(weight.data),
+            data: weight.data.into(),
             scales,
         }))
     }
@@ -278,7 +278,7 @@ impl<'a> Fp8Matrix<'a> {
         Some(Fp8Matrix {
             rows: raw.rows,
             columns: raw.columns,
-            data: Cow::Owned(data),
+            data: data.into(),
             scales: Fp8Scales::Rows(scales),
         })
     }
@@ -298,7 +298,7 @@ impl<'a> Fp8Matrix<'a> {
         Fp8Matrix {
             rows,
             columns,
-            data: Cow::Owned(data),
+            data: data.into(),
             scales: Fp8Scales::Rows(vec![Self::random_scale(columns); rows]),
         }
     }

@@ -14,7 +14,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{GgmlType, MappedFile, WeightsError};
+use super::{GgmlType, MappedFile, StoredBytes, WeightsError};
 
 mod parse;
 
@@ -92,7 +92,7 @@ pub struct GgufTensor<'a> {
     /// Sizes in the file's order: `dims[0]` is contiguous (a row of a weight matrix), `dims[1]` counts rows.
     pub dims: &'a [u64],
     /// All its bytes, row after row.
-    pub data: &'a [u8],
+    pub data: StoredBytes<'a>,
 }
 
 impl GgufTensor<'_> {
@@ -310,7 +310,7 @@ impl Gguf {
         Some(GgufTensor {
             kind: record.kind,
             dims: &record.dims,
-            data: &self.map[record.bytes.clone()],
+            data: self.map.slice(record.bytes.clone()),
         })
     }
 

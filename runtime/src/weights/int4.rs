@@ -13,6 +13,8 @@
 use half::f16;
 use safetensors::Dtype;
 
+use super::StoredBytes;
+
 mod decode;
 mod scheme;
 
@@ -159,7 +161,7 @@ pub struct StoredTensor<'a> {
     /// Its dimensions.
     pub shape: &'a [usize],
     /// Its values, little-endian, the last dimension fastest.
-    pub data: &'a [u8],
+    pub data: StoredBytes<'a>,
 }
 
 #[cfg(test)]

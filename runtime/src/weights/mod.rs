@@ -5,8 +5,14 @@
 //! - parsing never allocates more than a small multiple of what the file really holds;
 //! - the one `unsafe` of this crate is [`MappedFile::open`].
 
-use std::{fs::File, io, ops::Deref, path::Path};
+use std::{
+    fs::File,
+    io,
+    ops::{Deref, Range},
+    path::{Path, PathBuf},
+};
 
+mod bytes;
 pub mod checkpoint;
 pub mod cut;
 pub mod fp8;
@@ -16,6 +22,7 @@ pub mod int4;
 pub mod safetensors;
 mod scheme;
 
+pub use bytes::{Bytes, StoredBytes};
 pub use checkpoint::{Checkpoint, RawTensor, Weight};
 pub use fp8::{Fp8Matrix, Fp8Scales, Fp8Scheme, Fp8Source};
 pub use ggml_type::GgmlType;
@@ -69,6 +76,7 @@ pub enum WeightsError {
 /// A whole file in memory, read-only, paged in by the kernel as it is touched.
 #[derive(Debug)]
 pub struct MappedFile {
+    path: PathBuf,
     map: memmap2::Mmap,
 }
 
@@ -99,7 +107,20 @@ impl MappedFile {
         // mounted read-only in the runtime's container. No value read from the map is used as a length or offset
         // after parsing without having been copied out first.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(fail)?;
-        Ok(Self { map })
+        Ok(Self {
+            path: path.to_owned(),
+            map,
+        })
+    }
+
+    /// Some of its bytes.
+    ///
+    /// # Panics
+    /// When they are outside.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> StoredBytes<'_> {
+        let start = range.start as u64;
+        StoredBytes::in_file(&self.map[range], &self.path, start)
     }
 
     /// Tells the kernel that the whole file is about to be read once, from start to end.

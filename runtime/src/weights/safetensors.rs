@@ -4,7 +4,6 @@
 //! overlap; nothing is copied.
 
 use std::{
-    borrow::Cow,
     collections::{BTreeMap, HashMap},
     fs,
     ops::Range,
@@ -180,7 +179,7 @@ impl SafetensorsFolder {
         Some(StoredTensor {
             dtype: record.dtype,
             shape: &record.shape,
-            data: &self.files[record.file][record.bytes.clone()],
+            data: self.files[record.file].slice(record.bytes.clone()),
         })
     }
 
@@ -206,12 +205,12 @@ impl SafetensorsFolder {
         if rows == 0 || columns == 0 {
             return Err(self.unsupported(format!("tensor {name} is empty ({rows} × {columns})")));
         }
-        let data = Cow::Borrowed(&self.files[record.file][record.bytes.clone()]);
+        let data = self.files[record.file].slice(record.bytes.clone());
         Ok(Some(RawTensor {
             kind,
             rows,
             columns,
-            data,
+            data: data.into(),
         }))
     }
 

@@ -18,11 +18,15 @@ mod weights;
 use std::sync::Arc;
 
 use ashlar_kernels::cuda::{
-    CudaError, Device, DeviceBuffer, Float, KvDtype, View, attention::HeadShape,
+    CudaError, Device, DeviceBuffer, Float, KvDtype, Uploader, View, attention::HeadShape,
     decode_plan::PARTS_PER_ITEM, gemm::Fp8Gemm, int4_gemm::Int4Gemm, skinny,
 };
 
-pub(super) use self::{buffer::CudaBuf, products::FUSED_ROWS, weights::block_format};
+pub(super) use self::{
+    buffer::CudaBuf,
+    products::FUSED_ROWS,
+    weights::{block_format, upload_bytes},
+};
 use super::{layout::Layout, matrix::Matrix, place::Place};
 use crate::models::config::ModelConfig;
 
@@ -55,6 +59,8 @@ pub(super) struct CudaBackendConfig {
 /// A GPU with a model's constants and its KV cache.
 pub(super) struct CudaBackend {
     pub(super) device: Device,
+    /// Without buffers once weights are loaded.
+    uploader: Uploader,
     float: Float,
     pub(super) shape: HeadShape,
     eps: f32,
@@ -127,6 +133,7 @@ impl CudaBackend {
         };
         let widest = model.hidden_size.div_ceil(16);
         Ok(Self {
+            uploader: Uploader::new(device),
             float: config.float,
             shape,
             eps: model.rms_norm_eps,

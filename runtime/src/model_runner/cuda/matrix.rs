@@ -1,15 +1,15 @@
 //! Weight matrices on the GPU: 16-bit floats, or fewer bits as the checkpoint has them.
 
 use ashlar_kernels::cuda::{
-    CudaError, Device, DeviceBuffer, Float, View,
+    CudaError, Device, DeviceBuffer, Float, Uploader, View,
     eight_bit::{self, DequantizeEightBit, EightBit, Fp8View, Int8View, QuantizeRows},
     elementwise::fill_random,
     int4::{self, DequantizeInt4, Int4View},
     skinny::Weight,
 };
 
-use super::integers::Integers;
-use crate::weights::Int4Matrix;
+use super::{backend::upload_bytes, integers::Integers};
+use crate::weights::{Bytes, Int4Matrix};
 
 /// A matrix `[rows, columns]` on the GPU.
 pub(super) struct Matrix {
@@ -52,16 +52,11 @@ impl Matrix {
     }
 
     /// Copies a matrix of groups that the kernels take to the GPU.
-    pub(super) fn int4(device: &Device, matrix: &Int4Matrix) -> Result<Self, CudaError> {
-        let upload = |bytes: &[u8]| {
-            let buffer = device.alloc(bytes.len())?;
-            device.write(bytes, buffer.view())?;
-            Ok::<_, CudaError>(buffer)
-        };
+    pub(super) fn int4(uploader: &Uploader, matrix: &Int4Matrix) -> Result<Self, CudaError> {
         Ok(Self {
             data: Data::Int4 {
-                words: upload(&int4::words(&matrix.qweight))?,
-                cells: upload(&int4::cells(&matrix.scales, &matrix.zeros))?,
+                words: uploader.store(&int4::words(&matrix.qweight))?,
+                cells: uploader.store(&int4::cells(&matrix.scales, &matrix.zeros))?,
                 group: matrix.group,
                 affine: false,
             },
@@ -95,24 +90,19 @@ impl Matrix {
     }
 
     /// Copies integers that the kernels take to the GPU.
-    pub(super) fn integers(device: &Device, whole: &Integers) -> Result<Self, CudaError> {
-        let upload = |bytes: &[u8]| {
-            let buffer = device.alloc(bytes.len())?;
-            device.write(bytes, buffer.view())?;
-            Ok::<_, CudaError>(buffer)
-        };
-        let cells = upload(&eight_bit::cells(&whole.scales, &whole.offsets))?;
+    pub(super) fn integers(uploader: &Uploader, whole: &Integers) -> Result<Self, CudaError> {
+        let cells = uploader.store(&eight_bit::cells(&whole.scales, &whole.offsets))?;
         let group = whole.group;
         let data = if whole.four_bits {
             Data::Int4 {
-                words: upload(&int4::words(&whole.words()))?,
+                words: uploader.store(&int4::words(&whole.words()))?,
                 cells,
                 group,
                 affine: true,
             }
         } else {
             Data::Int8 {
-                data: upload(&whole.bytes())?,
+                data: uploader.store(&whole.bytes())?,
                 cells,
                 group,
             }
@@ -126,26 +116,27 @@ impl Matrix {
 
     /// Copies rows of e4m3 to the GPU, parts one above the other.
     pub(super) fn fp8(
-        device: &Device,
-        parts: &[(&[u8], &[f32])],
+        uploader: &Uploader,
+        parts: &[(&Bytes<'_>, &[f32])],
         columns: usize,
     ) -> Result<Self, CudaError> {
-        let rows = parts.iter().map(|(_, scales)| scales.len()).sum();
-        let (data, all_scales) = (device.alloc(rows * columns)?, device.alloc(rows * 4)?);
+        let scales: Vec<u8> = parts
+            .iter()
+            .flat_map(|(_, scales)| *scales)
+            .flat_map(|scale| scale.to_le_bytes())
+            .collect();
+        let rows = scales.len() / size_of::<f32>();
+        let data = uploader.device().alloc(rows * columns)?;
         let mut first = 0;
-        for (values, scales) in parts {
-            let bytes: Vec<u8> = scales
-                .iter()
-                .flat_map(|scale| scale.to_le_bytes())
-                .collect();
-            device.write(values, data.view().slice(first * columns, values.len()))?;
-            device.write(&bytes, all_scales.view().slice(first * 4, bytes.len()))?;
-            first += scales.len();
+        for (values, _) in parts {
+            let place = data.view().slice(first, values.len());
+            upload_bytes(uploader, values, place)?;
+            first += values.len();
         }
         Ok(Self {
             data: Data::Fp8 {
                 data,
-                scales: all_scales,
+                scales: uploader.store(&scales)?,
             },
             rows,
             columns,

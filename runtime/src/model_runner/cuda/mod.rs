@@ -43,8 +43,8 @@ use self::{
     sampling::GpuSampler,
     staging::Staging,
     start::{
-        LOAD_THREADS, activations, backend_config, buckets, check_widths, float_of, has_integers,
-        layer_matrices, limits, model_len, tune,
+        activations, backend_config, buckets, check_widths, float_of, has_integers, layer_matrices,
+        limits, load_threads, model_len, tune,
     },
     step::StepBuilder,
     timeline::Timeline,
@@ -178,7 +178,7 @@ impl CudaRunner {
             &partition,
             &backend,
             config.load_format,
-            LOAD_THREADS,
+            load_threads(ranks),
         )?;
         backend.reserve_scratch(layer_matrices(&decoder), max_rows)?;
         let mut activations = activations(&device, &model, max_rows, max_logit_rows)?;

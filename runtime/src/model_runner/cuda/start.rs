@@ -1,5 +1,7 @@
 //! What is settled when a model starts: types, sizes, limits, plans of products.
 
+use std::{ops::RangeInclusive, thread};
+
 use ashlar_kernels::cuda::{CudaError, Device, Float, gemm};
 
 use super::{
@@ -21,8 +23,15 @@ use crate::{
 const RESERVE_BYTES: usize = 512 << 20;
 /// Rows whose plans are timed at start.
 const TUNED_ROWS: &[usize] = &[32, 64, 128, 256, 1024, 2048, 4096, 8192];
-/// Threads that load weights.
-pub(super) const LOAD_THREADS: usize = 8;
+/// Threads that load layers: few CPUs still wait for several reads at once, and each thread holds the matrices in host memory
+/// that it repacks.
+const LOAD_THREADS: RangeInclusive<usize> = 4..=8;
+
+/// Threads that load a rank's layers: its share of the CPUs, within bounds.
+pub(super) fn load_threads(ranks: usize) -> usize {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    (cpus / ranks).clamp(*LOAD_THREADS.start(), *LOAD_THREADS.end())
+}
 
 /// What the kernels need of a model's widths.
 pub(super) fn check_widths(

@@ -92,12 +92,12 @@ fn read(
         Some(StoredTensor {
             dtype: tensor.dtype,
             shape: &tensor.shape,
-            data: &tensor.data,
+            data: tensor.data.as_slice().into(),
         })
     };
     let matrix = Fp8Matrix::read(scheme, "a", shape, find).map_err(|error| error.to_string())?;
     Ok(matrix.map(|matrix| Fp8Matrix {
-        data: Cow::Owned(matrix.data.into_owned()),
+        data: matrix.data.to_vec().into(),
         scales: matrix.scales,
         rows: matrix.rows,
         columns: matrix.columns,

@@ -229,22 +229,22 @@ impl<'a> Source<'_, 'a> {
                 expected: "I32",
             });
         }
-        chunks(tensor, stored.data, shape[0] * shape[1])
+        chunks(tensor, stored.data.bytes(), shape[0] * shape[1])
     }
 
     fn scales(&self, suffix: &str, shape: [usize; 2]) -> Result<Vec<f16>, Int4Error> {
         let (tensor, stored) = self.stored(suffix, &shape)?;
         let len = shape[0] * shape[1];
         let scales: Vec<f16> = match stored.dtype {
-            Dtype::F16 => chunks(tensor.clone(), stored.data, len)?
+            Dtype::F16 => chunks(tensor.clone(), &stored.data, len)?
                 .iter()
                 .map(|bytes| f16::from_le_bytes(*bytes))
                 .collect(),
-            Dtype::BF16 => chunks(tensor.clone(), stored.data, len)?
+            Dtype::BF16 => chunks(tensor.clone(), &stored.data, len)?
                 .iter()
                 .map(|bytes| f16::from_f32(bf16::from_le_bytes(*bytes).to_f32()))
                 .collect(),
-            Dtype::F32 => chunks(tensor.clone(), stored.data, len)?
+            Dtype::F32 => chunks(tensor.clone(), &stored.data, len)?
                 .iter()
                 .map(|bytes| f16::from_f32(f32::from_le_bytes(*bytes)))
                 .collect(),
@@ -282,7 +282,7 @@ impl<'a> Source<'_, 'a> {
                 expected: "I32",
             });
         }
-        let order: &[[u8; 4]] = chunks(tensor, stored.data, self.columns)?;
+        let order: &[[u8; 4]] = chunks(tensor, &stored.data, self.columns)?;
         let trivial = order.iter().enumerate().all(|(input, group)| {
             usize::try_from(u32::from_le_bytes(*group)) == Ok(input / self.group)
         });

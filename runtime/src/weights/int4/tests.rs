@@ -42,7 +42,7 @@ impl Tensors {
         Some(StoredTensor {
             dtype: *dtype,
             shape,
-            data,
+            data: data.as_slice().into(),
         })
     }
 }

@@ -1,6 +1,6 @@
 //! The operations of [`Backend`] on the GPU.
 
-use std::{borrow::Cow, sync::Arc};
+use std::sync::Arc;
 
 use ashlar_kernels::cuda::{
     CudaError, Float, View,
@@ -30,18 +30,18 @@ impl Backend for CudaBackend {
         let text = |error: CudaError| error.to_string();
         if let Some(parts) = self.four_bit_parts(stacked) {
             let whole = Int4Matrix::stack(&parts);
-            let matrix = Matrix::int4(&self.device, &whole).map_err(text)?;
+            let matrix = Matrix::int4(&self.uploader, &whole).map_err(text)?;
             return Ok(vec![Arc::new(matrix)]);
         }
         if self.integers
             && int4::takes(columns, 32)
             && let Some(whole) = integers::of_blocks(stacked)
         {
-            let matrix = Matrix::integers(&self.device, &whole).map_err(text)?;
+            let matrix = Matrix::integers(&self.uploader, &whole).map_err(text)?;
             return Ok(vec![Arc::new(matrix)]);
         }
         if let Some(parts) = Self::fp8_parts(stacked) {
-            let matrix = Matrix::fp8(&self.device, &parts, columns).map_err(text)?;
+            let matrix = Matrix::fp8(&self.uploader, &parts, columns).map_err(text)?;
             return Ok(vec![Arc::new(matrix)]);
         }
         self.pack_vocabulary(stacked)
@@ -59,27 +59,19 @@ impl Backend for CudaBackend {
         let mut offset = 0;
         for part in stacked {
             let bytes = part.rows() * columns * Float::BYTES;
-            let place = data.view().slice(offset, bytes);
-            let values: Cow<'_, [u8]> = match part {
-                Weight::Rows(raw) if self.is_native(raw.kind) => Cow::Borrowed(&raw.data),
-                Weight::Rows(raw) => Cow::Owned(self.convert(raw)?),
-                Weight::Int4(matrix) => Cow::Owned(self.to_bytes(&matrix.dequantize())),
-                Weight::Fp8(matrix) => Cow::Owned(self.to_bytes(&matrix.dequantize())),
-            };
-            self.device.write(&values, place).map_err(text)?;
+            self.upload_values(part, data.view().slice(offset, bytes))?;
             offset += bytes;
         }
         Ok(vec![Arc::new(Matrix::float(data, rows, columns))])
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<GpuVector, String> {
-        let bytes = self.to_bytes(&values);
-        let store = || {
-            let data = self.device.alloc(bytes.len())?;
-            self.device.write(&bytes, data.view())?;
-            Ok(Arc::new(data))
-        };
-        store().map_err(|error: CudaError| error.to_string())
+        let stored = self.uploader.store(&self.to_bytes(&values));
+        stored.map(Arc::new).map_err(|error| error.to_string())
+    }
+
+    fn finish_loading(&self) -> Result<(), String> {
+        self.uploader.finish().map_err(|error| error.to_string())
     }
 
     fn random(&self, rows: usize, columns: usize, seed: u64) -> Result<GpuMatrix, String> {
