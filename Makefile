@@ -34,7 +34,7 @@ gpu-check: ## compiles the GPU kernels for all architectures and lints what uses
 
 gpu-test: ## the GPU kernels against their CPU references, whole models against the CPU; needs a GPU
 	. e2e/cuda.sh && cargo test --release -p ashlar-kernels --features cuda --test cuda -- --test-threads 1
-	. e2e/cuda.sh && cargo test --release -p ashlar --features cuda --test gpu_models -- --test-threads 1
+	. e2e/cuda.sh && ASHLAR_TEST_MODEL=$$(e2e/cluster/model.sh) cargo test --release -p ashlar --features cuda --test gpu_models -- --test-threads 1
 
 gpu-bench: ## the GPU kernels' speed, as shares of the GPU's limits; needs a GPU
 	. e2e/cuda.sh && cargo run --release -p ashlar-kernels --features cuda --example gpu_bench

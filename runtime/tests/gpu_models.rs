@@ -1,5 +1,6 @@
 //! Whole models on the GPU: the families' logits against the CPU's exact mode, launches one by one against graphs bit
-//! for bit, and chunked prompts and batches against runs alone. Checkpoints are small, random, and made here.
+//! for bit, and chunked prompts and batches against runs alone. Checkpoints are small, random, and made here; beside them the
+//! default model, where its file is at hand.
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)] // Tests fail by panicking.
 
@@ -8,6 +9,8 @@ mod common;
 mod fp8_cache;
 #[path = "gpu_models/invariant.rs"]
 mod invariant;
+#[path = "gpu_models/default_model.rs"]
+mod default_model;
 #[path = "gpu_models/quantized.rs"]
 mod quantized;
 

@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, missing_docs)] // Each test file uses its own part.
 
 pub mod families;
+pub mod golden;
 
 use std::{
     collections::{HashMap, HashSet},
