@@ -5,14 +5,14 @@
 constexpr uint32_t TOKEN_FROM_SLOT = 0xffffffffu;
 constexpr int MAX_VECTORS = 4; // 16-byte vectors of a row in one thread's registers
 
-enum Source { EMBED, ADD };
+enum Source { EMBED, ADD, STREAM };
 
 // The embedding, in pieces of `rows` rows, one for each tensor-parallel rank.
 struct Tables {
     const void *of[8];
 };
 
-// residual = embedding[token]  or  residual += delta;   out = residual / rms(residual) · weight.
+// residual = embedding[token], or residual += delta, or as it is;   out = residual / rms(residual) · weight.
 // `sums` takes the row's sum of squares, for consumers that do the norm themselves. One block per row.
 template <typename T, Source SOURCE>
 __device__ __forceinline__ void norm_row(const uint32_t *tokens, const int *row_slots, const uint32_t *last_tokens,
@@ -29,7 +29,7 @@ __device__ __forceinline__ void norm_row(const uint32_t *tokens, const int *row_
         if (token == TOKEN_FROM_SLOT) token = last_tokens[row_slots[row]];
         source = reinterpret_cast<const T *>(tables.of[token / table_rows]) + (long)(token % table_rows) * width;
     } else {
-        source = delta + row * width;
+        source = (SOURCE == ADD ? delta : residual) + row * width;
     }
     Vec8 values[MAX_VECTORS];
     float sum = 0.f;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void norm_row(const uint32_t *tokens, const int *row_
                 values[i].w[j] = N::pack(a.x + b.x, a.y + b.y);
             }
         }
-        reinterpret_cast<uint4 *>(residual + row * width)[at] = values[i].v;
+        if (SOURCE != STREAM) reinterpret_cast<uint4 *>(residual + row * width)[at] = values[i].v;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const float2 a = N::unpack(values[i].w[j]);
@@ -100,6 +100,9 @@ template <typename T> __device__ __forceinline__ void silu_mul_row(const T *gate
     }                                                                                                                              \
     extern "C" __global__ void add_norm_##SUFFIX(const T *delta, const T *weight, T *residual, T *out, int width, float eps) {     \
         norm_row<T, ADD>(nullptr, nullptr, nullptr, Tables{}, 1, delta, weight, residual, out, nullptr, width, eps);               \
+    }                                                                                                                              \
+    extern "C" __global__ void norm_##SUFFIX(const T *weight, T *residual, T *out, int width, float eps) {                             \
+        norm_row<T, STREAM>(nullptr, nullptr, nullptr, Tables{}, 1, nullptr, weight, residual, out, nullptr, width, eps);              \
     }                                                                                                                              \
     extern "C" __global__ void silu_mul_##SUFFIX(const T *gate_up, T *out, int width, int rows) {                                  \
         silu_mul_row<T>(gate_up, out, width, rows);                                                                                \

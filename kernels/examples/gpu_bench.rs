@@ -198,11 +198,12 @@ impl Bench {
                     bias: None,
                     y: y.view(),
                     f32_out: false,
+                    adds: false,
                     m,
                     n,
                     k,
                 };
-                op.tune(&self.device, 3).unwrap();
+                op.tune(&self.device, 3, &[]).unwrap();
                 op.launch(&self.device).unwrap();
             };
             gemm(&floats[0]);
@@ -290,6 +291,7 @@ impl Bench {
                         bias: None,
                         y: y.view(),
                         f32_out: false,
+                        adds: false,
                         m,
                         n,
                         k,
@@ -297,7 +299,7 @@ impl Bench {
                     x_scales: x_scales.view(),
                     weight_scales: scales.view(),
                 };
-                gemm(0).tune(&self.device, 3).unwrap();
+                gemm(0).tune(&self.device, 3, &[]).unwrap();
                 let us = self.time(runs, |i| {
                     QuantizeRows {
                         float: FLOAT,
@@ -358,11 +360,12 @@ impl Bench {
                     bias: None,
                     y: y.view(),
                     f32_out: false,
+                    adds: false,
                     m,
                     n,
                     k,
                 };
-                gemm(0).tune(&self.device, 3).unwrap();
+                gemm(0).tune(&self.device, 3, &[]).unwrap();
                 let us = self.time(2 * sets.max(10), |i| gemm(i).launch(&self.device).unwrap());
                 self.bandwidth(&format!("cublaslt {m} × {n} × {k}"), us, bytes);
                 let us = self.time(2 * sets.max(10), |i| {
@@ -390,11 +393,12 @@ impl Bench {
                 bias: None,
                 y: y.view(),
                 f32_out: false,
+                adds: false,
                 m,
                 n,
                 k,
             };
-            gemm.tune(&self.device, 3).unwrap();
+            gemm.tune(&self.device, 3, &[]).unwrap();
             let us = self.time(5, |_| gemm.launch(&self.device).unwrap());
             let flop = 2.0 * (m * n) as f64 * k as f64;
             self.rate(&format!("cublaslt {m} × {n} × {k}"), us, flop);
@@ -451,7 +455,7 @@ impl Bench {
             let b = &buffers[i % 3 * 3..];
             AddNorm {
                 float: FLOAT,
-                delta: b[0].view(),
+                delta: Some(b[0].view()),
                 weight: weight.view(),
                 residual: b[1].view(),
                 out: b[2].view(),

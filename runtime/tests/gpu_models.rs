@@ -5,12 +5,12 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)] // Tests fail by panicking.
 
 mod common;
+#[path = "gpu_models/default_model.rs"]
+mod default_model;
 #[path = "gpu_models/fp8_cache.rs"]
 mod fp8_cache;
 #[path = "gpu_models/invariant.rs"]
 mod invariant;
-#[path = "gpu_models/default_model.rs"]
-mod default_model;
 #[path = "gpu_models/quantized.rs"]
 mod quantized;
 

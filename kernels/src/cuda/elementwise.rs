@@ -127,13 +127,13 @@ impl EmbedNorm<'_> {
     }
 }
 
-/// `residual += delta`, `out = residual / rms(residual) · weight`, row by row.
+/// `residual += delta` where there is one, `out = residual / rms(residual) · weight`, row by row.
 #[derive(Clone, Copy)]
 pub struct AddNorm<'a> {
     /// Type of everything.
     pub float: Float,
-    /// `[rows, width]`
-    pub delta: View<'a>,
+    /// `[rows, width]`, or none where it has been added.
+    pub delta: Option<View<'a>>,
     /// `[width]`
     pub weight: View<'a>,
     /// `[rows, width]`
@@ -154,14 +154,11 @@ impl AddNorm<'_> {
         check_width(op, self.width)?;
         let row = self.width * Float::BYTES;
         check_len(op, "weight", self.weight, row)?;
-        for (what, view) in [
-            ("delta", self.delta),
-            ("residual", self.residual),
-            ("out", self.out),
-        ] {
-            check_len(op, what, view, self.rows * row)?;
-        }
-        Ok(())
+        check_len(op, "residual", self.residual, self.rows * row)?;
+        check_len(op, "out", self.out, self.rows * row)?;
+        self.delta.map_or(Ok(()), |delta| {
+            check_len(op, "delta", delta, self.rows * row)
+        })
     }
 
     /// Queues it.
@@ -170,22 +167,27 @@ impl AddNorm<'_> {
     /// [`CudaError`] when sizes do not fit or the driver refuses.
     pub fn launch(&self, device: &Device) -> Result<(), CudaError> {
         self.validate()?;
-        let (delta, weight) = (self.delta.address(), self.weight.address());
-        let (residual, out) = (self.residual.address(), self.out.address());
+        let (weight, residual) = (self.weight.address(), self.residual.address());
+        let out = self.out.address();
         let width = self.width as i32;
         let shape = Shape {
             grid: (self.rows, 1),
             threads: row_threads(self.width),
             shared: 0,
         };
-        let name = format!("add_norm_{}", self.float.suffix());
+        let suffix = self.float.suffix();
         // SAFETY: parameters as in `elementwise.cu`; every view holds its rows (`validate`).
         unsafe {
-            device.launch(
-                &name,
-                shape,
-                arguments![delta, weight, residual, out, width, self.eps],
-            )
+            match self.delta.map(View::address) {
+                Some(delta) => {
+                    let arguments = arguments![delta, weight, residual, out, width, self.eps];
+                    device.launch(&format!("add_norm_{suffix}"), shape, arguments)
+                }
+                None => {
+                    let arguments = arguments![weight, residual, out, width, self.eps];
+                    device.launch(&format!("norm_{suffix}"), shape, arguments)
+                }
+            }
         }
     }
 }

@@ -33,6 +33,7 @@ struct Key {
     fp8: bool,
     f32_out: bool,
     bias: bool,
+    adds: bool,
     m: usize,
     n: usize,
     k: usize,
@@ -115,6 +116,8 @@ pub struct Gemm<'a> {
     pub y: View<'a>,
     /// `y` is f32.
     pub f32_out: bool,
+    /// The product is added to what is in `y`, and the sum rounded once.
+    pub adds: bool,
     /// Rows.
     pub m: usize,
     /// Width of the output, a multiple of 8.
@@ -133,12 +136,18 @@ impl Gemm<'_> {
     }
 
     /// Times the likeliest algorithms for this shape on this GPU and keeps the fastest for all later launches.
+    /// `weights` are others of this shape, taken in turns, so that they come from memory as in a model and not from the L2.
     /// Overwrites `y`; a plan that was timed is not timed again. Returns the microseconds of the kept one.
     ///
     /// # Errors
     /// [`CudaError`] when sizes do not fit or cuBLASLt refuses.
-    pub fn tune(&self, device: &Device, rounds: usize) -> Result<f32, CudaError> {
-        self.call().tune(device, rounds)
+    pub fn tune(
+        &self,
+        device: &Device,
+        rounds: usize,
+        weights: &[View<'_>],
+    ) -> Result<f32, CudaError> {
+        self.call().tune(device, rounds, weights)
     }
 
     fn call(&self) -> Call<'_> {
@@ -178,6 +187,7 @@ impl Fp8Gemm<'_> {
                 bias: None,
                 y: y.view(),
                 f32_out: false,
+                adds: false,
                 m: SIZE,
                 n: SIZE,
                 k: SIZE,
@@ -206,8 +216,13 @@ impl Fp8Gemm<'_> {
     ///
     /// # Errors
     /// [`CudaError`] when sizes do not fit or cuBLASLt refuses.
-    pub fn tune(&self, device: &Device, rounds: usize) -> Result<f32, CudaError> {
-        self.call().tune(device, rounds)
+    pub fn tune(
+        &self,
+        device: &Device,
+        rounds: usize,
+        weights: &[View<'_>],
+    ) -> Result<f32, CudaError> {
+        self.call().tune(device, rounds, weights)
     }
 
     fn call(&self) -> Call<'_> {
@@ -264,6 +279,7 @@ impl Call<'_> {
             fp8: self.scales.is_some(),
             f32_out: gemm.f32_out,
             bias: gemm.bias.is_some(),
+            adds: gemm.adds,
             m: bucket(gemm.m),
             n: gemm.n,
             k: gemm.k,
@@ -283,36 +299,56 @@ impl Call<'_> {
         self.run(device, cublas.handle, plan, workspace)
     }
 
-    fn tune(&self, device: &Device, rounds: usize) -> Result<f32, CudaError> {
+    fn tune(&self, device: &Device, rounds: usize, weights: &[View<'_>]) -> Result<f32, CudaError> {
+        let with = |weight| Call {
+            gemm: Gemm {
+                weight,
+                ..self.gemm
+            },
+            scales: self.scales,
+        };
         self.validate()?;
+        weights
+            .iter()
+            .try_for_each(|weight| with(*weight).validate())?;
+        let mut weights = weights.iter().copied().chain([self.gemm.weight]).cycle();
         let mut cublas = lock(&device.inner.cublas);
         let workspace = cublas.workspace(device)?;
         let key = self.key();
         if cublas.plans.get(&key).is_some_and(|plan| plan.timed) {
             return Ok(0.0);
         }
-        let mut best: Option<(f32, Plan)> = None;
-        for mut plan in self.plan(&cublas, &key, CANDIDATES)? {
+        let mut timed = Vec::new();
+        for plan in self.plan(&cublas, &key, CANDIDATES)? {
             // The first run loads the kernel.
-            if self.run(device, cublas.handle, &plan, workspace).is_err() {
-                continue;
-            }
-            let start = device.record()?;
-            for _ in 0..rounds {
-                self.run(device, cublas.handle, &plan, workspace)?;
-            }
-            let end = device.record()?;
-            device.synchronize()?;
-            let microseconds = start.elapsed_ms(&end)? * 1000.0 / rounds as f32;
-            if best.as_ref().is_none_or(|(least, _)| microseconds < *least) {
-                plan.timed = true;
-                best = Some((microseconds, plan));
+            if self.run(device, cublas.handle, &plan, workspace).is_ok() {
+                timed.push((0.0, plan));
             }
         }
-        let (microseconds, plan) = best.ok_or_else(|| CudaError::Driver {
+        // In turns, so that a GPU that grows hot or gets going treats all alike.
+        for _ in 0..rounds {
+            let mut spans = Vec::with_capacity(timed.len());
+            for ((_, plan), weight) in timed.iter().zip(&mut weights) {
+                let call = with(weight);
+                let start = device.record()?;
+                call.run(device, cublas.handle, plan, workspace)?;
+                spans.push((start, device.record()?));
+            }
+            device.synchronize()?;
+            for ((sum, _), (start, end)) in timed.iter_mut().zip(&spans) {
+                *sum += start.elapsed_ms(end)?;
+            }
+        }
+        let best = timed.into_iter().min_by(|a, b| a.0.total_cmp(&b.0));
+        let (milliseconds, plan) = best.ok_or_else(|| CudaError::Driver {
             call: "cublasLtMatmul",
             message: format!("no algorithm runs {} × {} × {}", key.m, key.n, key.k),
         })?;
+        let plan = Plan {
+            timed: true,
+            ..plan
+        };
+        let microseconds = milliseconds * 1000.0 / rounds as f32;
         cublas.plans.insert(key, plan);
         Ok(microseconds)
     }
@@ -427,7 +463,7 @@ impl Call<'_> {
             set(plan.description, pointer, &bias.address())?;
         }
         self.set_scales(plan.description)?;
-        let (one, zero) = (1f32, 0f32);
+        let (one, beta) = (1f32, if self.gemm.adds { 1f32 } else { 0f32 });
         let pointer = |view: View<'_>| view.address() as *mut c_void;
         // SAFETY: the layouts describe views that are long enough (`validate`); handle, plan and workspace are valid, and
         // everything that uses the workspace runs on this one stream, in turn.
@@ -436,7 +472,7 @@ impl Call<'_> {
                 handle,
                 plan.description,
                 (&raw const one).cast(),
-                (&raw const zero).cast(),
+                (&raw const beta).cast(),
                 pointer(self.gemm.weight),
                 plan.weight,
                 pointer(self.gemm.x),

@@ -349,6 +349,7 @@ fn many_rows_of_eight_bit_floats_are_multiplied_where_the_gpu_can() {
                             bias: biased.then(|| bias_gpu.view()),
                             y: y.view(),
                             f32_out: false,
+                            adds: false,
                             m,
                             n,
                             k,

@@ -95,18 +95,18 @@ fn residual_sum_and_norm() {
             let before = random.values(float, rows * width);
             let weight = random.values(float, width);
             let (residual, out) = (upload(float, &before), poisoned(rows * width * 2));
-            AddNorm {
+            let (delta_gpu, weight_gpu) = (upload(float, &delta), upload(float, &weight));
+            let add_norm = AddNorm {
                 float,
-                delta: upload(float, &delta).view(),
-                weight: upload(float, &weight).view(),
+                delta: Some(delta_gpu.view()),
+                weight: weight_gpu.view(),
                 residual: residual.view(),
                 out: out.view(),
                 rows,
                 width,
                 eps: 1e-6,
-            }
-            .launch(device())
-            .unwrap();
+            };
+            add_norm.launch(device()).unwrap();
             let sums: Vec<f32> = delta
                 .iter()
                 .zip(&before)
@@ -117,12 +117,17 @@ fn residual_sum_and_norm() {
                 .chunks(width)
                 .flat_map(|row| norm(row, &weight, 1e-6))
                 .collect();
-            assert_close(
-                "norm",
-                float,
-                &download(float, &out, rows * width),
-                &expected,
-            );
+            let normed = download(float, &out, rows * width);
+            assert_close("norm", float, &normed, &expected);
+            // What has been added is normed as it is.
+            device().fill(out.view(), 0xFF).unwrap();
+            let norm = AddNorm {
+                delta: None,
+                ..add_norm
+            };
+            norm.launch(device()).unwrap();
+            assert_eq!(download(float, &out, rows * width), normed);
+            assert_eq!(download(float, &residual, rows * width), sums);
         }
     }
 }
@@ -185,7 +190,7 @@ fn shapes_that_do_not_fit_are_refused() {
     let norm = |rows, width| {
         AddNorm {
             float,
-            delta: view,
+            delta: Some(view),
             weight: view,
             residual: view,
             out: view,

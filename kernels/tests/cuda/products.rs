@@ -256,6 +256,7 @@ fn cublas_products_and_their_padding() {
                 bias,
                 y,
                 f32_out,
+                adds: false,
                 m,
                 n,
                 k,
@@ -269,7 +270,26 @@ fn cublas_products_and_their_padding() {
                 &download(float, &y, m * n),
                 &product(&wide(&x), &weight, (m, n, k), Some(&bias)),
             );
-            gemm(y32.view(), true, None).tune(device(), 2).unwrap();
+            let before = random.values(float, rows * n);
+            let sum_gpu = upload(float, &before);
+            Gemm {
+                adds: true,
+                ..gemm(sum_gpu.view(), false, Some(b_gpu.view()))
+            }
+            .launch(device())
+            .unwrap();
+            let sums = product(&wide(&x), &weight, (m, n, k), Some(&bias));
+            let sums = sums.iter().zip(&before);
+            let sums: Vec<f64> = sums.map(|(sum, b)| sum + f64::from(*b)).collect();
+            assert_close(
+                "gemm added",
+                float,
+                &download(float, &sum_gpu, m * n),
+                &sums,
+            );
+            gemm(y32.view(), true, None)
+                .tune(device(), 2, &[w_gpu.view()])
+                .unwrap();
             gemm(y32.view(), true, None).launch(device()).unwrap();
             assert_close_to(
                 "gemm f32",
@@ -320,6 +340,7 @@ fn shapes_that_do_not_fit_are_refused() {
             bias: None,
             y: view,
             f32_out: false,
+            adds: false,
             m,
             n,
             k,

@@ -24,7 +24,7 @@ use ashlar_kernels::cuda::{
 
 pub(super) use self::{
     buffer::CudaBuf,
-    products::FUSED_ROWS,
+    products::{FUSED_ROWS, Target},
     weights::{block_format, upload_bytes},
 };
 use super::{layout::Layout, matrix::Matrix, place::Place};

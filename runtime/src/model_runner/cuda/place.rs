@@ -9,7 +9,7 @@ use ashlar_kernels::cuda::{
 
 use super::{
     CudaRunnerError,
-    backend::{CudaBackend, CudaBuf, GpuMatrix, GpuVector},
+    backend::{CudaBackend, CudaBuf, GpuMatrix, GpuVector, Target},
 };
 use crate::{
     model_runner::ranks::Member,
@@ -119,10 +119,11 @@ pub(super) fn load_products(
             (gate_up, &act.normed, &act.gate_up),
             (down, &act.mlp, &act.delta),
         ] {
-            backend.product(weight, x, y, false, rows)?;
+            backend.product(weight, x, Target::Store(y.view()), rows)?;
         }
         if rows <= max_logit_rows {
-            backend.product(head, &act.normed, &act.logits, true, rows)?;
+            let logits = Target::StoreF32(act.logits.view());
+            backend.product(head, &act.normed, logits, rows)?;
         }
         rows += 1;
     }

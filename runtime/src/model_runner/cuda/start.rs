@@ -6,15 +6,18 @@ use ashlar_kernels::cuda::{CudaError, Device, Float, gemm};
 
 use super::{
     BLOCK_SIZE, CudaRunnerConfig, CudaRunnerError,
-    backend::{CudaBackend, CudaBackendConfig, CudaBuf, GpuMatrix, block_format},
+    backend::{
+        CudaBackend, CudaBackendConfig, CudaBuf, GpuMatrix, GpuVector, Target, block_format,
+    },
     layout::{Counts, Layout},
     step::max_items,
 };
 use crate::{
     model_runner::{RunnerLimits, max_logit_rows},
     models::{
+        backend::Linear,
         config::ModelConfig,
-        decoder::{Activations, Decoder, Mlp},
+        decoder::{Activations, Decoder, Layer, Mlp},
     },
     weights::{Checkpoint, GgmlType, Scheme, WeightsError},
 };
@@ -176,31 +179,60 @@ pub(super) fn activations(
     })
 }
 
-/// Times the plans of the large products on this GPU, on the first layer's matrices.
+/// Times the plans of the large products on this GPU, on the layers' own matrices.
 pub(super) fn tune(
     backend: &CudaBackend,
     decoder: &Decoder<CudaBackend>,
     act: &Activations<CudaBackend>,
     (max_rows, max_logit_rows): (usize, usize),
 ) -> Result<(), CudaError> {
-    let layer = &decoder.layers[0];
-    let Mlp::Dense { gate_up, down } = &layer.mlp;
+    let linears = |pick: fn(&Layer<CudaBackend>) -> &Linear<GpuMatrix, GpuVector>| {
+        // A product with a bias has a plan of its own.
+        let plain = decoder
+            .layers
+            .iter()
+            .map(pick)
+            .filter(|linear| linear.bias.is_none());
+        plain.map(|linear| &linear.parts[0]).collect::<Vec<_>>()
+    };
+    let (gate_up, down) = (
+        linears(|layer| {
+            let Mlp::Dense { gate_up, .. } = &layer.mlp;
+            gate_up
+        }),
+        linears(|layer| {
+            let Mlp::Dense { down, .. } = &layer.mlp;
+            down
+        }),
+    );
+    let delta = if backend.place.is_none() {
+        Target::Add(act.residual.view())
+    } else {
+        Target::Store(act.delta.view())
+    };
+    let (qkv, gated) = (act.qkv.view(), act.gate_up.view());
+    let kinds = [
+        (linears(|layer| &layer.qkv), &act.normed, Target::Store(qkv)),
+        (
+            linears(|layer| &layer.attention_output),
+            &act.attention,
+            delta,
+        ),
+        (gate_up, &act.normed, Target::Store(gated)),
+        (down, &act.mlp, delta),
+    ];
     for rows in TUNED_ROWS {
         if *rows <= max_rows {
-            for (weight, x, y) in [
-                (&layer.qkv, &act.normed, &act.qkv),
-                (&layer.attention_output, &act.attention, &act.delta),
-                (gate_up, &act.normed, &act.gate_up),
-                (down, &act.mlp, &act.delta),
-            ] {
-                if weight.bias.is_none() {
-                    backend.tune(&weight.parts[0], x, y, false, *rows)?;
+            for (matrices, x, target) in &kinds {
+                if !matrices.is_empty() {
+                    backend.tune(matrices, x, *target, *rows)?;
                 }
             }
         }
         if *rows <= max_logit_rows {
             let head = decoder.head.as_ref().unwrap_or(&decoder.embedding);
-            backend.tune(&head.parts[0], &act.normed, &act.logits, true, *rows)?;
+            let logits = Target::StoreF32(act.logits.view());
+            backend.tune(&[&head.parts[0]], &act.normed, logits, *rows)?;
         }
     }
     Ok(())

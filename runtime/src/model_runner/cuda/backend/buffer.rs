@@ -16,8 +16,10 @@ pub(super) enum State {
         weight: GpuVector,
         num_sums: usize,
     },
-    /// A product that has not been launched.
+    /// A product that has not been launched, to be fused with what reads it.
     Product(Product),
+    /// A product with many rows that has not been launched, since it can be added to the residual stream on its way out.
+    Large(Product),
 }
 
 /// A product that has not been launched.
@@ -28,6 +30,7 @@ pub(super) struct Product {
     pub(super) matrix: GpuMatrix,
     pub(super) bias: Option<GpuVector>,
 }
+
 /// Rows of activations.
 pub(in super::super) struct CudaBuf {
     pub(super) data: Arc<DeviceBuffer>,

@@ -12,7 +12,7 @@ use ashlar_kernels::cuda::{
     skinny::{Output, SkinnyGemm},
 };
 
-use super::{CudaBackend, CudaBuf, GpuMatrix, GpuVector, buffer::State};
+use super::{CudaBackend, CudaBuf, GpuMatrix, GpuVector, Target, buffer::State};
 use crate::{
     engine::request::TokenId,
     model_runner::cuda::{integers, matrix::Matrix},
@@ -154,14 +154,17 @@ impl Backend for CudaBackend {
         out: &mut CudaBuf,
     ) {
         let (matrix, bias) = (&weight.parts[0], weight.bias.as_ref());
-        if self.fuses(x.rows, matrix) {
-            let product = Self::product_of(x, matrix, bias);
-            out.set(x.rows, State::Product(product));
-            return;
-        }
-        let result = self.launch_gemm(x, (matrix, bias), (out.view(), false));
-        self.note(result);
-        out.set(x.rows, State::Ready);
+        let product = Self::product_of(x, matrix, bias);
+        let state = if self.fuses(x.rows, matrix) {
+            State::Product(product)
+        } else if self.adds(matrix, x.rows) {
+            State::Large(product)
+        } else {
+            let result = self.launch_gemm(&product, Target::Store(out.view()), x.rows);
+            self.note(result);
+            State::Ready
+        };
+        out.set(x.rows, state);
     }
 
     fn rope_write_kv(&mut self, qkv: &mut CudaBuf, args: &RopeArgs<'_, GpuVector>) {
@@ -212,18 +215,25 @@ impl Backend for CudaBackend {
 
     fn silu_mul(&mut self, gate_up: &CudaBuf, out: &mut CudaBuf) {
         let (rows, width) = (gate_up.rows, out.width);
-        let result = match &gate_up.state {
-            State::Product(product) => {
-                self.run_product(product, rows, width, Output::SiluMul(out.view()))
-            }
-            State::Ready | State::Normed { .. } => SiluMul {
-                float: self.float,
-                gate_up: gate_up.view(),
-                out: out.view(),
-                rows,
-                width,
-            }
-            .launch(&self.device),
+        let result = if let State::Product(product) = &gate_up.state {
+            self.run_product(product, rows, width, Output::SiluMul(out.view()))
+        } else {
+            let stored = match &gate_up.state {
+                State::Large(product) => {
+                    self.launch_gemm(product, Target::Store(gate_up.view()), rows)
+                }
+                _ => Ok(()),
+            };
+            stored.and_then(|()| {
+                SiluMul {
+                    float: self.float,
+                    gate_up: gate_up.view(),
+                    out: out.view(),
+                    rows,
+                    width,
+                }
+                .launch(&self.device)
+            })
         };
         self.note(result);
         out.set(rows, State::Ready);
@@ -245,7 +255,12 @@ impl Backend for CudaBackend {
             out.set(rows, State::Ready);
             return;
         }
-        if let State::Product(product) = &delta.state
+        let mut is_added = false;
+        if let State::Large(product) = &delta.state {
+            is_added = true;
+            let result = self.launch_gemm(product, Target::Add(residual.view()), rows);
+            self.note(result);
+        } else if let State::Product(product) = &delta.state
             && !self.norms_on_the_way(product, rows, width)
         {
             let result = self.run_product(product, rows, width, Output::Store(delta.view()));
@@ -274,7 +289,7 @@ impl Backend for CudaBackend {
         }
         let result = AddNorm {
             float: self.float,
-            delta: delta.view(),
+            delta: (!is_added).then(|| delta.view()),
             weight: norm.view(),
             residual: residual.view(),
             out: out.view(),

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use ashlar_kernels::cuda::{
-    CudaError, Float, View,
-    eight_bit::QuantizeRows,
+    CudaError, DeviceBuffer, Float, View,
+    eight_bit::{EightBit, QuantizeRows},
     gemm::{Fp8Gemm, Gemm},
+    int4::Int4View,
     int4_gemm::Int4Gemm,
     invariant_gemm::InvariantGemm,
-    skinny::{self, Input, Output, SkinnyGemm},
+    skinny::{self, Input, Output, SkinnyGemm, Weight},
 };
 
 use super::{
@@ -23,11 +24,31 @@ pub(in super::super) const FUSED_ROWS: usize = 16;
 
 /// Products with at most so many rows read four-bit weights as they are where the GPU can; with more it is faster to turn them
 /// into 16 bits first.
-const INT4_GEMM_ROWS: usize = 2048;
+const INT4_GEMM_ROWS: usize = 512;
 
 /// From this width on rows are wide: products run as skinny ones with half as many, and a norm that cannot be had for one
 /// multiplication a value is a kernel of its own, because every block of a product would repeat it.
 const WIDE: usize = 2048;
+/// Rounds in which plans are timed: more where a product takes no longer than it takes to read the weight, and a moment's noise
+/// would decide.
+const ROUNDS: usize = 3;
+const FEW_ROWS: usize = 256;
+const FEW_ROUNDS: usize = 8;
+
+/// What becomes of a product with many rows.
+#[derive(Clone, Copy)]
+pub(in super::super) enum Target<'a> {
+    /// Rows of 16-bit floats.
+    Store(View<'a>),
+    /// Rows of f32.
+    StoreF32(View<'a>),
+    /// Added to rows of 16-bit floats, where [`CudaBackend::adds`].
+    Add(View<'a>),
+}
+
+/// Four-bit weights, and the scratch memory of their kernel.
+type FourBits<'a> = (Int4View<'a>, &'a DeviceBuffer, &'a DeviceBuffer);
+
 /// A product with many rows, by what is multiplied.
 enum LargeProduct<'a> {
     Float(Gemm<'a>),
@@ -130,6 +151,9 @@ impl CudaBackend {
             State::Product(product) => {
                 self.run_product(&product, buf.rows, buf.width, Output::Store(buf.view()))
             }
+            State::Large(product) => {
+                self.launch_gemm(&product, Target::Store(buf.view()), buf.rows)
+            }
             State::Normed { .. } => Err(CudaError::Shape {
                 op: "norm",
                 message: "a fused norm is only read by products: this is a bug".to_owned(),
@@ -144,7 +168,7 @@ impl CudaBackend {
                 weight,
                 num_sums,
             } => (residual, Some((Arc::clone(weight), *num_sums))),
-            State::Ready | State::Product(_) => (&x.data, None),
+            State::Ready | State::Product(_) | State::Large(_) => (&x.data, None),
         };
         Product {
             x: Arc::clone(source),
@@ -154,20 +178,35 @@ impl CudaBackend {
         }
     }
 
+    /// The kernel for four-bit weights as they are, where a product of so many rows with this matrix is its.
+    fn four_bits<'a>(&'a self, matrix: &'a GpuMatrix, rows: usize) -> Option<FourBits<'a>> {
+        let (weight, (parts, arrived)) = (matrix.int4_view()?, self.int4_parts.as_ref()?);
+        let takes =
+            rows <= INT4_GEMM_ROWS && Int4Gemm::takes(&self.device, matrix.rows, matrix.columns);
+        takes.then_some((weight, parts, arrived))
+    }
+
+    /// Whether a product of so many rows with this matrix can be added to the residual stream on its way out.
+    pub(super) fn adds(&self, matrix: &GpuMatrix, rows: usize) -> bool {
+        self.place.is_none() && !self.batch_invariant && self.four_bits(matrix, rows).is_none()
+    }
+
     /// A product with many rows, launched or timed by `run`.
     fn gemm<T>(
         &self,
-        x: &CudaBuf,
+        x: View<'_>,
         (matrix, bias): (&GpuMatrix, Option<&GpuVector>),
-        (y, f32_out): (View<'_>, bool),
+        target: Target<'_>,
         rows: usize,
         run: impl Fn(&LargeProduct<'_>) -> Result<T, CudaError>,
     ) -> Result<T, CudaError> {
         let (n, k) = (matrix.rows, matrix.columns);
+        let (Target::Store(y) | Target::StoreF32(y) | Target::Add(y)) = target;
+        let f32_out = matches!(target, Target::StoreF32(_));
         if self.batch_invariant {
             return run(&LargeProduct::Invariant(InvariantGemm {
                 float: self.float,
-                x: x.view(),
+                x,
                 weight: self.values(matrix)?,
                 bias: bias.map(|bias| bias.view()),
                 y,
@@ -177,12 +216,9 @@ impl CudaBackend {
                 k,
             }));
         }
-        if let (Some(weight), Some((parts, arrived))) = (matrix.int4_view(), &self.int4_parts)
-            && rows <= INT4_GEMM_ROWS
-            && Int4Gemm::takes(&self.device, n, k)
-        {
+        if let Some((weight, parts, arrived)) = self.four_bits(matrix, rows) {
             return run(&LargeProduct::Int4(Int4Gemm {
-                x: x.view(),
+                x,
                 weight,
                 bias: bias.map(|bias| bias.view()),
                 y,
@@ -200,16 +236,17 @@ impl CudaBackend {
             bias: bias.map(|bias| bias.view()),
             y,
             f32_out,
+            adds: matches!(target, Target::Add(_)),
             m: rows,
             n,
             k,
         };
         let (Some(weight), Some((data, scales))) = (matrix.fp8_view(), &self.fp8_rows) else {
-            return run(&LargeProduct::Float(gemm(x.view(), self.values(matrix)?)));
+            return run(&LargeProduct::Float(gemm(x, self.values(matrix)?)));
         };
         QuantizeRows {
             float: self.float,
-            x: x.view(),
+            x,
             out: data.view(),
             scales: scales.view(),
             m: rows,
@@ -237,34 +274,51 @@ impl CudaBackend {
             let output = Output::StoreF32(out.view());
             self.run_product(&product, x.rows, out.width, output)
         } else {
-            self.launch_gemm(x, (matrix, bias), (out.view(), true))
+            let product = Self::product_of(x, matrix, bias);
+            self.launch_gemm(&product, Target::StoreF32(out.view()), x.rows)
         }
     }
 
-    /// Finds the fastest plans for products of `rows` rows with this matrix.
+    /// Finds the fastest plans for products of `rows` rows with these matrices, which have one shape.
     pub(in super::super) fn tune(
         &self,
-        matrix: &GpuMatrix,
+        matrices: &[&GpuMatrix],
         x: &CudaBuf,
-        y: &CudaBuf,
-        f32_out: bool,
+        target: Target<'_>,
         rows: usize,
     ) -> Result<f32, CudaError> {
-        let target = (y.view(), f32_out);
-        self.gemm(x, (matrix, None), target, rows, |product| match product {
-            LargeProduct::Float(gemm) => gemm.tune(&self.device, 3),
-            LargeProduct::Fp8(gemm) => gemm.tune(&self.device, 3),
-            LargeProduct::Int4(_) | LargeProduct::Invariant(_) => Ok(0.0),
+        let rounds = if rows <= FEW_ROWS { FEW_ROUNDS } else { ROUNDS };
+        let operands = (matrices[0], None);
+        self.gemm(x.view(), operands, target, rows, |product| {
+            let weights = matrices[1..].iter().map(|matrix| matrix.weight());
+            match product {
+                LargeProduct::Float(gemm) => {
+                    let floats = weights.filter_map(|weight| match weight {
+                        Weight::Float(view) => Some(view),
+                        Weight::Int4(_) | Weight::EightBit(_) => None,
+                    });
+                    gemm.tune(&self.device, rounds, &floats.collect::<Vec<_>>())
+                }
+                LargeProduct::Fp8(gemm) => {
+                    let bytes = weights.filter_map(|weight| match weight {
+                        Weight::EightBit(EightBit::Fp8(view)) => Some(view.data),
+                        _ => None,
+                    });
+                    gemm.tune(&self.device, rounds, &bytes.collect::<Vec<_>>())
+                }
+                LargeProduct::Int4(_) | LargeProduct::Invariant(_) => Ok(0.0),
+            }
         })
     }
 
     pub(super) fn launch_gemm(
         &self,
-        x: &CudaBuf,
-        operands: (&GpuMatrix, Option<&GpuVector>),
-        target: (View<'_>, bool),
+        product: &Product,
+        target: Target<'_>,
+        rows: usize,
     ) -> Result<(), CudaError> {
-        self.gemm(x, operands, target, x.rows, |product| {
+        let operands = (&product.matrix, product.bias.as_ref());
+        self.gemm(product.x.view(), operands, target, rows, |product| {
             self.launch_large(product)
         })
     }
@@ -283,12 +337,11 @@ impl CudaBackend {
         &self,
         weight: &Linear<GpuMatrix, GpuVector>,
         x: &CudaBuf,
-        y: &CudaBuf,
-        f32_out: bool,
+        target: Target<'_>,
         rows: usize,
     ) -> Result<(), CudaError> {
         let operands = (&weight.parts[0], weight.bias.as_ref());
-        self.gemm(x, operands, (y.view(), f32_out), rows, |product| {
+        self.gemm(x.view(), operands, target, rows, |product| {
             self.launch_large(product)
         })
     }
