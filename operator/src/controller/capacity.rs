@@ -3,6 +3,8 @@
 //! Watches nodes, quotas and the requests of every bound pod, reduced to sums per node. Without the right to watch them,
 //! or before they are listed, nothing is known, and a rollout finds out by trying.
 
+mod requests;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -12,67 +14,22 @@ use std::{
 
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{Node, PodSpec, ResourceQuota};
-use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::{
-    Api, Client, Resource, ResourceExt as _,
-    api::ObjectMeta,
+    Api, Client, ResourceExt as _,
     runtime::{
         WatchStreamExt as _,
         watcher::{self, Event, watcher},
     },
 };
-use serde::Deserialize;
+pub(super) use requests::Requests;
+use requests::{BoundPod, bound_requests, requests_of};
 
-use super::{placement, quantity, seen};
+use super::placement;
 
 /// A claim on room ends after this time, should its pod never be seen on a node.
 const CLAIM: Duration = Duration::from_secs(30);
 /// Objects of one answer when a watch lists: a pod of others may be large, and is read whole.
 const PAGE: u32 = 100;
-
-/// Resource and amount, in thousandths of the resource's unit.
-pub(super) type Requests = BTreeMap<String, f64>;
-
-/// The part of a pod that says what it takes from its node.
-#[derive(Debug, Clone, Deserialize, Resource)]
-#[resource(inherit = k8s_openapi::api::core::v1::Pod)]
-struct BoundPod {
-    #[serde(deserialize_with = "seen::meta")]
-    metadata: ObjectMeta,
-    #[serde(default)]
-    spec: BoundSpec,
-    #[serde(default)]
-    status: BoundStatus,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-struct BoundSpec {
-    node_name: Option<String>,
-    containers: Vec<BoundContainer>,
-    init_containers: Vec<BoundContainer>,
-    overhead: BTreeMap<String, Quantity>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-struct BoundContainer {
-    resources: BoundResources,
-    restart_policy: Option<String>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-struct BoundResources {
-    requests: BTreeMap<String, Quantity>,
-    limits: BTreeMap<String, Quantity>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-struct BoundStatus {
-    phase: Option<String>,
-}
 
 /// A node that takes pods.
 #[derive(Debug, Clone)]
@@ -346,160 +303,5 @@ async fn follow<K>(
     }
 }
 
-/// What a pod asks of a node in all: containers together, or the greediest init container, and one place for a pod.
-fn bound_requests(spec: &BoundSpec) -> Requests {
-    let of = |container: &BoundContainer| -> Requests {
-        let BoundResources { requests, limits } = &container.resources;
-        // What has a limit and no request requests its limit.
-        limits
-            .iter()
-            .chain(requests)
-            .filter_map(|(resource, amount)| {
-                Some((resource.clone(), quantity::thousandths(&amount.0)?))
-            })
-            .collect()
-    };
-    let add = |sum: &mut Requests, more: &Requests| {
-        for (resource, amount) in more {
-            *sum.entry(resource.clone()).or_default() += amount;
-        }
-    };
-    let mut total = Requests::new();
-    for container in &spec.containers {
-        add(&mut total, &of(container));
-    }
-    let mut sidecars = Requests::new();
-    for container in &spec.init_containers {
-        let mut alone = of(container);
-        if container.restart_policy.as_deref() == Some("Always") {
-            add(&mut sidecars, &alone);
-            add(&mut total, &alone);
-            continue;
-        }
-        add(&mut alone, &sidecars);
-        for (resource, amount) in alone {
-            let sum = total.entry(resource).or_default();
-            *sum = sum.max(amount);
-        }
-    }
-    for (resource, amount) in &spec.overhead {
-        if let Some(amount) = quantity::thousandths(&amount.0) {
-            *total.entry(resource.clone()).or_default() += amount;
-        }
-    }
-    total.insert("pods".into(), 1e3);
-    total
-}
-
-/// The same of a pod that is still to be made.
-fn requests_of(pod: &PodSpec) -> Requests {
-    let value = serde_json::to_value(pod).expect("a pod spec is plain data: this is a bug");
-    let spec = BoundSpec::deserialize(value).unwrap_or_default();
-    bound_requests(&spec)
-}
-
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests")]
-    use serde_json::json;
-
-    use super::*;
-
-    fn node(name: &str, gpus: i32) -> Event<Node> {
-        Event::Apply(
-            serde_json::from_value(json!({
-                "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
-                "status": {
-                    "allocatable": {"cpu": "4", "memory": "8Gi", "pods": "10", "nvidia.com/gpu": gpus.to_string()},
-                    "conditions": [{"type": "Ready", "status": "True"}],
-                },
-            }))
-            .unwrap(),
-        )
-    }
-
-    fn pod(uid: &str, node: Option<&str>, gpus: i32, phase: &str) -> Event<BoundPod> {
-        Event::Apply(
-            serde_json::from_value(json!({
-                "metadata": {"uid": uid},
-                "spec": {"nodeName": node, "containers": [{"resources": {"limits": {"nvidia.com/gpu": gpus.to_string()}}}]},
-                "status": {"phase": phase},
-            }))
-            .unwrap(),
-        )
-    }
-
-    fn asks(gpus: i32) -> PodSpec {
-        serde_json::from_value(json!({"containers": [
-            {"name": "runtime", "resources": {"requests": {"cpu": "500m"}, "limits": {"nvidia.com/gpu": gpus.to_string()}}}
-        ]}))
-        .unwrap()
-    }
-
-    fn known(capacity: &Capacity) {
-        capacity.node(Event::InitDone);
-        capacity.pod(Event::InitDone);
-    }
-
-    #[test]
-    fn a_gpu_is_free_when_no_bound_living_pod_has_it() {
-        let capacity = Capacity::default();
-        assert_eq!(
-            capacity.room("a/s", "a", &asks(1), 9),
-            None,
-            "not listed yet"
-        );
-        capacity.node(node("n1", 2));
-        capacity.node(node("n2", 1));
-        known(&capacity);
-        assert_eq!(capacity.room("a/s", "a", &asks(1), 9), Some(3));
-        assert_eq!(capacity.room("a/s", "a", &asks(1), 2), Some(2));
-        // Two GPUs of two nodes are not two GPUs of one pod.
-        assert_eq!(capacity.room("a/s", "a", &asks(2), 9), Some(1));
-        capacity.pod(pod("p", Some("n1"), 1, "Running"));
-        capacity.pod(pod("waiting", None, 1, "Pending"));
-        assert_eq!(capacity.room("a/s", "a", &asks(2), 9), Some(0));
-        capacity.pod(pod("p", Some("n1"), 1, "Succeeded"));
-        assert_eq!(capacity.room("a/s", "a", &asks(2), 9), Some(1));
-        assert_eq!(capacity.largest("nvidia.com/gpu"), Some(2.0));
-    }
-
-    #[test]
-    fn claims_of_others_are_taken_and_end() {
-        let capacity = Capacity::default();
-        capacity.node(node("n1", 1));
-        known(&capacity);
-        capacity.claim("a/s", &asks(1), 1);
-        assert_eq!(capacity.room("a/s", "a", &asks(1), 9), Some(1), "one's own");
-        assert_eq!(capacity.room("b/t", "b", &asks(1), 9), Some(0));
-        capacity.claim("a/s", &asks(1), 0);
-        assert_eq!(capacity.room("b/t", "b", &asks(1), 9), Some(1));
-    }
-
-    #[test]
-    fn a_quota_leaves_no_room_on_free_nodes() {
-        let capacity = Capacity::default();
-        capacity.node(node("n1", 8));
-        known(&capacity);
-        let quota = json!({
-            "metadata": {"namespace": "a", "name": "q"},
-            "status": {"hard": {"requests.nvidia.com/gpu": "3"}, "used": {"requests.nvidia.com/gpu": "2"}},
-        });
-        capacity.quota(Event::Apply(serde_json::from_value(quota).unwrap()));
-        assert_eq!(capacity.room("a/s", "a", &asks(1), 9), Some(1));
-        assert_eq!(capacity.room("a/s", "a", &asks(2), 9), Some(0));
-        assert_eq!(capacity.room("b/s", "b", &asks(2), 9), Some(4));
-    }
-
-    #[test]
-    fn a_pod_that_a_new_listing_does_not_show_is_gone() {
-        let capacity = Capacity::default();
-        capacity.node(node("n1", 1));
-        capacity.pod(pod("p", Some("n1"), 1, "Running"));
-        known(&capacity);
-        assert_eq!(capacity.room("a/s", "a", &asks(1), 9), Some(0));
-        capacity.pod(Event::Init);
-        capacity.pod(Event::InitDone);
-        assert_eq!(capacity.room("a/s", "a", &asks(1), 9), Some(1));
-    }
-}
+mod tests;
