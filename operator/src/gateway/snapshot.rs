@@ -5,163 +5,22 @@
 //! Only what belongs to pods and services themselves lives on from picture to picture: counters, health, the line of
 //! held requests, and what is known of prompts.
 
+mod replica;
+mod spec;
+#[cfg(test)]
+pub(super) mod testing;
+
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+pub use replica::{InFlight, Replica};
+use replica::{ReplicaState, numbered};
+pub use spec::{Access, GatewayNames, ReplicaSpec, ServiceId, ServiceSpec};
+
 use super::affinity::Index;
-use super::canary::Canary;
-use super::health::Health;
 use super::hold::Line;
-use super::limits::{Limits, Quotas};
-
-/// Namespace and name of an `InferenceService`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ServiceId {
-    /// The namespace, which is also the tenant.
-    pub namespace: String,
-    /// `metadata.name`.
-    pub name: String,
-}
-
-impl ServiceId {
-    /// Names a service.
-    #[must_use]
-    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
-        Self {
-            namespace: namespace.into(),
-            name: name.into(),
-        }
-    }
-}
-
-impl fmt::Display for ServiceId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
-    }
-}
-
-/// Who may call a service.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Access {
-    /// Anyone who reaches the gateway (`endpoint.auth: None`).
-    Open,
-    /// Holders of a key whose digest is in this Secret of the service's namespace.
-    Keys {
-        /// The Secret's name.
-        secret: String,
-    },
-    /// The spec asks for keys and names no Secret: nobody can be let in.
-    Unusable,
-}
-
-/// The part of an `InferenceService` that routing needs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServiceSpec {
-    /// Namespace and name.
-    pub id: ServiceId,
-    /// The model name that the runtime serves.
-    pub model: String,
-    /// Who may call.
-    pub access: Access,
-    /// What one client may ask.
-    pub limits: Limits,
-    /// `endpoint.hosts`.
-    pub hosts: Vec<String>,
-    /// Whether `NAME.NAMESPACE.svc` leads here.
-    pub alias: bool,
-    /// `creationTimestamp` in seconds of the Unix epoch: the oldest claim on a host wins.
-    pub created: i64,
-    /// The revision on trial, if there is one.
-    pub canary: Option<Canary>,
-}
-
-/// A runtime pod that can take requests: Ready, with an address, and not being deleted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReplicaSpec {
-    /// The service whose label the pod carries, in the pod's own namespace.
-    pub service: ServiceId,
-    /// Hash of its revision.
-    pub revision: String,
-    /// The pod's uid.
-    pub uid: String,
-    /// When the pod last became Ready: a pod that restarted in place is a new incarnation.
-    pub ready_since: String,
-    /// Where its runtime listens.
-    pub address: SocketAddr,
-    /// The name that its certificate has to be for; none without TLS.
-    pub tls: Option<String>,
-}
-
-/// A ready replica, with the number of requests this gateway has open on it.
-#[derive(Debug)]
-pub struct Replica {
-    /// Pod uid and the time it last became Ready: what a failed attempt excludes.
-    pub incarnation: String,
-    /// The incarnation as a number that is not 0, the same on every gateway.
-    pub id: u32,
-    /// Hash of its revision.
-    pub revision: String,
-    /// Where its runtime listens.
-    pub address: SocketAddr,
-    /// The name that its certificate has to be for; none without TLS.
-    pub tls: Option<String>,
-    state: Arc<ReplicaState>,
-    epoch: Instant,
-}
-
-/// What this gateway knows of a pod, whatever the picture.
-#[derive(Debug, Default)]
-struct ReplicaState {
-    in_flight: AtomicUsize,
-    health: Health,
-}
-
-impl Replica {
-    /// Requests of this gateway that are open on the pod now.
-    #[must_use]
-    pub fn in_flight(&self) -> usize {
-        self.state.in_flight.load(Ordering::Relaxed)
-    }
-
-    /// Whether it is left out for its failures.
-    #[must_use]
-    pub fn is_ejected(&self) -> bool {
-        self.state.health.is_ejected(self.epoch.elapsed())
-    }
-
-    /// It has answered.
-    pub fn succeeded(&self) {
-        self.state.health.succeeded();
-    }
-
-    /// It has failed; true if that ejects it.
-    #[must_use]
-    pub fn failed(&self) -> bool {
-        self.state.health.failed(self.epoch.elapsed())
-    }
-
-    /// Counts one more request until the guard is dropped.
-    #[must_use]
-    pub fn enter(&self) -> InFlight {
-        self.state.in_flight.fetch_add(1, Ordering::Relaxed);
-        InFlight(Arc::clone(&self.state))
-    }
-}
-
-/// One open request on a replica; dropped when the response body ends or the client leaves.
-#[derive(Debug)]
-pub struct InFlight(Arc<ReplicaState>);
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
-    }
-}
+use super::limits::Quotas;
 
 /// A service and its ready replicas.
 #[derive(Debug)]
@@ -183,17 +42,6 @@ pub struct ServiceState {
     pub prompts: Mutex<Index>,
     /// What clients have asked lately.
     pub quotas: Arc<Quotas>,
-}
-
-/// The names under which the gateway itself is reached, which no service may claim.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GatewayNames {
-    /// Name of the gateway's Service.
-    pub service: String,
-    /// Namespace of the operator.
-    pub namespace: String,
-    /// The cluster's DNS domain, such as `cluster.local`.
-    pub cluster_domain: String,
 }
 
 /// One immutable picture of the cluster.
@@ -348,13 +196,6 @@ impl Snapshot {
     }
 }
 
-/// The incarnation as a number that is not 0.
-fn numbered(replica: &ReplicaSpec) -> u32 {
-    let mut hasher = DefaultHasher::new();
-    (&replica.uid, &replica.ready_since).hash(&mut hasher);
-    (hasher.finish() as u32).max(1)
-}
-
 /// Lower case, without port and trailing dot: `Chat.Example.com.:8080` becomes `chat.example.com`.
 #[must_use]
 pub fn normalize_host(host: &str) -> String {
@@ -378,172 +219,5 @@ pub fn normalize_host(host: &str) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod testing {
-    //! Small builders for the tests of this module's users.
-
-    use super::{Access, GatewayNames, ReplicaSpec, ServiceId, ServiceSpec, Snapshot};
-
-    pub(crate) fn names() -> GatewayNames {
-        GatewayNames {
-            service: "ashlar-gateway".to_owned(),
-            namespace: "ashlar-system".to_owned(),
-            cluster_domain: "cluster.local".to_owned(),
-        }
-    }
-
-    /// A service with keys in the Secret `keys`, an alias and no hosts.
-    pub(crate) fn service(namespace: &str, name: &str, model: &str) -> ServiceSpec {
-        ServiceSpec {
-            id: ServiceId::new(namespace, name),
-            model: model.to_owned(),
-            access: Access::Keys {
-                secret: "keys".to_owned(),
-            },
-            limits: super::Limits::default(),
-            hosts: Vec::new(),
-            alias: true,
-            created: 100,
-            canary: None,
-        }
-    }
-
-    pub(crate) fn replica(namespace: &str, name: &str, uid: &str, address: &str) -> ReplicaSpec {
-        ReplicaSpec {
-            service: ServiceId::new(namespace, name),
-            revision: "r".to_owned(),
-            uid: uid.to_owned(),
-            ready_since: "t0".to_owned(),
-            address: address.parse().expect("a socket address"),
-            tls: None,
-        }
-    }
-
-    pub(crate) fn snapshot(
-        services: impl IntoIterator<Item = ServiceSpec>,
-        replicas: impl IntoIterator<Item = ReplicaSpec>,
-    ) -> Snapshot {
-        Snapshot::build(&Snapshot::empty(names()), services, replicas)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a panic is a test's way to fail")]
-    use super::testing::{names, replica, service, snapshot};
-    use super::*;
-
-    #[test]
-    fn hosts_are_normalised() {
-        for (raw, expected) in [
-            ("Chat.Example.com", "chat.example.com"),
-            ("chat.example.com.", "chat.example.com"),
-            ("chat.example.com:8080", "chat.example.com"),
-            ("chat.example.com.:80", "chat.example.com"),
-            ("[::1]:8080", "[::1]"),
-            ("[::1]", "[::1]"),
-            ("::1", "::1"),
-            ("", ""),
-        ] {
-            assert_eq!(normalize_host(raw), expected, "{raw}");
-        }
-    }
-
-    #[test]
-    fn the_oldest_claim_on_a_host_wins() {
-        let mut young = service("a", "young", "m");
-        young.hosts = vec!["Chat.Example.com".to_owned()];
-        young.created = 200;
-        let mut old = service("z", "old", "m");
-        old.hosts = vec!["chat.example.com".to_owned()];
-        old.created = 100;
-        for order in [
-            vec![young.clone(), old.clone()],
-            vec![old.clone(), young.clone()],
-        ] {
-            let snapshot = snapshot(order, []);
-            assert_eq!(
-                snapshot.by_host("chat.example.com").unwrap().spec.id,
-                old.id
-            );
-        }
-    }
-
-    #[test]
-    fn names_inside_the_cluster_cannot_be_claimed() {
-        let mut thief = service("thief", "t", "m");
-        thief.hosts = [
-            "ashlar-gateway",
-            "ashlar-gateway.ashlar-system",
-            "ashlar-gateway.ashlar-system.svc",
-            "victim.tenant.svc",
-            "victim.tenant.svc.cluster.local",
-            "cluster.local",
-            "10.0.0.1",
-            "[::1]",
-            "localhost",
-            "good.example.com",
-        ]
-        .map(str::to_owned)
-        .to_vec();
-        let snapshot = snapshot([thief.clone()], []);
-        for host in &thief.hosts {
-            assert_eq!(
-                snapshot.by_host(host).is_some(),
-                host == "good.example.com",
-                "{host}"
-            );
-        }
-    }
-
-    #[test]
-    fn open_services_are_not_found_by_model() {
-        let mut open = service("a", "open", "m");
-        open.access = Access::Open;
-        let snapshot = snapshot([open, service("b", "keyed", "m")], []);
-        let found: Vec<_> = snapshot
-            .by_model("m")
-            .iter()
-            .map(|s| s.spec.id.to_string())
-            .collect();
-        assert_eq!(found, ["b/keyed"]);
-    }
-
-    #[test]
-    fn counters_survive_a_rebuild_and_belong_to_the_pod() {
-        let first = snapshot(
-            [service("a", "s", "m")],
-            [replica("a", "s", "u1", "10.0.0.1:8000")],
-        );
-        let guard = first.service("a", "s").unwrap().replicas[0].enter();
-        let second = Snapshot::build(
-            &first,
-            [service("a", "s", "m")],
-            [
-                replica("a", "s", "u1", "10.0.0.1:8000"),
-                replica("a", "s", "u2", "10.0.0.2:8000"),
-            ],
-        );
-        let loads = |s: &Snapshot| -> Vec<usize> {
-            s.service("a", "s")
-                .unwrap()
-                .replicas
-                .iter()
-                .map(|r| r.in_flight())
-                .collect()
-        };
-        assert_eq!(loads(&second), [1, 0]);
-        drop(guard);
-        assert_eq!(loads(&second), [0, 0]);
-    }
-
-    #[test]
-    fn replicas_stay_in_their_own_namespace() {
-        let snapshot = Snapshot::build(
-            &Snapshot::empty(names()),
-            [service("a", "s", "m"), service("b", "s", "m")],
-            [replica("a", "s", "u1", "10.0.0.1:8000")],
-        );
-        assert_eq!(snapshot.service("a", "s").unwrap().replicas.len(), 1);
-        assert!(snapshot.service("b", "s").unwrap().replicas.is_empty());
-    }
-}
+#[path = "tests/snapshot.rs"]
+mod tests;
