@@ -71,7 +71,8 @@ impl Bench {
                     n,
                     k,
                 };
-                gemm(0).tune(&self.device, 3, &[]).unwrap();
+                let others: Vec<_> = weights[1..].iter().map(DeviceBuffer::view).collect();
+                gemm(0).tune(&self.device, 3, &others).unwrap();
                 let us = self.time(2 * sets.max(10), |i| gemm(i).launch(&self.device).unwrap());
                 self.bandwidth(&format!("cublaslt {m} × {n} × {k}"), us, bytes);
                 let us = self.time(2 * sets.max(10), |i| {

@@ -202,7 +202,8 @@ impl Bench {
                     x_scales: x_scales.view(),
                     weight_scales: scales.view(),
                 };
-                gemm(0).tune(&self.device, 3, &[]).unwrap();
+                let others: Vec<_> = (1..sets).map(|i| weight(i).data).collect();
+                gemm(0).tune(&self.device, 3, &others).unwrap();
                 let us = self.time(runs, |i| {
                     QuantizeRows {
                         float: FLOAT,
