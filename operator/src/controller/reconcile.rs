@@ -146,39 +146,13 @@ async fn steps(
     let gateway_slices = children::sorted_slices(observed.gateway_slices.clone());
     let has_routes = context.caches.has_http_routes();
     let around = children::children(&validated, &context.defaults, &gateway_slices, has_routes)?;
-    let records = revisions::records(&validated, &view, &observed);
-    let workloads = revisions::deployments(&validated, &view, &asked, &observed);
-    let (alias, around): (Vec<_>, Vec<_>) = around
-        .into_iter()
-        .partition(|child| child.resource.kind == "Service" && child.name == name);
-    // What pods need is there before pods are; within a group the order does not matter.
-    apply_all(&around, &observed, service, context).await?;
-    // Whether a workload's name is free can be asked meanwhile.
-    let asked = workloads
-        .iter()
-        .map(|child| apply::is_needed(&context.client, service, child, &observed.live));
-    let (_, needed) = tokio::try_join!(
-        apply_all(&records, &observed, service, context),
-        try_join_all(asked)
-    )?;
-    if let Some(child) = &filling.job {
-        apply_one(child, &observed, service, context).await?;
-    }
-    for (child, _) in workloads.iter().zip(needed).filter(|(_, needed)| *needed) {
-        apply::write(&context.client, service, child).await?;
-        context.metrics.wrote(&child.resource.kind);
-    }
-    let mut alias_waits = false;
-    for child in &alias {
-        alias_waits |= !apply_alias(child, &observed, service, context).await?;
-    }
-    let built: Vec<Child> = around
-        .into_iter()
-        .chain(records)
-        .chain(filling.job)
-        .chain(workloads)
-        .chain(alias)
-        .collect();
+    let groups = Groups {
+        around,
+        records: revisions::records(&validated, &view, &observed),
+        filling: filling.job,
+        workloads: revisions::deployments(&validated, &view, &asked, &observed),
+    };
+    let (built, alias_waits) = groups.apply(service, &observed, context).await?;
     revisions::prune(service, &view, &plan, &built, &observed, context).await?;
 
     let keys = endpoint::key_access(&validated, context).await;
@@ -229,6 +203,66 @@ async fn steps(
         LOOK_AGAIN
     };
     Ok((status, Action::requeue(again)))
+}
+
+/// A service's children, by what needs what.
+struct Groups {
+    /// What pods need, and the service's own address.
+    around: Vec<Child>,
+    records: Vec<Child>,
+    /// Fills the claim of a cache.
+    filling: Option<Child>,
+    workloads: Vec<Child>,
+}
+
+impl Groups {
+    /// Writes what is not as it should be. All children, and whether the service's own address has to wait.
+    async fn apply(
+        self,
+        service: &InferenceService,
+        observed: &Observed,
+        context: &Context,
+    ) -> Result<(Vec<Child>, bool), Blocked> {
+        let name = service.name_any();
+        let (alias, around): (Vec<_>, Vec<_>) = self
+            .around
+            .into_iter()
+            .partition(|child| child.resource.kind == "Service" && child.name == name);
+        // What pods need is there before pods are; within a group the order does not matter.
+        apply_all(&around, observed, service, context).await?;
+        // Whether a workload's name is free can be asked meanwhile.
+        let asked = self
+            .workloads
+            .iter()
+            .map(|child| apply::is_needed(&context.client, service, child, &observed.live));
+        let (_, needed) = tokio::try_join!(
+            apply_all(&self.records, observed, service, context),
+            try_join_all(asked)
+        )?;
+        if let Some(child) = &self.filling {
+            apply_one(child, observed, service, context).await?;
+        }
+        for (child, _) in self
+            .workloads
+            .iter()
+            .zip(needed)
+            .filter(|(_, needed)| *needed)
+        {
+            apply::write(&context.client, service, child).await?;
+            context.metrics.wrote(&child.resource.kind);
+        }
+        let mut alias_waits = false;
+        for child in &alias {
+            alias_waits |= !apply_alias(child, observed, service, context).await?;
+        }
+        let pods = self
+            .records
+            .into_iter()
+            .chain(self.filling)
+            .chain(self.workloads);
+        let built = around.into_iter().chain(pods).chain(alias).collect();
+        Ok((built, alias_waits))
+    }
 }
 
 /// Folders of the service's claim that some service of the namespace loads from, in any revision that is kept.

@@ -32,7 +32,7 @@ use super::models;
 use super::request_body::{AttemptBody, BodyLimits, ReplayBody};
 use super::resolve::{self, Target};
 use super::response_body::{GatewayBody, Tracked};
-use super::snapshot::{Replica, Service, Snapshot};
+use super::snapshot::{Replica, Service, ServiceId, Snapshot};
 use crate::model_tls::Trust;
 use crate::pod_http::{self, Client, Peer, PodBody, Settings};
 
@@ -89,6 +89,32 @@ struct Outgoing {
     /// The time that it has until the answer begins, and when that is over.
     timeout: Duration,
     deadline: tokio::time::Instant,
+}
+
+impl Outgoing {
+    /// The error when its time is over.
+    fn late(&self, service: &ServiceId) -> GatewayError {
+        GatewayError::DeadlineExceeded {
+            service: service.clone(),
+            after: self.timeout,
+        }
+    }
+
+    /// The error when no replica was found, after attempts that failed for `reason`, if there were any.
+    fn without_replica(
+        &self,
+        mut error: GatewayError,
+        service: &ServiceId,
+        reason: String,
+    ) -> GatewayError {
+        if let GatewayError::NoReplica { failed, .. } = &mut error {
+            if tokio::time::Instant::now() >= self.deadline {
+                return self.late(service);
+            }
+            *failed = (!reason.is_empty()).then_some(reason);
+        }
+        error
+    }
 }
 
 impl Proxy {
@@ -223,10 +249,6 @@ impl Proxy {
             Ok(prefix) => prefix,
             Err(error) => return Err(Failure(error, Some(meter))),
         };
-        let late = || GatewayError::DeadlineExceeded {
-            service: id.clone(),
-            after: outgoing.timeout,
-        };
         let deadline = self.holds.deadline().min(outgoing.deadline);
         let mut excluded = Vec::new();
         let mut resets = 0;
@@ -246,45 +268,34 @@ impl Proxy {
                 turn,
             } = match picked {
                 Ok(picked) => picked,
-                Err(GatewayError::NoReplica { .. })
-                    if tokio::time::Instant::now() >= outgoing.deadline =>
-                {
-                    return Err(Failure(late(), Some(meter)));
-                }
-                Err(mut error) => {
-                    if let GatewayError::NoReplica { failed, .. } = &mut error {
-                        *failed = (!reason.is_empty()).then_some(reason);
-                    }
+                Err(error) => {
+                    let error = outgoing.without_replica(error, id, reason);
                     return Err(Failure(error, Some(meter)));
                 }
             };
             let mut attempt = Attempt::new(&self.metrics, &service, replica, in_flight);
-            let body_of_attempt = body.attempt(outgoing.length);
-            let sent = self.send(outgoing, attempt.replica(), body_of_attempt, turn);
+            let sent = self.send(
+                outgoing,
+                attempt.replica(),
+                body.attempt(outgoing.length),
+                turn,
+            );
             let Ok(sent) = tokio::time::timeout_at(outgoing.deadline, sent).await else {
-                return Err(Failure(late(), Some(meter)));
+                return Err(Failure(outgoing.late(id), Some(meter)));
             };
-            let cause = match sent {
-                Ok(response) if is_draining(&response) && body.can_replay() => {
-                    "the replica is draining".clone_into(&mut reason);
-                    Cause::Draining
-                }
-                Ok(response) => {
+            let cause = match outcome(sent, &body) {
+                Outcome::Answered(response) => {
                     attempt.head(response.status());
                     return Ok(respond(response, meter, attempt));
                 }
-                Err(error) => {
-                    if let Some(failure) = body.failure() {
-                        return Err(Failure(failure, Some(meter)));
+                Outcome::Ended(error) => return Err(Failure(error, Some(meter))),
+                Outcome::Failed(cause, why) => {
+                    if cause != Cause::Draining {
+                        attempt.failed();
                     }
-                    attempt.failed();
-                    reason = root_cause(&error);
-                    if error.is_connect() {
-                        Cause::Connect
-                    } else {
-                        resets += 1;
-                        Cause::Reset
-                    }
+                    resets += u32::from(cause == Cause::Reset);
+                    reason = why;
+                    cause
                 }
             };
             let replica = attempt.replica();
@@ -342,6 +353,32 @@ fn is_draining<B>(response: &Response<B>) -> bool {
             .headers()
             .get(headers::DRAINING)
             .is_some_and(|value| value == "1")
+}
+
+/// What came of an attempt.
+enum Outcome {
+    Answered(Response<ReplicaBody>),
+    /// No other replica can help.
+    Ended(GatewayError),
+    /// Another replica may; and what went wrong, in words.
+    Failed(Cause, String),
+}
+
+fn outcome(
+    sent: Result<Response<ReplicaBody>, pod_http::Error>,
+    body: &ReplayBody<Incoming>,
+) -> Outcome {
+    match sent {
+        Ok(response) if is_draining(&response) && body.can_replay() => {
+            Outcome::Failed(Cause::Draining, "the replica is draining".to_owned())
+        }
+        Ok(response) => Outcome::Answered(response),
+        Err(error) => match body.failure() {
+            Some(failure) => Outcome::Ended(failure),
+            None if error.is_connect() => Outcome::Failed(Cause::Connect, root_cause(&error)),
+            None => Outcome::Failed(Cause::Reset, root_cause(&error)),
+        },
+    }
 }
 
 /// The replica's response as the client's.
