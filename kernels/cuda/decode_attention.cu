@@ -225,14 +225,14 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
             if (group == 0) {
 #pragma unroll
                 for (int b = 0; b < KBLOCKS; b++) {
-                    const auto w = Held::stored(new_k[b], p.inverse_key_scale);
-                    *reinterpret_cast<typename Held::Eight *>(to + offset * D + b * 32 + quad * 8) = w;
-                    *reinterpret_cast<typename Held::Eight *>(new_key + b * 32 + quad * 8) = w;
+                    const auto w = Stored<T, KV>::eight(new_k[b], p.inverse_key_scale);
+                    *reinterpret_cast<typename Stored<T, KV>::Eight *>(to + offset * D + b * 32 + quad * 8) = w;
+                    *reinterpret_cast<typename Stored<T, KV>::Eight *>(new_key + b * 32 + quad * 8) = w;
                 }
             }
 #pragma unroll
             for (int i = 0; i < D / 32; i++) {
-                const KV one = Held::stored(value[i * 32 + lane], p.inverse_value_scale);
+                const KV one = Stored<T, KV>::one(value[i * 32 + lane], p.inverse_value_scale);
                 new_value[i * 32 + lane] = one;
                 value_to[(i * 32 + lane) * BLOCK + offset] = one;
             }

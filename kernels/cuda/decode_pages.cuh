@@ -14,7 +14,6 @@ template <typename T, int D> struct Pages<T, T, D> {
     static constexpr int PAGES = 1, TILES = 1, KBLOCKS = D / 32, MTILES = D / 16;
     using Entry = int; // of the block table
     using Values = T;  // what is multiplied
-    using Eight = uint4; // eight values as they are stored
     using N = Num<T>;
     const int group, quad, token0; // of the lane
     Vec8 k[KBLOCKS][2];
@@ -45,8 +44,6 @@ template <typename T, int D> struct Pages<T, T, D> {
         }
     }
 
-    static __device__ __forceinline__ Eight stored(const uint32_t *pairs, float) { return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]); }
-    static __device__ __forceinline__ T stored(T value, float) { return value; }
     // Puts the k and v of one token among those of the pages.
     __device__ __forceinline__ void put(const T *key, const T *value, int token) {
 #pragma unroll
@@ -112,7 +109,6 @@ template <typename T, int D> struct Pages<T, uint8_t, D> {
         int key, value; // the pages of this lane's K and V
     };
     using Values = __half;
-    using Eight = uint2;
     using N = Num<__half>;
     const int group, quad;
     uint2 k[TILES][2][KBLOCKS];
@@ -153,17 +149,6 @@ template <typename T, int D> struct Pages<T, uint8_t, D> {
         }
     }
 
-    // Divided by a scale, whose inverse this is.
-    static __device__ __forceinline__ Eight stored(const uint32_t *pairs, float inverse) {
-        uint32_t halves[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float2 two = Num<T>::unpack(pairs[j]);
-            halves[j] = narrow(two.x * inverse, two.y * inverse);
-        }
-        return make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
-    }
-    static __device__ __forceinline__ uint8_t stored(T value, float inverse) { return narrow(Num<T>::to(value) * inverse); }
     __device__ __forceinline__ void put(const uint8_t *key, const uint8_t *value, int token) {
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)

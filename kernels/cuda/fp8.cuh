@@ -46,3 +46,24 @@ __device__ __forceinline__ uint16_t narrow(float a, float b) {
     return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
 }
 __device__ __forceinline__ uint8_t narrow(float a) { return __nv_cvt_float_to_fp8(a, __NV_SATFINITE, __NV_E4M3); }
+
+// Values of T as a page stores them: as they are, or as eight-bit floats divided by a scale, whose inverse is given.
+template <typename T, typename KV> struct Stored;
+template <typename T> struct Stored<T, T> {
+    using Eight = uint4; // eight neighbours
+    static __device__ __forceinline__ Eight eight(const uint32_t *pairs, float) { return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]); }
+    static __device__ __forceinline__ T one(T value, float) { return value; }
+};
+template <typename T> struct Stored<T, uint8_t> {
+    using Eight = uint2;
+    static __device__ __forceinline__ Eight eight(const uint32_t *pairs, float inverse) {
+        uint32_t halves[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float2 two = Num<T>::unpack(pairs[j]);
+            halves[j] = narrow(two.x * inverse, two.y * inverse);
+        }
+        return make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
+    }
+    static __device__ __forceinline__ uint8_t one(T value, float inverse) { return narrow(Num<T>::to(value) * inverse); }
+};

@@ -13,20 +13,6 @@ extern "C" __global__ void rope_table(const double *inverse_frequencies, float2 
     table[at] = make_float2((float)c, (float)s);
 }
 
-// Eight neighbours, held as T, into a page: as they are, or as eight-bit floats divided by a scale.
-template <typename T> __device__ __forceinline__ void store8(T *to, const Vec8 &v, float) { *reinterpret_cast<uint4 *>(to) = v.v; }
-template <typename T> __device__ __forceinline__ void store8(uint8_t *to, const Vec8 &v, float inverse_scale) {
-    uint32_t pairs[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float2 held = Num<T>::unpack(v.w[j]);
-        pairs[j] = narrow(held.x * inverse_scale, held.y * inverse_scale);
-    }
-    *reinterpret_cast<uint2 *>(to) = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
-}
-template <typename T> __device__ __forceinline__ void store(T *to, T v, float) { *to = v; }
-template <typename T> __device__ __forceinline__ void store(uint8_t *to, T v, float inverse_scale) { *to = narrow(Num<T>::to(v) * inverse_scale); }
-
 // A block takes TILE_ROWS rows of TILE_HEADS heads. LANES threads hold a head of a row, each 8 neighbours of its lower half and the
 // 8 of its upper half that they turn with; 16 threads a row, so that a row's angles are loaded once for all of its heads.
 // V is turned over in shared memory: tokens of a page are neighbours there, and they are written together.
@@ -38,6 +24,7 @@ __device__ __forceinline__ void rope_write_kv(T *qkv, const T *query_norm, const
                                               int num_kv_heads, int head_dim, int block_size, float eps, float inverse_key_scale,
                                               float inverse_value_scale) {
     using N = Num<T>;
+    using S = Stored<T, KV>;
     constexpr int AT_ONCE = ROW_THREADS / LANES, STEPS = TILE_HEADS / AT_ONCE;
     extern __shared__ __align__(16) unsigned char turned[]; // [TILE_HEADS][TILE_ROWS][head_dim + 8] of T
     T *tile = reinterpret_cast<T *>(turned);
@@ -115,8 +102,8 @@ __device__ __forceinline__ void rope_write_kv(T *qkv, const T *query_norm, const
         } else if (slot >= 0) {
             const long page = (slot / block_size * 2 * num_kv_heads + head - num_heads) * block_size;
             KV *to = cache + (page + slot % block_size) * head_dim + dim;
-            store8<T>(to, low[i], inverse_key_scale);
-            store8<T>(to + half, high[i], inverse_key_scale);
+            *reinterpret_cast<typename S::Eight *>(to) = S::eight(low[i].w, inverse_key_scale);
+            *reinterpret_cast<typename S::Eight *>(to + half) = S::eight(high[i].w, inverse_key_scale);
         }
     }
     if (first_head + TILE_HEADS <= first_value) return;
@@ -129,7 +116,7 @@ __device__ __forceinline__ void rope_write_kv(T *qkv, const T *query_norm, const
         const T *from = tile + (i * TILE_ROWS + out_row) * stride;
         const long page = (out_slot / block_size * 2 + 1) * num_kv_heads + first_head + i - first_value;
         KV *to = cache + page * block_size * head_dim + out_slot % block_size;
-        for (int d = threadIdx.x / TILE_ROWS; d < head_dim; d += ROW_THREADS) store<T>(to + d * block_size, from[d], inverse_value_scale);
+        for (int d = threadIdx.x / TILE_ROWS; d < head_dim; d += ROW_THREADS) to[d * block_size] = S::one(from[d], inverse_value_scale);
     }
 }
 

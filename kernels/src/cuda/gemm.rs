@@ -57,7 +57,7 @@ impl Gemm<'_> {
 
     /// Times the likeliest algorithms for this shape on this GPU and keeps the fastest for all later launches.
     /// `weights` are others of this shape, taken in turns, so that they come from memory as in a model and not from the L2.
-    /// Overwrites `y`; a plan that was timed is not timed again. Returns the microseconds of the kept one.
+    /// Overwrites `y`; a plan that was timed is not timed again.
     ///
     /// # Errors
     /// [`CudaError`] when sizes do not fit or cuBLASLt refuses.
@@ -66,7 +66,7 @@ impl Gemm<'_> {
         device: &Device,
         rounds: usize,
         weights: &[View<'_>],
-    ) -> Result<f32, CudaError> {
+    ) -> Result<(), CudaError> {
         self.call().tune(device, rounds, weights)
     }
 
@@ -141,7 +141,7 @@ impl Fp8Gemm<'_> {
         device: &Device,
         rounds: usize,
         weights: &[View<'_>],
-    ) -> Result<f32, CudaError> {
+    ) -> Result<(), CudaError> {
         self.call().tune(device, rounds, weights)
     }
 

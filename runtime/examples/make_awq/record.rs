@@ -259,7 +259,7 @@ impl Backend for Recorder {
         });
     }
 
-    fn silu_mul(&mut self, gate_up: &Rows, out: &mut Rows) {
+    fn silu_mul(&mut self, gate_up: &mut Rows, out: &mut Rows) {
         let width = out.width;
         let out = out.resize(gate_up.count());
         elementwise::silu_mul(&self.pool, &gate_up.data, width, out);

@@ -313,7 +313,7 @@ impl Backend for CpuBackend {
         );
     }
 
-    fn silu_mul(&mut self, gate_up: &CpuBuf, out: &mut CpuBuf) {
+    fn silu_mul(&mut self, gate_up: &mut CpuBuf, out: &mut CpuBuf) {
         let width = out.width;
         elementwise::silu_mul(
             &self.pool,

@@ -156,7 +156,7 @@ pub trait Backend: Sync {
     );
 
     /// `out = silu(gate) · up` where `gate_up` holds both halves of a row.
-    fn silu_mul(&mut self, gate_up: &Self::Buf, out: &mut Self::Buf);
+    fn silu_mul(&mut self, gate_up: &mut Self::Buf, out: &mut Self::Buf);
 
     /// Sums `delta` across ranks, adds it to `residual`, `out = norm(residual)`. `delta` is used up.
     fn reduce_add_norm(

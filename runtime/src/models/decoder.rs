@@ -169,7 +169,7 @@ impl<B: Backend> Decoder<B> {
         match &layer.mlp {
             Mlp::Dense { gate_up, down } => {
                 backend.linear(&act.normed, gate_up, AdapterRows, &mut act.gate_up);
-                backend.silu_mul(&act.gate_up, &mut act.mlp);
+                backend.silu_mul(&mut act.gate_up, &mut act.mlp);
                 backend.linear(&act.mlp, down, AdapterRows, &mut act.delta);
             }
         }

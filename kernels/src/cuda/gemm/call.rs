@@ -84,7 +84,7 @@ impl Call<'_> {
         device: &Device,
         rounds: usize,
         weights: &[View<'_>],
-    ) -> Result<f32, CudaError> {
+    ) -> Result<(), CudaError> {
         let with = |weight| Call {
             gemm: Gemm {
                 weight,
@@ -101,7 +101,7 @@ impl Call<'_> {
         let workspace = cublas.workspace(device)?;
         let key = self.key();
         if cublas.plans.get(&key).is_some_and(|plan| plan.timed) {
-            return Ok(0.0);
+            return Ok(());
         }
         let mut timed = Vec::new();
         for plan in self.plan(&cublas, &key, CANDIDATES)? {
@@ -125,7 +125,7 @@ impl Call<'_> {
             }
         }
         let best = timed.into_iter().min_by(|a, b| a.0.total_cmp(&b.0));
-        let (milliseconds, plan) = best.ok_or_else(|| CudaError::Driver {
+        let (_, plan) = best.ok_or_else(|| CudaError::Driver {
             call: "cublasLtMatmul",
             message: format!("no algorithm runs {} × {} × {}", key.m, key.n, key.k),
         })?;
@@ -133,9 +133,8 @@ impl Call<'_> {
             timed: true,
             ..plan
         };
-        let microseconds = milliseconds * 1000.0 / rounds as f32;
         cublas.plans.insert(key, plan);
-        Ok(microseconds)
+        Ok(())
     }
 
     /// Up to `count` plans, the likeliest first; at least one.

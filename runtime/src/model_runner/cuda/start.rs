@@ -186,6 +186,10 @@ pub(super) fn tune(
     act: &Activations<CudaBackend>,
     (max_rows, max_logit_rows): (usize, usize),
 ) -> Result<(), CudaError> {
+    if backend.batch_invariant {
+        // One kernel makes all products.
+        return Ok(());
+    }
     let linears = |pick: fn(&Layer<CudaBackend>) -> &Linear<GpuMatrix, GpuVector>| {
         // A product with a bias has a plan of its own.
         let plain = decoder

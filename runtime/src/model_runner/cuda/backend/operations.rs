@@ -213,18 +213,12 @@ impl Backend for CudaBackend {
         out.set(qkv.rows, State::Ready);
     }
 
-    fn silu_mul(&mut self, gate_up: &CudaBuf, out: &mut CudaBuf) {
+    fn silu_mul(&mut self, gate_up: &mut CudaBuf, out: &mut CudaBuf) {
         let (rows, width) = (gate_up.rows, out.width);
         let result = if let State::Product(product) = &gate_up.state {
             self.run_product(product, rows, width, Output::SiluMul(out.view()))
         } else {
-            let stored = match &gate_up.state {
-                State::Large(product) => {
-                    self.launch_gemm(product, Target::Store(gate_up.view()), rows)
-                }
-                _ => Ok(()),
-            };
-            stored.and_then(|()| {
+            self.settle(gate_up).and_then(|()| {
                 SiluMul {
                     float: self.float,
                     gate_up: gate_up.view(),
@@ -255,41 +249,47 @@ impl Backend for CudaBackend {
             out.set(rows, State::Ready);
             return;
         }
-        let mut is_added = false;
-        if let State::Large(product) = &delta.state {
-            is_added = true;
-            let result = self.launch_gemm(product, Target::Add(residual.view()), rows);
-            self.note(result);
-        } else if let State::Product(product) = &delta.state
-            && !self.norms_on_the_way(product, rows, width)
-        {
-            let result = self.run_product(product, rows, width, Output::Store(delta.view()));
-            self.note(result);
-        } else if let State::Product(product) = &delta.state {
-            let output = Output::AddResidual {
-                residual: residual.view(),
-                sums: self.sums.view(),
-            };
-            let result = self.run_product(product, rows, width, output);
-            self.note(result);
-            let normed = State::Normed {
-                residual: Arc::clone(&residual.data),
-                weight: Arc::clone(norm),
-                num_sums: width.div_ceil(16),
-            };
-            if SkinnyGemm::takes(rows, width) {
-                out.set(rows, normed);
+        let not_added = match &delta.state {
+            State::Large(product) => {
+                let result = self.launch_gemm(product, Target::Add(residual.view()), rows);
+                self.note(result);
+                None
+            }
+            State::Product(product) if self.norms_on_the_way(product, rows, width) => {
+                let output = Output::AddResidual {
+                    residual: residual.view(),
+                    sums: self.sums.view(),
+                };
+                let result = self.run_product(product, rows, width, output);
+                self.note(result);
+                let normed = State::Normed {
+                    residual: Arc::clone(&residual.data),
+                    weight: Arc::clone(norm),
+                    num_sums: width.div_ceil(16),
+                };
+                if SkinnyGemm::takes(rows, width) {
+                    out.set(rows, normed);
+                    return;
+                }
+                self.note(Err(CudaError::Shape {
+                    op: "norm",
+                    message: format!(
+                        "rows of {width} values do not fuse; a multiple of 32 is needed"
+                    ),
+                }));
                 return;
             }
-            self.note(Err(CudaError::Shape {
-                op: "norm",
-                message: format!("rows of {width} values do not fuse; a multiple of 32 is needed"),
-            }));
-            return;
-        }
+            State::Product(product) => {
+                let output = Output::Store(delta.view());
+                let result = self.run_product(product, rows, width, output);
+                self.note(result);
+                Some(delta.view())
+            }
+            State::Ready | State::Normed { .. } => Some(delta.view()),
+        };
         let result = AddNorm {
             float: self.float,
-            delta: (!is_added).then(|| delta.view()),
+            delta: not_added,
             weight: norm.view(),
             residual: residual.view(),
             out: out.view(),
