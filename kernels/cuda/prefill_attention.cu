@@ -7,6 +7,8 @@
 //
 // A row's result depends on nothing but the row and its tokens, bit for bit: tiles begin at multiples of 64 tokens wherever the
 // query does, tokens that a row does not see add exact zeros, and what other rows of the warp find never rescales it.
+//
+// Blocks start with the longest items of all heads, so that the last to end are short.
 #include "fp8.cuh"
 
 constexpr int BLOCK = 16, TILE_ROWS = 128, TILE_TOKENS = 64, WARPS = 4, PAGES = TILE_TOKENS / BLOCK;
@@ -41,8 +43,8 @@ template <typename T, typename KV, int D, int RUN> __device__ __forceinline__ vo
     const uint32_t q_at = (uint32_t)__cvta_generic_to_shared(memory), kv_at = q_at + TILE_ROWS * ROW;
     let_next_start();
     wait_for_previous();
-    const int2 work = p.items[blockIdx.x];
-    const int seq = work.x, head = blockIdx.y, kv_head = head / (p.num_heads / p.num_kv_heads);
+    const int2 work = p.items[blockIdx.x / p.num_heads];
+    const int seq = work.x, head = blockIdx.x % p.num_heads, kv_head = head / (p.num_heads / p.num_kv_heads);
     const int query_len = p.query_lens[seq], context = p.context_lens[seq], first_row = work.y * TILE_ROWS;
     const int num_rows = min(TILE_ROWS, query_len - first_row);
     if (num_rows <= 0) return; // a captured step's padding
@@ -138,17 +140,13 @@ template <typename T, typename KV, int D, int RUN> __device__ __forceinline__ vo
 
     for (int tile = first_tile; tile < tiles; tile++) {
         const int stage = FP8 ? 0 : (tile - first_tile) & 1;
+        asm volatile("cp.async.wait_group 0;");
+        __syncthreads(); // this tile is there, and nobody reads the one before it
         if constexpr (FP8) {
-            asm volatile("cp.async.wait_group 0;");
-            __syncthreads();
             widen_tile();
             __syncthreads();
-            load_tile(tile + 1, 0);
-        } else {
-            load_tile(tile + 1, stage ^ 1);
-            asm volatile("cp.async.wait_group 1;");
-            __syncthreads();
         }
+        load_tile(tile + 1, FP8 ? 0 : stage ^ 1);
         const uint32_t k_at = kv_at + stage * STAGE, v_at = k_at + K_BYTES;
         if ((tile + 1) * TILE_TOKENS > context) {
             // What lies behind the last token may be anything, NaN too.
@@ -258,7 +256,6 @@ template <typename T, typename KV, int D, int RUN> __device__ __forceinline__ vo
                 }
             }
         }
-        __syncthreads();
     }
     T *result = static_cast<T *>(p.out) + (long)(p.rows[seq] + first_row) * p.num_heads * D + head * D;
 #pragma unroll

@@ -142,6 +142,7 @@ impl Bench {
             for (kv_dtype, portable) in [
                 (KvDtype::Float, false),
                 (KvDtype::Float, true),
+                (KvDtype::Fp8, false),
                 (KvDtype::Fp8, true),
             ] {
                 let us = self.time(5, |_| {

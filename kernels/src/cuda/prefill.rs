@@ -128,8 +128,7 @@ impl PrefillAttention<'_> {
             num_items: self.num_items as i32,
             value_scale: self.kv_scales[1],
         };
-        let hopper = shape.kv_dtype == KvDtype::Float && HOPPER_DIMS.contains(&shape.head_dim);
-        if device.is_hopper() && hopper && !self.portable {
+        if device.is_hopper() && HOPPER_DIMS.contains(&shape.head_dim) && !self.portable {
             return self.launch_hopper(device, &parameters);
         }
         let stored = if shape.head_dim == 96 {
@@ -146,7 +145,7 @@ impl PrefillAttention<'_> {
         };
         let shared = TILE_ROWS * stored * Float::BYTES + stages;
         let launch = Shape {
-            grid: (self.num_items, shape.num_heads),
+            grid: (self.num_items * shape.num_heads, 1),
             threads: 128,
             shared,
         };
@@ -155,7 +154,7 @@ impl PrefillAttention<'_> {
         unsafe { device.launch(&name, launch, arguments![parameters]) }
     }
 
-    /// The kernel for compute capability 9.0: its copies go by maps of q, K and V.
+    /// The kernel for compute capability 9.0: its copies go by maps of q, K and V; eight-bit pages are copied as they are.
     fn launch_hopper(
         &self,
         device: &Device,
@@ -164,9 +163,22 @@ impl PrefillAttention<'_> {
         let shape = &self.shape;
         let (dim, kv_heads) = (shape.head_dim as u64, shape.num_kv_heads as u64);
         let (float, row) = (Float::BYTES as u64, shape.q_stride() as u64);
-        let page = shape.page_bytes() as u64;
-        let head = dim * BLOCK_SIZE as u64 * float;
-        let pages = self.cache.bytes as u64 / page;
+        let units = self.num_items * shape.num_heads;
+        let name = format!(
+            "prefill_attention_hopper_{}_{}",
+            shape.head_dim,
+            shape.suffix()
+        );
+        // Q, two stages of 128 tokens of K and V, and barriers; then four eight-bit tiles of K or V.
+        let (threads, eight_bit) = match shape.kv_dtype {
+            KvDtype::Float => (384, 0),
+            KvDtype::Fp8 => (512, 4 * 128 * shape.head_dim),
+        };
+        let launch = Shape {
+            grid: (units.min(device.multiprocessors() as usize), 1),
+            threads,
+            shared: (TILE_ROWS + 2 * 2 * 128) * shape.head_dim * Float::BYTES + 256 + eight_bit,
+        };
         let q = TensorMap::new(
             shape.float,
             self.qkv,
@@ -175,6 +187,13 @@ impl PrefillAttention<'_> {
             &[64, TILE_ROWS as u32],
             Swizzle::Bytes128,
         )?;
+        if shape.kv_dtype == KvDtype::Fp8 {
+            // SAFETY: as below, but for the maps of K and V: pages are in range by the uploader's check.
+            return unsafe { device.launch(&name, launch, arguments![*parameters, q]) };
+        }
+        let page = shape.page_bytes() as u64;
+        let head = dim * BLOCK_SIZE as u64 * float;
+        let pages = self.cache.bytes as u64 / page;
         let k = TensorMap::new(
             shape.float,
             self.cache,
@@ -192,19 +211,7 @@ impl PrefillAttention<'_> {
             &[BLOCK_SIZE as u32, dim as u32, 1, 1],
             Swizzle::Bytes32,
         )?;
-        let name = format!(
-            "prefill_attention_hopper_{}_{}",
-            shape.head_dim,
-            shape.float.suffix()
-        );
-        let units = self.num_items * shape.num_heads;
-        let launch = Shape {
-            grid: (units.min(device.multiprocessors() as usize), 1),
-            threads: 384,
-            // Q, two stages of 128 tokens of K and V, and barriers.
-            shared: (TILE_ROWS + 2 * 2 * 128) * shape.head_dim * Float::BYTES + 128,
-        };
-        // SAFETY: the parameters begin with the kernel's own struct; behind it are three maps of tensors that lie inside their views; work
+        // SAFETY: the first parameter is the kernel's own struct, the others are maps of tensors that lie inside their views; work
         // lists fit (`validate`); rows, pages and items are in range by the uploader's check.
         unsafe { device.launch(&name, launch, arguments![*parameters, q, k, v]) }
     }
