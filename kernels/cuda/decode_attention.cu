@@ -90,24 +90,28 @@ template <typename T, int D> __device__ __forceinline__ void rotate(uint32_t (*h
         }
 }
 
-// Merges the parts of one row's heads, in their order; a thread has 4 neighbouring values.
-template <typename T, typename KV, int D> __device__ __forceinline__ void merge_parts(const DecodeAttention &p, int seq, int kv_head, T *result) {
+constexpr int KNOWN_SLOTS = 32;
+
+// Merges the parts of one row's heads, in their order; a thread has 4 neighbouring values. `first_slots` are KNOWN_SLOTS, or null.
+template <typename T, typename KV, int D>
+__device__ __forceinline__ void merge_parts(const DecodeAttention &p, int2 mine, const int *first_slots, int kv_head, T *result) {
     using N = Num<T>;
     constexpr int AHEAD = 8;
     const int heads = p.num_heads / p.num_kv_heads;
-    const int2 mine = p.seq_parts[seq];
     const long stride = (long)p.num_heads * (D + 4);
     for (int i = threadIdx.x * 4; i < heads * D; i += WARPS * 32 * 4) {
         const long value_at = (long)kv_head * heads * D + i, stats_at = (long)p.num_heads * D + (kv_head * heads + i / D) * 4;
         float m = -INFINITY, total = 0.f;
         float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
         for (int first = 0; first < mine.y; first += AHEAD) {
+            // One pointer for either memory, so that all loads go out together.
+            const int *slots = first_slots && first + AHEAD <= KNOWN_SLOTS ? first_slots + first : p.slots + mine.x + first;
             float4 values[AHEAD];
             float2 stats[AHEAD];
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
                 const bool valid = first + j < mine.y;
-                const float *part = p.parts + (valid ? p.slots[mine.x + first + j] : 0) * stride;
+                const float *part = p.parts + (valid ? slots[j] : 0) * stride;
                 values[j] = valid ? __ldcg(reinterpret_cast<const float4 *>(part + value_at)) : make_float4(0.f, 0.f, 0.f, 0.f);
                 stats[j] = valid ? __ldcg(reinterpret_cast<const float2 *>(part + stats_at)) : make_float2(-INFINITY, 0.f);
             }
@@ -150,6 +154,12 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
     const int heads = p.num_heads / p.num_kv_heads;
     const int seq = members[0], length = p.context_lens[seq];
+    // What the end needs to know of the first member is read while the kernel in front still runs.
+    __shared__ int first_slots[KNOWN_SLOTS];
+    const int2 seq_parts = p.seq_parts[seq];
+    const int row = p.rows[seq];
+    if (seq_parts.y > 1 && threadIdx.x < min(seq_parts.y, KNOWN_SLOTS)) first_slots[threadIdx.x] = p.slots[seq_parts.x + threadIdx.x];
+    auto row_of = [&](int member) { return member == 0 ? row : p.rows[members[member]]; };
     const int first_token = p.window > 0 ? max(0, length - p.window) : 0;
     const int begin = item.begin, end = item.end;
     const int *table = p.blocks + p.table_starts[seq];
@@ -177,8 +187,8 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
     auto make_queries = [&](int t, uint32_t (&tile)[KBLOCKS][4]) {
         const int column = t * 8 + group, member = column / heads;
         const bool valid = member < item.num_members;
-        const int their_seq = members[valid ? member : 0];
-        const T *from = static_cast<const T *>(p.q) + (long)p.rows[their_seq] * p.q_stride + (kv_head * heads + column % heads) * D;
+        const int theirs = valid ? member : 0;
+        const T *from = static_cast<const T *>(p.q) + (long)row_of(theirs) * p.q_stride + (kv_head * heads + column % heads) * D;
 #pragma unroll
         for (int b = 0; b < KBLOCKS; b++) {
             Vec8 w;
@@ -188,7 +198,7 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
             for (int j = 0; j < 4; j++) tile[b][j] = w.w[j];
         }
         if constexpr (D % 64 == 0)
-            if (p.rope) rotate<T, D>(tile, p.query_norm, p.rope + (long)(p.context_lens[their_seq] - 1) * (D / 2), p.eps);
+            if (p.rope) rotate<T, D>(tile, p.query_norm, p.rope + (long)((theirs == 0 ? length : p.context_lens[members[theirs]]) - 1) * (D / 2), p.eps);
     };
     if constexpr (STORED_Q) {
         for (int t = warp; t < TILES; t += WARPS) {
@@ -211,7 +221,7 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
     const int last_unit = last_page - (last_page - begin) % PAGES; // the first of the pages that a warp takes with it
     if constexpr (D % 64 == 0) {
         if (has_last) {
-            const T *key = static_cast<const T *>(p.q) + (long)p.rows[seq] * p.q_stride + (p.num_heads + kv_head) * D, *value = key + p.num_kv_heads * D;
+            const T *key = static_cast<const T *>(p.q) + (long)row * p.q_stride + (p.num_heads + kv_head) * D, *value = key + p.num_kv_heads * D;
             uint32_t new_k[KBLOCKS][4];
 #pragma unroll
             for (int b = 0; b < KBLOCKS; b++) {
@@ -353,8 +363,8 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
     }
     if (threadIdx.x == 0) finished = 0;
     __syncthreads();
-    const bool whole_row = p.seq_parts[seq].y == 1;
-    auto result_of = [&](int their_seq) { return static_cast<T *>(p.out) + (long)p.rows[their_seq] * p.num_heads * D + kv_head * heads * D; };
+    const bool whole_row = seq_parts.y == 1;
+    auto result_of = [&](int member) { return static_cast<T *>(p.out) + (long)row_of(member) * p.num_heads * D + kv_head * heads * D; };
     for (int i = threadIdx.x * 4; i < heads * item.num_members * D; i += WARPS * 32 * 4) {
         const int column = i / D, dim = i % D, member = column / heads, head = column % heads;
         float m = -INFINITY;
@@ -371,7 +381,7 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
         }
         if (whole_row) {
             const float inverse = (FP8 ? p.value_scale : 1.f) / total;
-            *reinterpret_cast<uint2 *>(result_of(seq) + i) =
+            *reinterpret_cast<uint2 *>(result_of(0) + i) =
                 make_uint2(N::pack(value.x * inverse, value.y * inverse), N::pack(value.z * inverse, value.w * inverse));
         } else {
             float *part = p.parts + (long)(item.slot + member) * p.num_heads * (D + 4);
@@ -386,7 +396,7 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
     if (threadIdx.x < item.num_members) {
         const int their_seq = members[threadIdx.x];
         int *arrived = &p.arrived[their_seq * p.num_kv_heads + kv_head];
-        if (atomicAdd(arrived, 1) == p.seq_parts[their_seq].y - 1) {
+        if (atomicAdd(arrived, 1) == (threadIdx.x == 0 ? seq_parts : p.seq_parts[their_seq]).y - 1) {
             *arrived = 0;
             atomicOr(&finished, 1 << threadIdx.x);
         }
@@ -395,7 +405,10 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
     if (!finished) return;
     __threadfence();
     for (int member = 0; member < item.num_members; member++)
-        if (finished >> member & 1) merge_parts<T, KV, D>(p, members[member], kv_head, result_of(members[member]));
+        if (finished >> member & 1) {
+            const bool first = member == 0;
+            merge_parts<T, KV, D>(p, first ? seq_parts : p.seq_parts[members[member]], first ? first_slots : nullptr, kv_head, result_of(member));
+        }
 }
 
 #define DEFINE_ONE(SUFFIX, T, KV, D, TILES)                                                                                        \
