@@ -24,8 +24,10 @@ use crate::{
 
 /// Memory left to the driver: graphs, modules loaded late.
 const RESERVE_BYTES: usize = 512 << 20;
-/// Rows whose plans are timed at start.
-const TUNED_ROWS: &[usize] = &[32, 64, 128, 256, 1024, 2048, 4096, 8192];
+/// Rows whose plans are timed at start: some of those that steps of running outputs have, and a prompt's largest pieces.
+const TUNED_ROWS: &[usize] = &[
+    32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 2048, 4096, 8192,
+];
 /// Threads that load layers: few CPUs still wait for several reads at once, and each thread holds the matrices in host memory
 /// that it repacks.
 const LOAD_THREADS: RangeInclusive<usize> = 4..=8;
