@@ -328,9 +328,42 @@ async fn control(
             .debounce(DEBOUNCE)
             .concurrency(CONCURRENCY),
     );
-    let context = Arc::new(Context {
+    let told = (metrics, trust);
+    let context = Arc::new(context(client, args, caches, capacity, autoscaler, told));
+    let (scaling, rescaled) = rescaling(&context);
+    let first = first_look(&store);
+    // A change of the gateway's endpoints concerns every service's alias.
+    let triggers = triggers.flat_map(move |service| {
+        let some = match service {
+            Some(service) => vec![service],
+            None => all_services(&store),
+        };
+        futures::stream::iter(some)
+    });
+    let triggers = futures::stream::select(first, triggers);
+    let control = controller
+        .reconcile_on(futures::stream::select(triggers, rescaled))
+        .run(reconcile::reconcile, reconcile::after_error, context)
+        .for_each(|result| async move {
+            if let Err(error) = result {
+                tracing::debug!(%error, "reconcile");
+            }
+        });
+    tokio::join!(control, scaling);
+}
+
+/// What every reconcile has at hand.
+fn context(
+    client: Client,
+    args: ControllerArgs,
+    caches: Caches,
+    capacity: capacity::Capacity,
+    autoscaler: Arc<Autoscaler>,
+    (metrics, trust): (Arc<Metrics>, Arc<Trust>),
+) -> Context {
+    Context {
         events: events::Recorder::new(client.clone(), args.identity.clone()),
-        services: store.clone(),
+        services: caches.services(),
         capacity,
         victims: victims::Victims::new(trust),
         downloads: probe::Downloads::default(),
@@ -354,42 +387,27 @@ async fn control(
         autoscaler,
         metrics,
         written: status::Written::default(),
-    });
-    let scaled = {
-        let (autoscaler, caches) = (Arc::clone(&context.autoscaler), context.caches.clone());
-        let services = store.clone();
-        let look = move || World {
-            services: services.state(),
-            pods: caches.ready_pods(),
-            gateway_slices: caches.gateway_slices(),
-        };
-        let (send, mut receive) = tokio::sync::mpsc::channel(MAX_RESCALED);
-        let scaling = async move { autoscaler.run(look, send).await };
-        (
-            scaling,
-            futures::stream::poll_fn(move |context| receive.poll_recv(context)),
-        )
+    }
+}
+
+/// The autoscaler's loop, and the services whose replicas it has decided anew.
+fn rescaling(
+    context: &Context,
+) -> (
+    impl Future<Output = ()> + use<>,
+    impl futures::Stream<Item = ObjectRef<InferenceService>> + Send + use<>,
+) {
+    let (autoscaler, caches) = (Arc::clone(&context.autoscaler), context.caches.clone());
+    let services = context.services.clone();
+    let look = move || World {
+        services: services.state(),
+        pods: caches.ready_pods(),
+        gateway_slices: caches.gateway_slices(),
     };
-    let first = first_look(&store);
-    // A change of the gateway's endpoints concerns every service's alias.
-    let triggers = triggers.flat_map(move |service| {
-        let some = match service {
-            Some(service) => vec![service],
-            None => all_services(&store),
-        };
-        futures::stream::iter(some)
-    });
-    let triggers = futures::stream::select(first, triggers);
-    let (scaling, rescaled) = scaled;
-    let control = controller
-        .reconcile_on(futures::stream::select(triggers, rescaled))
-        .run(reconcile::reconcile, reconcile::after_error, context)
-        .for_each(|result| async move {
-            if let Err(error) = result {
-                tracing::debug!(%error, "reconcile");
-            }
-        });
-    tokio::join!(control, scaling);
+    let (send, mut receive) = tokio::sync::mpsc::channel(MAX_RESCALED);
+    let scaling = async move { autoscaler.run(look, send).await };
+    let rescaled = futures::stream::poll_fn(move |context| receive.poll_recv(context));
+    (scaling, rescaled)
 }
 
 /// References to all services; first those whose spec nobody has acted upon.

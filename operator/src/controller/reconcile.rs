@@ -185,24 +185,45 @@ async fn steps(
             .largest(&service.spec.parallelism.resource_name),
         now,
     });
-    let settled = view.newest.ready == validated.wanted
-        && plan.rollout.is_none()
-        && !filling.waits
-        && keys == KeyAccess::Allowed
-        && conflict.is_none();
-    let again = if waiting {
+    let again = look_again(&Unfinished {
+        lowering: waiting,
+        trial: canary.is_some() && validated.wanted > 0,
+        alias: alias_waits,
+        anything: view.newest.ready != validated.wanted
+            || plan.rollout.is_some()
+            || filling.waits
+            || keys != KeyAccess::Allowed
+            || conflict.is_some(),
+    });
+    Ok((status, Action::requeue(again)))
+}
+
+/// What a reconcile leaves to a later one.
+struct Unfinished {
+    /// Pods are asked to finish before they go.
+    lowering: bool,
+    /// A canary is on trial.
+    trial: bool,
+    /// The alias has no address yet.
+    alias: bool,
+    /// Something is not yet as the spec wants it.
+    anything: bool,
+}
+
+/// When to look again though nothing has changed.
+fn look_again(unfinished: &Unfinished) -> Duration {
+    if unfinished.lowering {
         LOOK_SOON
-    } else if canary.is_some() && validated.wanted > 0 {
+    } else if unfinished.trial {
         LOOK_AT_TRIAL
-    } else if alias_waits {
+    } else if unfinished.alias {
         // Not all at one time.
         LOOK_AGAIN.mul_f64(0.4 + 0.6 * rand::random::<f64>())
-    } else if settled {
-        RESYNC
-    } else {
+    } else if unfinished.anything {
         LOOK_AGAIN
-    };
-    Ok((status, Action::requeue(again)))
+    } else {
+        RESYNC
+    }
 }
 
 /// A service's children, by what needs what.

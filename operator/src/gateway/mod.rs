@@ -48,6 +48,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch as channel;
+use tokio::task::JoinHandle;
 
 use crate::model_tls::{ModelTlsArgs, Trust, TrustError};
 use hold::Holds;
@@ -315,19 +316,32 @@ pub async fn run(args: GatewayArgs) -> Result<(), GatewayRunError> {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    tracing::info!(delay = ?args.drain_delay, "leaving: not ready any more, still accepting");
+    leave(
+        &phase,
+        args.drain_delay,
+        [serving].into_iter().chain(secured),
+    )
+    .await;
+    Ok(())
+}
+
+/// Stops being ready, goes on accepting for a while, then ends the listeners when their requests are finished.
+async fn leave(
+    phase: &channel::Sender<Phase>,
+    delay: Duration,
+    listeners: impl Iterator<Item = JoinHandle<usize>>,
+) {
+    tracing::info!(?delay, "leaving: not ready any more, still accepting");
     phase.send_replace(Phase::Leaving);
-    tokio::time::sleep(args.drain_delay).await;
+    tokio::time::sleep(delay).await;
     phase.send_replace(Phase::Closed);
-    let all = futures::future::join_all([serving].into_iter().chain(secured)).await;
-    for ended in all {
+    for ended in futures::future::join_all(listeners).await {
         match ended {
             Ok(0) => tracing::info!("all requests were finished"),
             Ok(cut) => tracing::warn!(cut, "connections were still open after the drain timeout"),
             Err(error) => tracing::error!(%error, "the listener ended early"),
         }
     }
-    Ok(())
 }
 
 impl GatewayArgs {
