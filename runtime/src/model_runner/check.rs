@@ -11,14 +11,21 @@ pub(super) fn refused(message: String) -> RunnerError {
 
 /// Checks a step against the limits: whatever passes cannot make a kernel read or write outside its buffers.
 pub(crate) fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), RunnerError> {
+    check_rows(input, limits)?;
+    check_wanted_rows(input, limits)?;
+    check_sequences(input, limits)
+}
+
+fn need(holds: bool, what: &str) -> Result<(), RunnerError> {
+    if holds {
+        Ok(())
+    } else {
+        Err(refused(format!("invalid step: {what}")))
+    }
+}
+
+fn check_rows(input: &ModelInput, limits: &RunnerLimits) -> Result<(), RunnerError> {
     let rows = input.token_ids.len();
-    let need = |holds: bool, what: &str| {
-        if holds {
-            Ok(())
-        } else {
-            Err(refused(format!("invalid step: {what}")))
-        }
-    };
     need(
         rows > 0 && rows <= limits.max_num_batched_tokens as usize,
         "number of rows",
@@ -48,7 +55,12 @@ pub(crate) fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), Run
             .iter()
             .all(|slot| (-1..pool).contains(slot)),
         "a cache slot is outside the pool",
-    )?;
+    )
+}
+
+/// Rows whose logits or hidden states are wanted.
+fn check_wanted_rows(input: &ModelInput, limits: &RunnerLimits) -> Result<(), RunnerError> {
+    let rows = input.token_ids.len();
     need(
         input.logit_rows.len() <= limits.max_logit_rows as usize,
         "number of logit rows",
@@ -74,7 +86,10 @@ pub(crate) fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), Run
             .iter()
             .all(|row| (*row as usize) < rows && input.logit_rows.binary_search(row).is_err()),
         "a hidden row is outside the step or wants logits",
-    )?;
+    )
+}
+
+fn check_sequences(input: &ModelInput, limits: &RunnerLimits) -> Result<(), RunnerError> {
     let mut next_row = 0;
     for seq in &input.seqs {
         need(
@@ -102,6 +117,7 @@ pub(crate) fn check(input: &ModelInput, limits: &RunnerLimits) -> Result<(), Run
             "a block is outside the pool",
         )?;
     }
+    let rows = input.token_ids.len();
     need(next_row as usize == rows, "sequences do not cover the rows")?;
     need(
         input
