@@ -32,6 +32,10 @@ const POLL_WAIT: Duration = Duration::from_millis(200);
 /// How often an engine without work says that it waits for some, so that one that hangs is told from it.
 pub const IDLE_BEAT: Duration = Duration::from_millis(250);
 
+/// How long an engine is without work before it proves the block pool: that takes milliseconds where the pool is large, which
+/// the next of requests that come one after another would wait.
+const PROOF_AFTER: Duration = Duration::from_secs(1);
+
 /// A step that was handed to the runner, or that the runner refused (`runner_step` is `None`) while others run.
 struct InFlight {
     plan: SchedulerOutput,
@@ -51,8 +55,10 @@ pub(super) struct Core {
     deadlines: BinaryHeap<Reverse<(Instant, SeqId)>>,
     prompt_logprobs: PromptLogprobs,
     pooled: PooledPrompts,
-    /// Set while there is work; the pool is checked when it ends.
+    /// Set while there is work.
     busy: bool,
+    /// When the pool is proved, unless there is work again.
+    proof_due: Option<Instant>,
     /// Set when every sequence waits for its mask.
     blocked: bool,
 }
@@ -74,6 +80,7 @@ impl Core {
             pooled: PooledPrompts::default(),
             shared,
             busy: false,
+            proof_due: None,
             blocked: false,
         }
     }
@@ -136,6 +143,9 @@ impl Core {
             }
             self.deliver();
         }
+        if cfg!(debug_assertions) {
+            self.prove_pool();
+        }
         Ok(())
     }
 
@@ -147,8 +157,8 @@ impl Core {
         while inbox.commands.is_empty() && (self.is_idle() || self.blocked) {
             if !rested {
                 drop(inbox);
-                if self.is_idle() && self.busy {
-                    self.become_idle();
+                if self.is_idle() {
+                    self.be_idle();
                 }
                 self.runner.rest()?;
                 rested = true;
@@ -217,10 +227,23 @@ impl Core {
         self.scheduler.is_idle() && self.in_flight.is_empty()
     }
 
-    fn become_idle(&mut self) {
-        self.busy = false;
-        self.deadlines.clear();
-        self.deliver();
+    fn be_idle(&mut self) {
+        if self.busy {
+            self.busy = false;
+            self.deadlines.clear();
+            self.deliver();
+            self.proof_due = Some(Instant::now() + PROOF_AFTER);
+            // What is seen at a glance is not put off.
+            if !self.scheduler.blocks().all_free() {
+                self.prove_pool();
+            }
+        } else if self.proof_due.is_some_and(|due| due <= Instant::now()) {
+            self.prove_pool();
+        }
+    }
+
+    fn prove_pool(&mut self) {
+        self.proof_due = None;
         if let Err(error) = self.scheduler.check_integrity() {
             // No sequence exists, so nothing is lost but the prefix cache.
             tracing::error!(%error, "the KV-cache pool is rebuilt: this is a bug");
@@ -233,6 +256,7 @@ impl Core {
         match command {
             Command::Add(new) => {
                 self.busy = true;
+                self.proof_due = None;
                 if let Some(deadline) = new.deadline {
                     self.deadlines.push(Reverse((deadline, new.sequence.id)));
                 }

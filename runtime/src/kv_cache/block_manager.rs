@@ -160,6 +160,12 @@ impl BlockManager {
         }
     }
 
+    /// Whether no table can hold a block.
+    #[must_use]
+    pub fn all_free(&self) -> bool {
+        self.pool.num_free() + 1 == self.pool.len()
+    }
+
     /// Proves the invariants of [`kv_cache`](super), given every table in existence.
     ///
     /// # Errors

@@ -263,11 +263,13 @@ proptest! {
                 _ => {}
             }
             manager.check_integrity(live.iter().map(|l| &l.0)).unwrap();
+            prop_assert_eq!(manager.all_free(), live.iter().all(|l| l.0.len() == 0));
         }
         for (mut table, ..) in live {
             manager.free(&mut table);
         }
         prop_assert_eq!(manager.num_free(), num_blocks - 1);
+        prop_assert!(manager.all_free());
         manager.check_integrity([]).unwrap();
     }
 }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::model_runner::{
     ModelInput, ModelRunner, RunnerError, RunnerLimits, SampleInput, StepId, StepOutput,
-    fake::{FakeConfig, FakeRunner},
+    fake::{FakeConfig, FakeModel, FakeRunner},
 };
 
 fn start(fake: FakeConfig, config: EngineConfig) -> EngineHandle {
