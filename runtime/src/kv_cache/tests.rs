@@ -263,7 +263,7 @@ proptest! {
                 _ => {}
             }
             manager.check_integrity(live.iter().map(|l| &l.0)).unwrap();
-            prop_assert_eq!(manager.all_free(), live.iter().all(|l| l.0.len() == 0));
+            prop_assert_eq!(manager.all_free(), live.iter().all(|l| l.0.is_empty()));
         }
         for (mut table, ..) in live {
             manager.free(&mut table);
