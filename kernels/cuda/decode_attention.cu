@@ -160,6 +160,8 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
     const int row = p.rows[seq];
     if (seq_parts.y > 1 && threadIdx.x < min(seq_parts.y, KNOWN_SLOTS)) first_slots[threadIdx.x] = p.slots[seq_parts.x + threadIdx.x];
     auto row_of = [&](int member) { return member == 0 ? row : p.rows[members[member]]; };
+    auto length_of = [&](int member) { return member == 0 ? length : p.context_lens[members[member]]; };
+    auto parts_of = [&](int member) { return member == 0 ? seq_parts : p.seq_parts[members[member]]; };
     const int first_token = p.window > 0 ? max(0, length - p.window) : 0;
     const int begin = item.begin, end = item.end;
     const int *table = p.blocks + p.table_starts[seq];
@@ -198,7 +200,7 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
             for (int j = 0; j < 4; j++) tile[b][j] = w.w[j];
         }
         if constexpr (D % 64 == 0)
-            if (p.rope) rotate<T, D>(tile, p.query_norm, p.rope + (long)((theirs == 0 ? length : p.context_lens[members[theirs]]) - 1) * (D / 2), p.eps);
+            if (p.rope) rotate<T, D>(tile, p.query_norm, p.rope + (long)(length_of(theirs) - 1) * (D / 2), p.eps);
     };
     if constexpr (STORED_Q) {
         for (int t = warp; t < TILES; t += WARPS) {
@@ -405,10 +407,7 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
     if (!finished) return;
     __threadfence();
     for (int member = 0; member < item.num_members; member++)
-        if (finished >> member & 1) {
-            const bool first = member == 0;
-            merge_parts<T, KV, D>(p, first ? seq_parts : p.seq_parts[members[member]], first ? first_slots : nullptr, kv_head, result_of(member));
-        }
+        if (finished >> member & 1) merge_parts<T, KV, D>(p, parts_of(member), member == 0 ? first_slots : nullptr, kv_head, result_of(member));
 }
 
 #define DEFINE_ONE(SUFFIX, T, KV, D, TILES)                                                                                        \

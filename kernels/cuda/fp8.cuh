@@ -32,6 +32,12 @@ template <> __device__ __forceinline__ void widen<__half>(uint32_t four, uint32_
 #endif
 }
 
+// Sixteen neighbours.
+template <typename T> __device__ __forceinline__ void widen(const uint4 &bytes, Vec8 *low, Vec8 *high) {
+    widen<T>(bytes.x, low->w), widen<T>(bytes.y, low->w + 2);
+    widen<T>(bytes.z, high->w), widen<T>(bytes.w, high->w + 2);
+}
+
 // A pair of T as a pair of halves; what is larger than the largest half becomes it.
 template <typename T> __device__ __forceinline__ uint32_t to_halves(uint32_t pair);
 template <> __device__ __forceinline__ uint32_t to_halves<__half>(uint32_t pair) { return pair; }

@@ -9,25 +9,9 @@
 // query does, tokens that a row does not see add exact zeros, and what other rows of the warp find never rescales it.
 //
 // Blocks start with the longest items of all heads, so that the last to end are short.
-#include "fp8.cuh"
+#include "prefill.cuh"
 
-constexpr int BLOCK = 16, TILE_ROWS = 128, TILE_TOKENS = 64, WARPS = 4, PAGES = TILE_TOKENS / BLOCK;
-
-struct PrefillAttention {
-    const void *q;           // rows of `q_stride` values, the query heads first
-    const void *cache;       // this layer's pages
-    void *out;               // [rows][num_heads · D]
-    const int2 *items;       // (sequence, tile of rows), longest first
-    const int *rows;         // [sequences] first query row
-    const int *query_lens;   // [sequences]
-    const int *context_lens; // [sequences]
-    const int *table_starts; // [sequences] first entry in `blocks`
-    const int *blocks;       // block tables, one after another
-    int num_heads, num_kv_heads, q_stride, window;
-    float scale;             // 1/√D · log2(e), and K's scale
-    int num_items;
-    float value_scale;       // of eight-bit floats
-};
+constexpr int TILE_TOKENS = 64, WARPS = 4, PAGES = TILE_TOKENS / BLOCK;
 
 // Bytes of shared memory: rows of D = 96 are stored 128 wide, so that the swizzle stays inside a row.
 template <int D> constexpr int STRIDE = D == 96 ? 128 : D;
@@ -105,10 +89,8 @@ template <typename T, typename KV, int D, int RUN> __device__ __forceinline__ vo
         const char *raw = memory + TILE_ROWS * ROW + STAGE;
         char *k = memory + TILE_ROWS * ROW, *v = k + K_BYTES;
         for (int i = threadIdx.x; i < PAGES * 2 * RAW_CHUNKS; i += WARPS * 32) {
-            const uint4 bytes = *reinterpret_cast<const uint4 *>(raw + i * 16);
             Vec8 low, high;
-            widen<T>(bytes.x, low.w), widen<T>(bytes.y, low.w + 2);
-            widen<T>(bytes.z, high.w), widen<T>(bytes.w, high.w + 2);
+            widen<T>(*reinterpret_cast<const uint4 *>(raw + i * 16), &low, &high);
             const int page = i / (2 * RAW_CHUNKS), chunk = i % RAW_CHUNKS;
             if (i / RAW_CHUNKS % 2 == 0) {
                 const int token = page * BLOCK + chunk / (D / 16), at = chunk % (D / 16) * 2;

@@ -1,29 +1,13 @@
 // How Q, K and V come to the products of prefill_attention_sm90a.cu: the work units, shared memory, and the warps that fill it.
 #pragma once
-#include "fp8.cuh"
 #include "hopper.cuh"
+#include "prefill.cuh"
 
-constexpr int BLOCK = 16, TILE_ROWS = 128, TILE_TOKENS = 128, PAGES = TILE_TOKENS / BLOCK, STAGES = 2;
+constexpr int TILE_TOKENS = 128, PAGES = TILE_TOKENS / BLOCK, STAGES = 2;
 constexpr int GROUPS = 2, GROUP_ROWS = TILE_ROWS / GROUPS, GROUP_THREADS = 128;
 constexpr int RAW_SLOTS = 4, WIDENING_WARPS = 7;
 // Threads in front of the two groups.
 template <typename KV> constexpr int COPYING = sizeof(KV) == 1 ? 256 : 128;
-
-struct PrefillAttention {
-    const void *q;
-    const void *cache;
-    void *out;
-    const int2 *items;
-    const int *rows;
-    const int *query_lens;
-    const int *context_lens;
-    const int *table_starts;
-    const int *blocks;
-    int num_heads, num_kv_heads, q_stride, window;
-    float scale;
-    int num_items;
-    float value_scale; // of eight-bit floats
-};
 
 template <int D> struct Memory {
     static constexpr int HALVES = D / 64; // K and Q lie in halves of 64 values, 128 bytes a row
@@ -175,10 +159,8 @@ template <int D> __device__ __forceinline__ void widen_all(const PrefillAttentio
         const uint4 *raw = reinterpret_cast<const uint4 *>(shared + M::RAW + slot * M::RAW_BYTES);
 #pragma unroll 2
         for (int i = warp * 32 + lane; i < M::RAW_BYTES / 16; i += WIDENING_WARPS * 32) {
-            const uint4 bytes = raw[i];
             Vec8 low, high;
-            widen<__half>(bytes.x, low.w), widen<__half>(bytes.y, low.w + 2);
-            widen<__half>(bytes.z, high.w), widen<__half>(bytes.w, high.w + 2);
+            widen<__half>(raw[i], &low, &high);
             store(i, low.v, high.v);
         }
         fence_async();

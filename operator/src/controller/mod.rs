@@ -328,8 +328,8 @@ async fn control(
             .debounce(DEBOUNCE)
             .concurrency(CONCURRENCY),
     );
-    let told = (metrics, trust);
-    let context = Arc::new(context(client, args, caches, capacity, autoscaler, told));
+    let context = context(client, args, caches, capacity, autoscaler, metrics, trust);
+    let context = Arc::new(context);
     let (scaling, rescaled) = rescaling(&context);
     let first = first_look(&store);
     // A change of the gateway's endpoints concerns every service's alias.
@@ -359,7 +359,8 @@ fn context(
     caches: Caches,
     capacity: capacity::Capacity,
     autoscaler: Arc<Autoscaler>,
-    (metrics, trust): (Arc<Metrics>, Arc<Trust>),
+    metrics: Arc<Metrics>,
+    trust: Arc<Trust>,
 ) -> Context {
     Context {
         events: events::Recorder::new(client.clone(), args.identity.clone()),

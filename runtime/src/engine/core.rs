@@ -57,7 +57,7 @@ pub(super) struct Core {
     pooled: PooledPrompts,
     /// Set while there is work.
     busy: bool,
-    /// When the pool is proved, unless there is work again.
+    /// When the pool is proved, unless there is work before; means nothing while there is.
     proof_due: Option<Instant>,
     /// Set when every sequence waits for its mask.
     blocked: bool,
@@ -256,7 +256,6 @@ impl Core {
         match command {
             Command::Add(new) => {
                 self.busy = true;
-                self.proof_due = None;
                 if let Some(deadline) = new.deadline {
                     self.deadlines.push(Reverse((deadline, new.sequence.id)));
                 }
