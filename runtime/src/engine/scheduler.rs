@@ -17,7 +17,9 @@ use std::collections::HashMap;
 use self::leave::Retired;
 pub use self::plan::{Accepted, Admitted, ScheduledItem, SchedulerCounters, SchedulerOutput};
 use super::{
-    config::{EngineConfig, KvReservation, MAX_TOKENS_WITH_DECODE},
+    config::{
+        EngineConfig, KvReservation, MAX_TOKENS_WITH_DECODE, TOKENS_PER_SEQUENCE_WITH_DECODE,
+    },
     request::{Pooling, Request, SeqId, TokenId},
     sequence::Sequence,
     stop,
@@ -204,7 +206,10 @@ impl Scheduler {
             seq.is_decoding() && seq.num_generated() + seq.num_placeholders > 0
         };
         if self.running.iter().any(decodes) {
-            self.max_tokens_with_decode
+            u32::try_from(self.running.len())
+                .unwrap_or(u32::MAX)
+                .saturating_mul(TOKENS_PER_SEQUENCE_WITH_DECODE)
+                .clamp(self.max_tokens_with_decode, self.max_tokens)
         } else {
             self.max_tokens
         }

@@ -298,6 +298,34 @@ fn a_long_prefill_shares_each_step_with_decodes() {
 }
 
 #[test]
+fn with_many_running_a_step_with_decodes_takes_more_of_a_prompt() {
+    let load = Load {
+        max_num_seqs: 1000,
+        max_num_batched_tokens: 8192,
+        ..plain(20_000)
+    };
+    for (running, tokens) in [
+        (2, 4096),
+        (256, 4096),
+        (257, 4112),
+        (400, 6400),
+        (600, 8192),
+    ] {
+        let mut prompts = vec![(vec![1], 9); running - 1];
+        prompts.push((vec![2; 20_000], 1));
+        let mut scheduler = scheduler_with(&load, &prompts);
+        let rows = |plan: &SchedulerOutput| plan.items.iter().map(|item| item.num_tokens).sum();
+        let (no_decode, with_decodes): (u32, u32) =
+            (rows(&step(&mut scheduler)), rows(&step(&mut scheduler)));
+        assert_eq!(
+            (no_decode, with_decodes),
+            (8192, tokens),
+            "{running} running"
+        );
+    }
+}
+
+#[test]
 fn the_threshold_cuts_long_prefills() {
     let load = Load {
         threshold: 4,
