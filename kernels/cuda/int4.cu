@@ -2,28 +2,30 @@
 #include "int4.cuh"
 #include "skinny.cuh"
 
-// out[n][8·words] from weight[n][words] and cells[groups][n]. A thread takes a word of each of DEQUANTIZE_ROWS rows. Bound by memory:
-// half a byte in, two out.
+// out[n][8·eights] from weight[n][eights] and cells[groups][n]. A thread makes eight columns of each of DEQUANTIZE_ROWS rows, four
+// threads those of the same four words. Bound by memory: half a byte in, two out.
 constexpr int DEQUANTIZE_ROWS = 4;
 template <bool AFFINE>
-__device__ __forceinline__ void dequantize_all(const uint32_t *weight, const uint32_t *cells, uint4 *out, int n, int words, int words_per_group) {
+__device__ __forceinline__ void dequantize_all(const uint4 *weight, const uint32_t *cells, uint4 *out, int n, int eights, int eights_per_group) {
     let_next_start();
-    const int first = blockIdx.x * DEQUANTIZE_ROWS, word = blockIdx.y * blockDim.x + threadIdx.x;
-    if (word >= words) return;
+    const int first = blockIdx.x * DEQUANTIZE_ROWS, eight = blockIdx.y * blockDim.x + threadIdx.x;
+    if (eight >= eights) return;
     // Weights may be read before the earlier kernels end; `out` may still be in use by one of them.
-    uint32_t packed[DEQUANTIZE_ROWS], cell[DEQUANTIZE_ROWS];
+    Vec8 packed[DEQUANTIZE_ROWS];
+    uint32_t cell[DEQUANTIZE_ROWS];
 #pragma unroll
     for (int i = 0; i < DEQUANTIZE_ROWS; i++) {
         const long row = min(first + i, n - 1);
-        packed[i] = weight[row * words + word];
-        cell[i] = cells[(long)(word / words_per_group) * n + row];
+        packed[i].v = weight[row * (eights / 4) + eight / 4];
+        cell[i] = cells[(long)(eight / eights_per_group) * n + row];
     }
     wait_for_previous();
 #pragma unroll
     for (int i = 0; i < DEQUANTIZE_ROWS; i++) {
         Vec8 values;
-        dequantize<AFFINE>(packed[i], cell[i], values.w);
-        if (first + i < n) out[(long)(first + i) * words + word] = values.v;
+#pragma unroll
+        for (int q = 0; q < 4; q++) values.w[q] = dequantized<AFFINE>(packed[i].w[q] >> (eight % 4 * 4), 0, cell[i]);
+        if (first + i < n) out[(long)(first + i) * eights + eight] = values.v;
     }
 }
 
@@ -186,11 +188,14 @@ template <Scheme SCHEME, int TILES, int ROW_TILES, Output OUTPUT> __device__ __f
                     for (int r = 0; r < ROW_TILES; r++) {
                         uint32_t low[4], high[4];
                         if (SCALES_SUMS) {
-                            integers(a[2 * r].w[first + i], zeros[2 * r], high_zeros[2 * r], low);
-                            integers(a[2 * r + 1].w[first + i], zeros[2 * r + 1], high_zeros[2 * r + 1], high);
+#pragma unroll
+                            for (int q = 0; q < 4; q++) {
+                                low[q] = integers(a[2 * r].w[q], first + i, zeros[2 * r], high_zeros[2 * r]);
+                                high[q] = integers(a[2 * r + 1].w[q], first + i, zeros[2 * r + 1], high_zeros[2 * r + 1]);
+                            }
                         } else {
-                            dequantize<AFFINE>(a[2 * r].w[first + i], cells[2 * r], low);
-                            dequantize<AFFINE>(a[2 * r + 1].w[first + i], cells[2 * r + 1], high);
+                            dequantize_eight<AFFINE>(a[2 * r].w, first + i, cells[2 * r], low);
+                            dequantize_eight<AFFINE>(a[2 * r + 1].w, first + i, cells[2 * r + 1], high);
                         }
                         const uint32_t even[4] = {low[0], high[0], low[1], high[1]};
                         const uint32_t odd[4] = {low[2], high[2], low[3], high[3]};
@@ -247,9 +252,9 @@ template <Scheme SCHEME, int TILES, int ROW_TILES, Output OUTPUT> __device__ __f
     DEFINE(NAME, SCHEME, 2, 2)                                                                                                 \
     DEFINE(NAME, SCHEME, 4, 2)                                                                                                 \
     DEFINE(NAME, SCHEME, 8, 2)                                                                                                 \
-    extern "C" __global__ void NAME##_dequantize(const uint32_t *weight, const uint32_t *cells, uint4 *out, int n, int words,  \
-                                                 int words_per_group) {                                                        \
-        dequantize_all<SCHEME == OFFSETS>(weight, cells, out, n, words, words_per_group);                                                 \
+    extern "C" __global__ void NAME##_dequantize(const uint4 *weight, const uint32_t *cells, uint4 *out, int n, int eights,    \
+                                                 int eights_per_group) {                                                       \
+        dequantize_all<SCHEME == OFFSETS>(weight, cells, out, n, eights, eights_per_group);                                    \
     }
 DEFINE_ALL(int4, ZEROS)
 DEFINE_ALL(int4_affine, OFFSETS)

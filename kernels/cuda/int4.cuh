@@ -1,8 +1,9 @@
 // Four-bit weights as fp16.
 //
-// Words hold eight neighbouring columns in the order 0, 2, 4, 6, 1, 3, 5, 7 (lowest nibble first), so that two neighbours come
-// out of one masking as a pair. A cell, one for each group and row, is a pair too: the scale, and 1024 + zero. Or, of weights
-// w = q * scale + offset ("affine"), the scale and the offset.
+// Four words hold 32 neighbouring columns: word q the columns 8b + 2q and 8b + 2q + 1, b = 0..3, in nibbles b and b + 4 (from the
+// lowest), so that two neighbours come out of one masking as a pair. So a word has what the thread with place q in its quad takes of
+// the 32 columns as the A operand of two products, in their order. A cell, one for each group and row, is a pair too: the scale,
+// and 1024 + zero. Or, of weights w = q * scale + offset ("affine"), the scale and the offset.
 #pragma once
 #include "common.cuh"
 
@@ -19,32 +20,33 @@ __device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t b
 __device__ __forceinline__ __half2 as_half2(uint32_t v) { return *reinterpret_cast<const __half2 *>(&v); }
 __device__ __forceinline__ uint32_t as_word(__half2 v) { return *reinterpret_cast<const uint32_t *>(&v); }
 
-// Pairs (0,1), (2,3), (4,5), (6,7) of a word, dequantised. 0x6400 | q is 1024 + q in fp16, and 0x6400 | 16q is 1024 + 16q: q - zero
-// comes out of either exactly, the latter times 1/16, and its product with the scale, and the offset, are rounded once.
-template <bool AFFINE> __device__ __forceinline__ void dequantize(uint32_t word, uint32_t cell, uint32_t *pairs) {
+// Pair b of a word, dequantised. 0x6400 | q is 1024 + q in fp16, and 0x6400 | 16q is 1024 + 16q: q - zero comes out of either
+// exactly, the latter times 1/16, and its product with the scale, and the offset, are rounded once.
+template <bool AFFINE> __device__ __forceinline__ uint32_t dequantized(uint32_t word, int b, uint32_t cell) {
     const __half2 scale = __low2half2(as_half2(cell)), second = __high2half2(as_half2(cell));
-    const __half2 zero = AFFINE ? as_half2(0x64006400u) : second;   // 1024 + z
-    const __half2 high_zero = __hsub2(as_half2(0x63806380u), zero); // 960 - (1024 + z) = -(64 + z)
-    const __half2 sixteenth = as_half2(0x2c002c00u);
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const uint32_t four = word >> (8 * j);
-        const __half2 low = as_half2(masked(four, 0x000f000fu, 0x64006400u));
-        const __half2 high = as_half2(masked(four, 0x00f000f0u, 0x64006400u));
-        const __half2 first = __hsub2(low, zero), next = __hfma2(high, sixteenth, high_zero);
-        pairs[2 * j] = as_word(AFFINE ? __hfma2(first, scale, second) : __hmul2(first, scale));
-        pairs[2 * j + 1] = as_word(AFFINE ? __hfma2(next, scale, second) : __hmul2(next, scale));
+    const __half2 zero = AFFINE ? as_half2(0x64006400u) : second; // 1024 + z
+    const uint32_t four = word >> (b / 2 * 8);
+    __half2 q;
+    if (b % 2 == 0) {
+        q = __hsub2(as_half2(masked(four, 0x000f000fu, 0x64006400u)), zero);
+    } else {
+        const __half2 high_zero = __hsub2(as_half2(0x63806380u), zero); // 960 - (1024 + z) = -(64 + z)
+        q = __hfma2(as_half2(masked(four, 0x00f000f0u, 0x64006400u)), as_half2(0x2c002c00u), high_zero);
     }
+    return as_word(AFFINE ? __hfma2(q, scale, second) : __hmul2(q, scale));
 }
 
-// The same pairs as integers q - zero, exact: their sums are to be multiplied with the scale. 0x5400 | 16q is 64 + q in fp16.
-__device__ __forceinline__ void integers(uint32_t word, __half2 zero, __half2 high_zero, uint32_t *pairs) {
+// The same pair as integers q - zero, exact: their sums are to be multiplied with the scale. 0x5400 | 16q is 64 + q in fp16.
+__device__ __forceinline__ uint32_t integers(uint32_t word, int b, __half2 zero, __half2 high_zero) {
+    const uint32_t four = word >> (b / 2 * 8);
+    if (b % 2 == 0) return as_word(__hsub2(as_half2(masked(four, 0x000f000fu, 0x64006400u)), zero));
+    return as_word(__hsub2(as_half2(masked(four, 0x00f000f0u, 0x54005400u)), high_zero));
+}
+
+// The eight neighbouring columns 8b to 8b + 7 of four words.
+template <bool AFFINE> __device__ __forceinline__ void dequantize_eight(const uint32_t *words, int b, uint32_t cell, uint32_t *pairs) {
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const uint32_t four = word >> (8 * j);
-        pairs[2 * j] = as_word(__hsub2(as_half2(masked(four, 0x000f000fu, 0x64006400u)), zero));
-        pairs[2 * j + 1] = as_word(__hsub2(as_half2(masked(four, 0x00f000f0u, 0x54005400u)), high_zero));
-    }
+    for (int q = 0; q < 4; q++) pairs[q] = dequantized<AFFINE>(words[q], b, cell);
 }
 
 // The steps of a block, from another one on: blocks that all read the same part of x at once would all ask the same part of the

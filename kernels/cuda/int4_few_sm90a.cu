@@ -48,7 +48,7 @@ struct Layout {
     __device__ __forceinline__ Group *groups(const Skinny &p, char *x) const { return reinterpret_cast<Group *>(x + 2 * p.m * pitch); }
 };
 
-// Lays out eight columns of a token; 16 neighbouring lanes have those of a group.
+// Lays out eight columns of a token's 32 at `column`; 16 neighbouring lanes have those of a group.
 __device__ __forceinline__ void lay_out(const Vec8 &x, char *column, int next_column, bool first, Group *group) {
     constexpr float LARGEST = 127 * 256 + 127;
     float v[8], most = 0.f;
@@ -62,21 +62,31 @@ __device__ __forceinline__ void lay_out(const Vec8 &x, char *column, int next_co
 #pragma unroll
     for (int o = 8; o > 0; o >>= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, o));
     const float by = most > 0.f ? LARGEST / most : 0.f;
+    // Of a word's 32 columns a thread has one pair, in nibbles b and b + 4: bytes b/2 and b/2 + 2 of x for the low nibbles (b even)
+    // or for the high ones. The thread two on has the bytes between; each makes two of the four words whole.
+    const int b = threadIdx.x % 4, half = b / 2;
     int sum = 0;
-    uint32_t high[2] = {}, low[2] = {};
+    uint32_t high[4], low[4];
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        // A word's low nibbles are columns 0, 4, 1, 5, its high ones 2, 6, 3, 7.
-        const int nibbles = j / 2 % 2, byte = (j % 2 * 2 + j / 4) * 8;
-        const int q = __float2int_rn(v[j] * by);
-        sum += q;
-        high[nibbles] |= (uint32_t)((q + 128) >> 8 & 255) << byte;
-        low[nibbles] |= (uint32_t)(q & 255) << byte;
+    for (int i = 0; i < 4; i++) {
+        const int first_q = __float2int_rn(v[2 * i] * by), second_q = __float2int_rn(v[2 * i + 1] * by);
+        sum += first_q + second_q;
+        high[i] = (first_q + 128) >> 8 & 255 | ((second_q + 128) >> 8 & 255) << 16;
+        low[i] = first_q & 255 | (second_q & 255) << 16;
     }
 #pragma unroll
     for (int o = 8; o > 0; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-    *reinterpret_cast<uint2 *>(column) = make_uint2(high[0], high[1]);
-    *reinterpret_cast<uint2 *>(column + next_column) = make_uint2(low[0], low[1]);
+    uint32_t *to = reinterpret_cast<uint32_t *>(column) + half * 4 + b % 2, *next = reinterpret_cast<uint32_t *>(column + next_column) + half * 4 + b % 2;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const auto whole = [&](const uint32_t *words) {
+            const uint32_t mine = half ? words[2 + i] : words[i], given = half ? words[i] : words[2 + i];
+            const uint32_t other = __shfl_xor_sync(0xffffffffu, given, 2);
+            return half ? mine << 8 | other : mine | other << 8;
+        };
+        to[2 * i] = whole(high);
+        next[2 * i] = whole(low);
+    }
     if (first) *group = Group{most < INFINITY ? most / LARGEST : NAN, sum};
 }
 
@@ -131,7 +141,7 @@ __device__ __forceinline__ void lay_out(const Skinny &p, char *to) {
                 apply_norm<__half>(&x, norm, scales[m]);
             }
             Group *group = layout.groups(p, to) + m * layout.steps + i / 16;
-            lay_out(x, to + 2 * m * layout.pitch + i * 8, layout.pitch, i % 16 == 0, group);
+            lay_out(x, to + 2 * m * layout.pitch + i / 4 * 32, layout.pitch, i % 16 == 0, group);
         }
     }
     __syncthreads();

@@ -78,7 +78,7 @@ __device__ __forceinline__ void produce(const Int4Gemm &p, const Work &work, cha
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             Vec8 values;
-            dequantize<AFFINE>(raw.w[i], cell, values.w);
+            dequantize_eight<AFFINE>(raw.w, i, cell, values.w);
             *reinterpret_cast<uint4 *>(to + ((my_half * 4 + i) ^ (my_row & 7)) * 16) = values.v;
         }
         fence_async();

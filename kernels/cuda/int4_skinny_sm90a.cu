@@ -1,12 +1,9 @@
 // Products of at most 64 rows with four-bit weights, for Hopper: y[m][n] = Σk x[m][k] · w[n][k], fp16.
 //
 // The weights are the A operand and go through registers: the copy engine brings words of all rows several steps ahead, by pairs of
-// steps, because 64 bytes of a row take it as long as 128, and a thread turns those of its own rows into fp16 and multiplies by
-// warpgroup with x, the B operand, in shared memory. So a weight is turned once for all tokens and never written back.
-//
-// A thread takes 32 neighbouring columns (16 bytes) of a row, the four of a quad the 128 of a step, and feeds eight products with
-// four columns each. x must come in the same order: a warpgroup of its own puts what lies at column 32·q + 4·s + 2·h + j of a step
-// to 16·s + 8·h + 2·q + j, for which four vectors' words change places within one thread.
+// steps, because 64 bytes of a row take it as long as 128, and a thread turns its words of its own rows into fp16 and multiplies by
+// warpgroup with x, the B operand, in shared memory. So a weight is turned once for all tokens and never written back. Words hold
+// what a thread multiplies (int4.cuh), so that x is multiplied in the order in which it comes.
 //
 // Where there are fewer tiles than multiprocessors, the blocks of a cluster share the columns of a tile. Each adds up and writes
 // some of the tile, in the order of the blocks, reading the others' sums from their shared memory.
@@ -23,12 +20,10 @@ enum Scheme { ZEROS, OFFSETS, GROUPS_OF_128 };
 template <Scheme SCHEME, int TOKENS> struct Memory {
     static constexpr int CONSUMERS = 4 * GROUP, THREADS = CONSUMERS + GROUP, ROWS = 4 * 64;
     static constexpr int X_BYTES = TOKENS * STEP * 2, WORDS_BYTES = ROWS * STEP / 2, CELLS_BYTES = ROWS * 4 * (SCHEME == GROUPS_OF_128 ? 1 : 4);
-    // Steps in flight: of x in its order, of x as it comes, of weights. When x of a step has been multiplied in its order, the places
-    // of all three are free, so that waiting for that is enough. Words and cells come by pairs.
-    static constexpr int X_DEPTH = TOKENS <= 16 ? 4 : 2, RAW_DEPTH = 2 * X_DEPTH, DEPTH = TOKENS <= 16 ? 8 : 6;
-    static constexpr int RAW = X_DEPTH * X_BYTES, WORDS = RAW + RAW_DEPTH * X_BYTES, CELLS = WORDS + DEPTH * WORDS_BYTES;
-    static constexpr int FULL_X = CELLS + DEPTH * CELLS_BYTES, EMPTY_X = FULL_X + X_DEPTH * 8;
-    static constexpr int FULL_RAW = EMPTY_X + X_DEPTH * 8, FULL = FULL_RAW + RAW_DEPTH * 8;
+    // Steps in flight, of x and of weights. Words and cells come by pairs.
+    static constexpr int X_DEPTH = TOKENS <= 32 ? 8 : 4, DEPTH = 8;
+    static constexpr int WORDS = X_DEPTH * X_BYTES, CELLS = WORDS + DEPTH * WORDS_BYTES;
+    static constexpr int FULL_X = CELLS + DEPTH * CELLS_BYTES, EMPTY = FULL_X + X_DEPTH * 8, FULL = EMPTY + X_DEPTH * 8;
     // The sums lie where x and the weights were; 4 floats more a token, so that a warp's stores meet no bank twice.
     static constexpr int PITCH = ROWS + 4;
     static_assert(TOKENS * PITCH * 4 <= FULL_X, "sums and barriers");
@@ -80,51 +75,27 @@ __device__ __forceinline__ void ask_for_weights(const Skinny &p, const Work &wor
 
 // Asks for a step's x.
 template <typename M> __device__ __forceinline__ void ask_for_x(const Work &work, const Maps &maps, uint32_t memory, int step) {
-    const int place = step % M::RAW_DEPTH;
-    const uint32_t full = memory + M::FULL_RAW + place * 8, to = memory + M::RAW + place * M::X_BYTES;
+    const int place = step % M::X_DEPTH;
+    const uint32_t full = memory + M::FULL_X + place * 8, to = memory + place * M::X_BYTES;
     barrier_expect(full, M::X_BYTES);
 #pragma unroll
     for (int half = 0; half < 2; half++) copy_box(to + half * (M::X_BYTES / 2), maps.x, full, work.place(step) * STEP + half * (STEP / 2), 0);
 }
 
-// Puts x in order: each warp some eights of tokens of each step, or one of some steps. One thread asks for all that comes.
-template <typename M, int TOKENS, Output OUTPUT>
-__device__ __forceinline__ void bring(const Skinny &p, const Work &work, const Maps &maps, char *shared, uint32_t memory) {
-    // A warp waits for each use of a place before it, so that it must take part in every one of them.
-    constexpr int EIGHTS = TOKENS / 8, MOST = GROUP / 32, WARPS_HERE = EIGHTS * M::X_DEPTH < MOST ? EIGHTS * M::X_DEPTH : MOST;
-    constexpr int STRIDE = EIGHTS < WARPS_HERE ? WARPS_HERE / EIGHTS : 1;
-    const int warp = threadIdx.x / 32 % MOST, lane = threadIdx.x % 32, row_in = lane % 8, unit = lane / 8;
-    const bool asks = warp % EIGHTS == 0 && lane == 0;
-    if (threadIdx.x == M::CONSUMERS)
+// One thread asks for all that comes, for what follows a step as soon as the step is multiplied.
+template <typename M, Output OUTPUT>
+__device__ __forceinline__ void bring(const Skinny &p, const Work &work, const Maps &maps, uint32_t memory) {
+    const bool asks = threadIdx.x == M::CONSUMERS;
+    if (asks)
         for (int step = 0; step < min(M::DEPTH, work.steps); step += 2) ask_for_weights<M, OUTPUT>(p, work, maps, memory, step);
-    wait_for_previous(); // for x
-    if (threadIdx.x == M::CONSUMERS)
-        for (int step = 0; step < min(M::RAW_DEPTH, work.steps); step++) ask_for_x<M>(work, maps, memory, step);
-    if (warp >= WARPS_HERE) return;
-    for (int step = warp / EIGHTS; step < work.steps; step += STRIDE) {
-        const int stage = step % M::X_DEPTH, raw = step % M::RAW_DEPTH, before = step - M::X_DEPTH;
-        barrier_wait(memory + M::EMPTY_X + stage * 8, (step / M::X_DEPTH & 1) ^ 1); // of the first round all stages are empty
-        if (asks && before >= 0) {
-            if (before + M::RAW_DEPTH < work.steps) ask_for_x<M>(work, maps, memory, before + M::RAW_DEPTH);
-            // Both steps of a pair are multiplied.
-            if (before % 2 == 1 && before + M::DEPTH < work.steps) ask_for_weights<M, OUTPUT>(p, work, maps, memory, before - 1 + M::DEPTH);
-        }
-        barrier_wait(memory + M::FULL_RAW + raw * 8, step / M::RAW_DEPTH & 1);
-#pragma unroll
-        for (int row = warp % EIGHTS * 8 + row_in; row < TOKENS; row += WARPS_HERE * 8) {
-            const char *from = shared + M::RAW + raw * M::X_BYTES + row * 128;
-            char *to = shared + stage * M::X_BYTES + unit / 2 * (M::X_BYTES / 2) + row * 128;
-            Vec8 x[4];
-#pragma unroll
-            for (int q = 0; q < 4; q++) x[q].v = *reinterpret_cast<const uint4 *>(from + q / 2 * (M::X_BYTES / 2) + ((q % 2 * 4 + unit) ^ row_in) * 16);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                *reinterpret_cast<uint4 *>(to + ((unit % 2 * 4 + i) ^ row_in) * 16) = make_uint4(x[0].w[i], x[1].w[i], x[2].w[i], x[3].w[i]);
-            if (EIGHTS < WARPS_HERE) break;
-        }
-        fence_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(memory + M::FULL_X + stage * 8);
+    wait_for_previous(); // for x, and for what y was to it
+    if (!asks) return;
+    for (int step = 0; step < min(M::X_DEPTH, work.steps); step++) ask_for_x<M>(work, maps, memory, step);
+    for (int step = 0; step + min(M::X_DEPTH, M::DEPTH) < work.steps; step++) {
+        barrier_wait(memory + M::EMPTY + step % M::X_DEPTH * 8, step / M::X_DEPTH & 1);
+        if (step + M::X_DEPTH < work.steps) ask_for_x<M>(work, maps, memory, step + M::X_DEPTH);
+        // Both steps of a pair are multiplied.
+        if (step % 2 == 1 && step - 1 + M::DEPTH < work.steps) ask_for_weights<M, OUTPUT>(p, work, maps, memory, step - 1 + M::DEPTH);
     }
 }
 
@@ -136,21 +107,17 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
     constexpr int REGISTERS = TOKENS / 2;
     const int thread = threadIdx.x, lane = thread % 32, quad = lane % 4, group = lane / 4;
     const int row_of_warp = thread / 32 * 16;
-    // Lanes that read together take rows that meet no bank twice.
-    const int row = group / 2 | group % 2 << 2;
-    // Where a step's words and cells of the thread's two rows are.
-    const int cell_rows = SCHEME == GROUPS_OF_128 ? 2 : max(1, 8 >> min(p.group_shift, 3));
-    const int row0 = OUTPUT == SILU_MUL ? thread / 32 * 8 + row : row_of_warp + row;
-    constexpr int ROWS = OUTPUT == SILU_MUL ? M::ROWS / 2 : M::ROWS; // of one copy
-    constexpr int TO_WORDS = (OUTPUT == SILU_MUL ? ROWS : 8) * STEP;
-    const char *my_words = shared + M::WORDS + row0 * STEP, *my_cells = shared + M::CELLS + row0 * 4;
-    int words_of_step[2], cells_of_step[2];
+    // Rows of one copy, and where those are that the thread takes: of SILU_MUL 8 gates and 8 ups.
+    constexpr int ROWS = OUTPUT == SILU_MUL ? M::ROWS / 2 : M::ROWS, APART = OUTPUT == SILU_MUL ? ROWS : 8;
+    const int first_row = OUTPUT == SILU_MUL ? thread / 32 * 8 : row_of_warp;
+    // A lane says where a row of 32 columns is, and is given its place's word of all four of them.
+    const uint32_t my_words = memory + M::WORDS + (first_row + lane % 8) * STEP;
+    uint32_t words_of_step[2];
 #pragma unroll
-    for (int step = 0; step < 2; step++) {
-        words_of_step[step] = ((step * 4 + quad) ^ row) * 16;
-        cells_of_step[step] = (SCHEME == GROUPS_OF_128 ? step : (step * 4 + quad) >> min(p.group_shift, 3)) * ROWS * 4;
-    }
-    const int to_cells = OUTPUT == SILU_MUL ? ROWS * 4 * cell_rows : 8 * 4;
+    for (int step = 0; step < 2; step++) words_of_step[step] = ((step * 4 + lane / 8) ^ lane % 8) * 16;
+    const char *my_cells = shared + M::CELLS + (first_row + group) * 4;
+    constexpr bool ONE_GROUP = SCHEME == GROUPS_OF_128; // in a step
+    const int shift = min(p.group_shift, 3), cell_rows = ONE_GROUP ? 2 : 8 >> shift;
 
     float acc[REGISTERS], sums[REGISTERS]; // `sums` of a step alone
 #pragma unroll
@@ -163,17 +130,19 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
             const int stage = place % M::X_DEPTH;
             if (round * M::DEPTH + place >= work.steps) break;
             if (place % 2 == 0) barrier_wait(memory + M::FULL + place / 2 * 8, round & 1);
-            Vec8 raw[2];
-            uint32_t cells[2];
+            uint32_t words[2][4], cells[2][ONE_GROUP ? 1 : 4];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                raw[i].v = *reinterpret_cast<const uint4 *>(my_words + place / 2 * 2 * M::WORDS_BYTES + words_of_step[place % 2] + i * TO_WORDS);
-                cells[i] = *reinterpret_cast<const uint32_t *>(my_cells + place / 2 * 2 * M::CELLS_BYTES + cells_of_step[place % 2] + i * to_cells);
+                load_matrices(words[i], my_words + place / 2 * 2 * M::WORDS_BYTES + words_of_step[place % 2] + i * APART * STEP);
+                const char *from = my_cells + place / 2 * 2 * M::CELLS_BYTES + i * (OUTPUT == SILU_MUL ? ROWS * cell_rows : 8) * 4;
+#pragma unroll
+                for (int w = 0; w < (ONE_GROUP ? 1 : 4); w++)
+                    cells[i][w] = *reinterpret_cast<const uint32_t *>(from + (ONE_GROUP ? place % 2 : (place % 2 * 4 + w) >> shift) * ROWS * 4);
             }
             wgmma_wait<0>();
             if (place > 0 || round > 0) {
                 // The step before is multiplied.
-                if (lane == 0) barrier_arrive(memory + M::EMPTY_X + (stage + M::X_DEPTH - 1) % M::X_DEPTH * 8);
+                if (lane == 0) barrier_arrive(memory + M::EMPTY + (stage + M::X_DEPTH - 1) % M::X_DEPTH * 8);
                 if (SCALES_SUMS)
 #pragma unroll
                     for (int i = 0; i < REGISTERS; i++) acc[i] += scales[i / 2 % 2] * sums[i];
@@ -181,19 +150,15 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
             uint32_t a[4][2][4];
 #pragma unroll
             for (int w = 0; w < 4; w++) {
-                uint32_t pairs[2][4];
 #pragma unroll
-                for (int i = 0; i < 2; i++)
-                    if (SCALES_SUMS) {
-                        const __half2 zero = __high2half2(as_half2(cells[i]));
-                        integers(raw[i].w[w], zero, __hsub2(zero, as_half2(0x63806380u)), pairs[i]); // 1024 + z - 960
-                        scales[i] = __low2float(as_half2(cells[i]));
-                    } else {
-                        dequantize<SCHEME == OFFSETS>(raw[i].w[w], cells[i], pairs[i]);
-                    }
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t cell = cells[i][ONE_GROUP ? 0 : w];
+                    const __half2 zero = __high2half2(as_half2(cell)), high_zero = __hsub2(zero, as_half2(0x63806380u)); // 1024 + z - 960
+                    if (SCALES_SUMS) scales[i] = __low2float(as_half2(cell));
 #pragma unroll
-                for (int i = 0; i < 2; i++)
-                    a[w][i][0] = pairs[0][2 * i], a[w][i][1] = pairs[1][2 * i], a[w][i][2] = pairs[0][2 * i + 1], a[w][i][3] = pairs[1][2 * i + 1];
+                    for (int b = 0; b < 4; b++)
+                        a[w][b / 2][b % 2 * 2 + i] = SCALES_SUMS ? integers(words[i][w], b, zero, high_zero) : dequantized<SCHEME == OFFSETS>(words[i][w], b, cell);
+                }
             }
             barrier_wait(memory + M::FULL_X + stage * 8, (round * (M::DEPTH / M::X_DEPTH) + place / M::X_DEPTH) & 1);
             wgmma_fence();
@@ -212,7 +177,7 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
 #pragma unroll
         for (int i = 0; i < REGISTERS; i++) acc[i] += scales[i / 2 % 2] * sums[i];
     named_sync(1, M::CONSUMERS); // none reads x or weights any more
-    float *to = reinterpret_cast<float *>(shared) + row_of_warp + row;
+    float *to = reinterpret_cast<float *>(shared) + row_of_warp + group;
 #pragma unroll
     for (int i = 0; i < REGISTERS; i++) to[(i / 4 * 8 + quad * 2 + i % 2) * M::PITCH + i / 2 % 2 * 8] = acc[i];
 }
@@ -279,10 +244,9 @@ __device__ __forceinline__ void int4_skinny(const Skinny &p, const Maps &maps) {
     const Work work(p);
     if (threadIdx.x == M::CONSUMERS) {
         for (int stage = 0; stage < M::X_DEPTH; stage++) {
-            barrier_init(memory + M::FULL_X + stage * 8, TOKENS < 32 ? TOKENS / 8 : GROUP / 32); // the warps that bring x
-            barrier_init(memory + M::EMPTY_X + stage * 8, M::CONSUMERS / 32);
+            barrier_init(memory + M::FULL_X + stage * 8, 1); // who asks
+            barrier_init(memory + M::EMPTY + stage * 8, M::CONSUMERS / 32);
         }
-        for (int place = 0; place < M::RAW_DEPTH; place++) barrier_init(memory + M::FULL_RAW + place * 8, 1); // who asks
         for (int pair = 0; pair < M::DEPTH / 2; pair++) barrier_init(memory + M::FULL + pair * 8, 1);
         barrier_init_done();
         prefetch_map(maps.words);
@@ -293,7 +257,7 @@ __device__ __forceinline__ void int4_skinny(const Skinny &p, const Maps &maps) {
     let_next_start();
     if (threadIdx.x >= M::CONSUMERS) {
         fewer_registers<64>();
-        bring<M, TOKENS, OUTPUT>(p, work, maps, shared, memory);
+        bring<M, OUTPUT>(p, work, maps, memory);
     } else {
         more_registers<104>();
         multiply<M, SCHEME, TOKENS, OUTPUT>(p, work, shared, memory);

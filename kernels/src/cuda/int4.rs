@@ -9,8 +9,8 @@ use super::{
     need,
 };
 
-/// Values in a word.
-const PER_WORD: usize = 8;
+/// Columns that a thread of the dequantising kernel makes of a row.
+const EIGHT: usize = 8;
 /// Rows that a thread of the dequantising kernel takes: as in `int4.cu`.
 const DEQUANTIZE_ROWS: usize = 4;
 /// Values that a thread reads at once: a group is a power of two of these, or a whole row.
@@ -50,7 +50,11 @@ pub(super) fn group_shift(k: usize, group: usize) -> Option<i32> {
     }
 }
 
-/// Words with columns in order (lowest nibble first) in the order of the kernels: 0, 2, 4, 6, 1, 3, 5, 7.
+/// Words with columns in order (lowest nibble first) in the order of the kernels: of each four words, word `q` has the columns
+/// `8b + 2q` in its nibbles `b` and the columns behind them in its nibbles `b + 4`.
+///
+/// # Panics
+/// When they are not fours of words.
 #[must_use]
 pub fn words(in_order: &[u32]) -> Vec<u8> {
     // The four low nibbles of the bytes, side by side.
@@ -59,10 +63,15 @@ pub fn words(in_order: &[u32]) -> Vec<u8> {
         let pairs = (pairs | pairs >> 4) & 0x00ff_00ff;
         (pairs | pairs >> 8) & 0xffff
     };
+    let (fours, rest) = in_order.as_chunks::<4>();
+    assert!(rest.is_empty(), "rows of fours of words");
     let mut bytes = vec![0; 4 * in_order.len()];
-    let places = bytes.as_chunks_mut().0.iter_mut();
-    places.zip(in_order).for_each(|(bytes, word)| {
-        *bytes = (gather(*word) | gather(word >> 4) << 16).to_le_bytes();
+    let places = bytes.as_chunks_mut::<16>().0.iter_mut();
+    places.zip(fours).for_each(|(place, four)| {
+        for (q, bytes) in place.as_chunks_mut().0.iter_mut().enumerate() {
+            let pairs = u32::from_le_bytes(four.map(|word| word.to_le_bytes()[q]));
+            *bytes = (gather(pairs) | gather(pairs >> 4) << 16).to_le_bytes();
+        }
     });
     bytes
 }
@@ -161,21 +170,21 @@ impl DequantizeInt4<'_> {
         self.validate()?;
         let (weight, cells) = (self.weight.words.address(), self.weight.cells.address());
         let (out, n) = (self.out.address(), self.n as i32);
-        let words = self.k / PER_WORD;
-        let threads = words.next_multiple_of(32).min(256);
-        let (words_i32, per_group) = (words as i32, (self.weight.group / PER_WORD) as i32);
+        let eights = self.k / EIGHT;
+        let threads = eights.next_multiple_of(32).min(256);
+        let (eights_i32, per_group) = (eights as i32, (self.weight.group / EIGHT) as i32);
         let shape = Shape {
-            grid: (self.n.div_ceil(DEQUANTIZE_ROWS), words.div_ceil(threads)),
+            grid: (self.n.div_ceil(DEQUANTIZE_ROWS), eights.div_ceil(threads)),
             threads,
             shared: 0,
         };
         // SAFETY: parameters as in `int4.cu`; every view holds what the shape needs, and grid and widths fit 32 bits
-        // (`validate`); a thread reads and writes its own word's place alone.
+        // (`validate`); a thread reads whole fours of words and writes its own eight columns' place alone.
         unsafe {
             device.launch(
                 &format!("{}_dequantize", self.weight.kernel()),
                 shape,
-                arguments![weight, cells, out, n, words_i32, per_group],
+                arguments![weight, cells, out, n, eights_i32, per_group],
             )
         }
     }
@@ -188,9 +197,12 @@ mod tests {
 
     #[test]
     fn words_and_cells_are_in_the_kernels_order() {
-        assert_eq!(words(&[0x7654_3210]), 0x7531_6420u32.to_le_bytes());
-        assert_eq!(words(&[0xf000_0000, 0x0000_00f0]).len(), 8);
-        assert_eq!(words(&[0x0000_00f0]), 0x000f_0000u32.to_le_bytes());
+        // Only columns 8, 9 (word 1) and 30, 31 (word 3) are not 0.
+        let in_order = [0, 0x0000_0021, 0, 0x4300_0000];
+        let kernels = [0x0020_0010u32, 0, 0, 0x4000_3000];
+        assert_eq!(words(&in_order), kernels.map(u32::to_le_bytes).concat());
+        let thirds = [0, 0xffffu32, 0, 0].map(u32::to_le_bytes).concat();
+        assert_eq!(words(&[0x0f00; 4]), thirds);
         let bytes = cells(&[f16::from_f32(0.5)], &[9]);
         let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
         assert_eq!((half(0), half(2)), (0.5, 1033.0));

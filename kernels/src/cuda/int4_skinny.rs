@@ -63,18 +63,14 @@ impl Int4Skinny<'_> {
     pub(super) fn shape(&self, device: &Device, name: &str) -> Result<(Shape, usize), CudaError> {
         let (tiles, pairs) = (self.rows.div_ceil(ROWS), self.k.div_ceil(2 * STEP));
         let cells = if self.scheme() == "int4_128" { 4 } else { 16 };
-        // Steps of x in flight, in its order and as it comes, and of weights.
-        let (in_order, raw, depth) = if self.tokens() <= 16 {
-            (4, 8, 8)
-        } else {
-            (2, 4, 6)
-        };
+        // Steps of x and of weights in flight.
+        let (x_depth, depth) = if self.tokens() <= 32 { (8, 8) } else { (4, 8) };
         let shape = |splits: usize| Shape {
             grid: (tiles * splits, 1),
             threads: 640,
-            shared: (in_order + raw) * self.tokens() * STEP * Float::BYTES
+            shared: x_depth * self.tokens() * STEP * Float::BYTES
                 + depth * ROWS * (STEP / 2 + cells)
-                + (2 * in_order + raw + depth / 2) * 8,
+                + (2 * x_depth + depth / 2) * 8,
         };
         let mut best = (usize::MAX, 1);
         for splits in 1..=MAX_SPLITS.min(pairs) {
