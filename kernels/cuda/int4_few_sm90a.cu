@@ -48,7 +48,7 @@ struct Layout {
     __device__ __forceinline__ Group *groups(const Skinny &p, char *x) const { return reinterpret_cast<Group *>(x + 2 * p.m * pitch); }
 };
 
-// Lays out eight columns of a token's 32 at `column`; 16 neighbouring lanes have those of a group.
+// Lays out the eight columns of a token that a word of w has; 16 neighbouring lanes have those of a group.
 __device__ __forceinline__ void lay_out(const Vec8 &x, char *column, int next_column, bool first, Group *group) {
     constexpr float LARGEST = 127 * 256 + 127;
     float v[8], most = 0.f;
@@ -62,31 +62,21 @@ __device__ __forceinline__ void lay_out(const Vec8 &x, char *column, int next_co
 #pragma unroll
     for (int o = 8; o > 0; o >>= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, o));
     const float by = most > 0.f ? LARGEST / most : 0.f;
-    // Of a word's 32 columns a thread has one pair, in nibbles b and b + 4: bytes b/2 and b/2 + 2 of x for the low nibbles (b even)
-    // or for the high ones. The thread two on has the bytes between; each makes two of the four words whole.
-    const int b = threadIdx.x % 4, half = b / 2;
     int sum = 0;
-    uint32_t high[4], low[4];
+    uint32_t high[2] = {}, low[2] = {};
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int first_q = __float2int_rn(v[2 * i] * by), second_q = __float2int_rn(v[2 * i + 1] * by);
-        sum += first_q + second_q;
-        high[i] = (first_q + 128) >> 8 & 255 | ((second_q + 128) >> 8 & 255) << 16;
-        low[i] = first_q & 255 | (second_q & 255) << 16;
+    for (int j = 0; j < 8; j++) {
+        // A word's low nibbles are those of pairs 0, 2, 0, 2, its high ones of pairs 1, 3, 1, 3: two first columns, two second ones.
+        const int nibbles = j / 2 % 2, byte = (j / 4 + j % 2 * 2) * 8;
+        const int q = __float2int_rn(v[j] * by);
+        sum += q;
+        high[nibbles] |= (uint32_t)((q + 128) >> 8 & 255) << byte;
+        low[nibbles] |= (uint32_t)(q & 255) << byte;
     }
 #pragma unroll
     for (int o = 8; o > 0; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-    uint32_t *to = reinterpret_cast<uint32_t *>(column) + half * 4 + b % 2, *next = reinterpret_cast<uint32_t *>(column + next_column) + half * 4 + b % 2;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const auto whole = [&](const uint32_t *words) {
-            const uint32_t mine = half ? words[2 + i] : words[i], given = half ? words[i] : words[2 + i];
-            const uint32_t other = __shfl_xor_sync(0xffffffffu, given, 2);
-            return half ? mine << 8 | other : mine | other << 8;
-        };
-        to[2 * i] = whole(high);
-        next[2 * i] = whole(low);
-    }
+    *reinterpret_cast<uint2 *>(column) = make_uint2(high[0], high[1]);
+    *reinterpret_cast<uint2 *>(column + next_column) = make_uint2(low[0], low[1]);
     if (first) *group = Group{most < INFINITY ? most / LARGEST : NAN, sum};
 }
 
@@ -118,30 +108,32 @@ __device__ __forceinline__ void token_scales(const Skinny &p, float *scales) {
     }
 }
 
+// Of rows of 32 columns the pairs that belong to word `word`, counted over all rows.
+__device__ __forceinline__ Vec8 columns_of(const void *rows, int word) {
+    Vec8 pairs;
+#pragma unroll
+    for (int b = 0; b < 4; b++) pairs.w[b] = static_cast<const uint32_t *>(rows)[word / 4 * 16 + b * 4 + word % 4];
+    return pairs;
+}
+
 // Lays out all of x, once the kernel before is over.
 __device__ __forceinline__ void lay_out(const Skinny &p, char *to) {
     const Layout layout(p);
-    const int eights = p.k / 8; // a multiple of 32
-    const auto norm_at = [&](int i) { return static_cast<const uint4 *>(p.norm)[i]; };
-    Vec8 first_norm; // while the kernel before runs
-    if (p.norm && threadIdx.x < eights) first_norm.v = norm_at(threadIdx.x);
+    const int words = p.k / 8; // a multiple of 32
+    Vec8 first_norm;           // while the kernel before runs
+    if (p.norm && threadIdx.x < words) first_norm = columns_of(p.norm, threadIdx.x);
     wait_for_previous();
     float scales[TOKENS];
     if (p.norm) token_scales(p, scales);
 #pragma unroll
     for (int m = 0; m < TOKENS; m++) {
         if (m >= p.m) break;
-        const uint4 *from = reinterpret_cast<const uint4 *>(static_cast<const __half *>(p.x) + (long)m * p.k);
-        for (int i = threadIdx.x; i < eights; i += THREADS) {
-            Vec8 x;
-            x.v = from[i];
-            if (p.norm) {
-                Vec8 norm = first_norm;
-                if (i >= THREADS) norm.v = norm_at(i);
-                apply_norm<__half>(&x, norm, scales[m]);
-            }
+        const __half *from = static_cast<const __half *>(p.x) + (long)m * p.k;
+        for (int i = threadIdx.x; i < words; i += THREADS) {
+            Vec8 x = columns_of(from, i);
+            if (p.norm) apply_norm<__half>(&x, i < THREADS ? first_norm : columns_of(p.norm, i), scales[m]);
             Group *group = layout.groups(p, to) + m * layout.steps + i / 16;
-            lay_out(x, to + 2 * m * layout.pitch + i / 4 * 32, layout.pitch, i % 16 == 0, group);
+            lay_out(x, to + 2 * m * layout.pitch + i * 8, layout.pitch, i % 16 == 0, group);
         }
     }
     __syncthreads();
