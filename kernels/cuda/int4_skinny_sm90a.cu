@@ -29,9 +29,9 @@ template <Scheme SCHEME, int TOKENS> struct Memory {
     static_assert(TOKENS * PITCH * 4 <= FULL_X, "sums and barriers");
 };
 
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// A barrier of all of the cluster's threads, in two parts; the first shows the others what was written.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // Four floats at this address of another block's shared memory.
 __device__ __forceinline__ float4 read_of(uint32_t address, int rank) {
     uint32_t there;
@@ -263,9 +263,13 @@ __device__ __forceinline__ void int4_skinny(const Skinny &p, const Maps &maps) {
         multiply<M, SCHEME, TOKENS, OUTPUT>(p, work, shared, memory);
         wait_for_previous(); // for what y was to it
     }
-    cluster_sync();
+    cluster_arrive();
+    cluster_wait();
     finish<M, OUTPUT>(p, work, memory);
-    cluster_sync(); // the others have read this block's sums
+    // Until the others have read this block's sums. What they read is in what they have written, so that none needs to wait until
+    // that is seen everywhere, as a release would.
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    cluster_wait();
 }
 
 #define DEFINE_ONE(NAME, OUTPUT, SCHEME, TOKENS)                                                                                   \
