@@ -45,6 +45,7 @@ fn config(path: &Path, float: Float, enforce_eager: bool) -> CudaRunnerConfig {
         max_num_seqs: 32,
         max_num_batched_tokens: 2048,
         max_model_len: Some(2048),
+        quantized_weights_only: false,
         enforce_eager,
         batch_invariant: false,
     }
@@ -176,8 +177,11 @@ fn awq_models_compute_what_the_cpu_computes() {
         let folder = checkpoint(&family);
         quantize(&folder, group);
         let mut cpu = cpu(&folder);
-        for batch_invariant in [false, true] {
+        for (quantized_weights_only, batch_invariant) in
+            [(false, false), (true, false), (true, true)]
+        {
             let config = CudaRunnerConfig {
+                quantized_weights_only,
                 batch_invariant,
                 ..config(&folder, Float::F16, false)
             };
@@ -187,7 +191,7 @@ fn awq_models_compute_what_the_cpu_computes() {
                 let want = logits(&mut cpu, &tokens, &[]);
                 let (mean, worst) = distance(&logits(&mut gpu, &tokens, &[33, 1, 64]), &want);
                 let case = format!(
-                    "{} AWQ, groups of {group}, invariant {batch_invariant}: {len} tokens, {DECODED} decoded: 1 − cosine \
+                    "{} AWQ, groups of {group}, alone {quantized_weights_only}, invariant {batch_invariant}: {len} tokens, {DECODED} decoded: 1 − cosine \
                      {mean:.2e} mean, {worst:.2e} worst",
                     family.name
                 );

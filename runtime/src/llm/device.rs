@@ -122,6 +122,7 @@ fn load_on_gpu(args: &EngineArgs, path: &Path) -> Result<Loaded, LoadError> {
             .unwrap_or(GPU_MAX_NUM_SEQS.min(max_num_batched_tokens)),
         max_num_batched_tokens,
         max_model_len: args.max_model_len,
+        quantized_weights_only: args.quantized_weights_only,
         enforce_eager: args.enforce_eager,
         batch_invariant: args.batch_invariant,
     };

@@ -21,6 +21,8 @@ fn gpu_with(
         CudaRunner::new(&CudaRunnerConfig {
             dtype,
             quantize_fp8,
+            // Beside copies in one way, without them in the other.
+            quantized_weights_only: !batch_invariant,
             batch_invariant,
             ..config(path, Float::F16, false)
         })

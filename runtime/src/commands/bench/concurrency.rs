@@ -222,6 +222,7 @@ async fn on_gpu(args: &ConcurrencyArgs, sizes: &Sizes) -> anyhow::Result<()> {
         max_num_seqs: sizes.max_num_seqs.min(GPU_MAX_NUM_SEQS),
         max_num_batched_tokens: GPU_MAX_NUM_BATCHED_TOKENS,
         max_model_len: Some(sizes.max_model_len),
+        quantized_weights_only: false,
         enforce_eager: false,
         batch_invariant: false,
     };

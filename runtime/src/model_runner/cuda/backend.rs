@@ -191,13 +191,34 @@ impl CudaBackend {
             self.device.fill(arrived.view(), 0)?;
             self.int4_parts = Some((parts, arrived));
         }
-        let bytes = matrices
-            .filter(|matrix| matrix.fp8_view().is_none() || self.fp8_rows.is_none())
-            .map(|matrix| matrix.scratch_bytes())
-            .max();
-        if let Some(bytes) = bytes.filter(|bytes| *bytes > 0) {
+        let turned = matrices.filter(|matrix| self.turns(matrix));
+        if let Some(bytes) = turned.map(|matrix| matrix.value_bytes()).max() {
             self.scratch = Some(self.device.alloc(bytes)?);
         }
+        Ok(())
+    }
+
+    /// Whether products with many rows multiply other values than the matrix has: its values in 16 bits.
+    fn turns(&self, matrix: &Matrix) -> bool {
+        matrix.value_bytes() > 0 && (matrix.fp8_view().is_none() || self.fp8_rows.is_none())
+    }
+
+    /// Bytes of the values in 16 bits of these matrices, as far as products need them.
+    pub(super) fn value_bytes<'a>(&self, matrices: impl Iterator<Item = &'a GpuMatrix>) -> usize {
+        let turned = matrices.filter(|matrix| self.turns(matrix));
+        turned.map(|matrix| matrix.value_bytes()).sum()
+    }
+
+    /// Keeps these values, so that no product turns them again; all of the matrices that scratch memory was reserved for.
+    pub(super) fn keep_values<'a>(
+        &mut self,
+        matrices: impl Iterator<Item = &'a GpuMatrix>,
+    ) -> Result<(), CudaError> {
+        for matrix in matrices.filter(|matrix| self.turns(matrix)) {
+            matrix.keep_values(&self.device, self.float)?;
+        }
+        self.device.synchronize()?;
+        self.scratch = None;
         Ok(())
     }
 

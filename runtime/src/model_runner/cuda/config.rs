@@ -30,6 +30,9 @@ pub struct CudaRunnerConfig {
     pub max_num_batched_tokens: u32,
     /// Longest sequence; `None` takes the model's, lowered to what the KV cache holds.
     pub max_model_len: Option<u32>,
+    /// Keep no 16-bit values of quantised layers, of which products with many rows have copies where these take little of the
+    /// KV cache's memory.
+    pub quantized_weights_only: bool,
     /// Queue every kernel by itself instead of as graphs.
     pub enforce_eager: bool,
     /// A sequence's logits have the same bits whatever else is in its steps, however its prompt is cut, and with graphs or

@@ -1,5 +1,7 @@
 //! Weight matrices on the GPU: 16-bit floats, or fewer bits as the checkpoint has them.
 
+use std::sync::OnceLock;
+
 use ashlar_kernels::cuda::{
     CudaError, Device, DeviceBuffer, Float, Uploader, View,
     eight_bit::{self, DequantizeEightBit, EightBit, Fp8View, Int8View, QuantizeRows},
@@ -14,6 +16,8 @@ use crate::weights::{Bytes, Int4Matrix};
 /// A matrix `[rows, columns]` on the GPU.
 pub(super) struct Matrix {
     data: Data,
+    /// Its values in 16 bits, where they are kept beside fewer bits; see [`Self::keep_values`].
+    copy: OnceLock<DeviceBuffer>,
     pub(super) rows: usize,
     pub(super) columns: usize,
 }
@@ -43,26 +47,28 @@ enum Data {
 }
 
 impl Matrix {
-    pub(super) fn float(data: DeviceBuffer, rows: usize, columns: usize) -> Self {
+    fn new(data: Data, rows: usize, columns: usize) -> Self {
         Self {
-            data: Data::Float(data),
+            data,
+            copy: OnceLock::new(),
             rows,
             columns,
         }
     }
 
+    pub(super) fn float(data: DeviceBuffer, rows: usize, columns: usize) -> Self {
+        Self::new(Data::Float(data), rows, columns)
+    }
+
     /// Copies a matrix of groups that the kernels take to the GPU.
     pub(super) fn int4(uploader: &Uploader, matrix: &Int4Matrix) -> Result<Self, CudaError> {
-        Ok(Self {
-            data: Data::Int4 {
-                words: uploader.store(&int4::words(&matrix.qweight))?,
-                cells: uploader.store(&int4::cells(&matrix.scales, &matrix.zeros))?,
-                group: matrix.group,
-                affine: false,
-            },
-            rows: matrix.rows,
-            columns: matrix.columns,
-        })
+        let data = Data::Int4 {
+            words: uploader.store(&int4::words(&matrix.qweight))?,
+            cells: uploader.store(&int4::cells(&matrix.scales, &matrix.zeros))?,
+            group: matrix.group,
+            affine: false,
+        };
+        Ok(Self::new(data, matrix.rows, matrix.columns))
     }
 
     /// Random values that depend on the seed alone, made on the GPU.
@@ -77,16 +83,13 @@ impl Matrix {
         let cells = device.alloc(columns / group * rows * 4)?;
         let cell = (Int4Matrix::random_scale(columns), 8);
         int4::fill_random(device, (words.view(), cells.view()), cell, seed)?;
-        Ok(Self {
-            data: Data::Int4 {
-                words,
-                cells,
-                group,
-                affine: false,
-            },
-            rows,
-            columns,
-        })
+        let data = Data::Int4 {
+            words,
+            cells,
+            group,
+            affine: false,
+        };
+        Ok(Self::new(data, rows, columns))
     }
 
     /// Copies integers that the kernels take to the GPU.
@@ -107,11 +110,7 @@ impl Matrix {
                 group,
             }
         };
-        Ok(Self {
-            data,
-            rows: whole.rows,
-            columns: whole.columns,
-        })
+        Ok(Self::new(data, whole.rows, whole.columns))
     }
 
     /// Copies rows of e4m3 to the GPU, parts one above the other.
@@ -133,14 +132,8 @@ impl Matrix {
             upload_bytes(uploader, values, place)?;
             first += values.len();
         }
-        Ok(Self {
-            data: Data::Fp8 {
-                data,
-                scales: uploader.store(&scales)?,
-            },
-            rows,
-            columns,
-        })
+        let scales = uploader.store(&scales)?;
+        Ok(Self::new(Data::Fp8 { data, scales }, rows, columns))
     }
 
     /// Rounds random values that depend on the seed alone, made on the GPU.
@@ -170,15 +163,11 @@ impl Matrix {
         }
         .launch(device)?;
         device.synchronize()?;
-        Ok(Self {
-            data: Data::Fp8 { data, scales },
-            rows,
-            columns,
-        })
+        Ok(Self::new(Data::Fp8 { data, scales }, rows, columns))
     }
 
     /// Bytes that its values take in 16 bits, if it has others; see [`Self::values`].
-    pub(super) fn scratch_bytes(&self) -> usize {
+    pub(super) fn value_bytes(&self) -> usize {
         match self.data {
             Data::Float(_) => 0,
             Data::Int4 { .. } | Data::Int8 { .. } | Data::Fp8 { .. } => {
@@ -243,16 +232,33 @@ impl Matrix {
         }
     }
 
-    /// The matrix in 16-bit floats, for the product with many rows that is queued next: fewer bits are turned into them in
-    /// `scratch`. That product must not read its weights before the kernel in front of it has ended.
+    /// Its values in 16 bits where they lie in memory, as they are or as a copy.
+    pub(super) fn float_view(&self) -> Option<View<'_>> {
+        match &self.data {
+            Data::Float(data) => Some(data.view()),
+            Data::Int4 { .. } | Data::Int8 { .. } | Data::Fp8 { .. } => {
+                self.copy.get().map(DeviceBuffer::view)
+            }
+        }
+    }
+
+    /// Turns fewer bits into 16-bit floats once for all products with many rows, in memory of their own.
+    pub(super) fn keep_values(&self, device: &Device, float: Float) -> Result<(), CudaError> {
+        let copy = device.alloc(self.value_bytes())?;
+        self.values(device, float, Some(&copy))?;
+        self.copy.get_or_init(|| copy);
+        Ok(())
+    }
+
+    /// The matrix in 16-bit floats, for the product with many rows that is queued next: fewer bits that have no copy are turned
+    /// into them in `scratch`. That product must not read its weights before the kernel in front of it has ended.
     pub(super) fn values<'a>(
         &'a self,
         device: &Device,
         float: Float,
         scratch: Option<&'a DeviceBuffer>,
     ) -> Result<View<'a>, CudaError> {
-        let weight = self.weight();
-        if let Weight::Float(view) = weight {
+        if let Some(view) = self.float_view() {
             return Ok(view);
         }
         let out = scratch.ok_or_else(|| CudaError::Shape {
@@ -260,7 +266,7 @@ impl Matrix {
             message: "there is no scratch memory: this is a bug".to_owned(),
         })?;
         let (n, k) = (self.rows, self.columns);
-        match weight {
+        match self.weight() {
             Weight::Float(_) => {}
             Weight::Int4(weight) => DequantizeInt4 {
                 weight,

@@ -43,8 +43,8 @@ use self::{
     sampling::GpuSampler,
     staging::Staging,
     start::{
-        activations, backend_config, buckets, check_widths, float_of, has_integers, layer_matrices,
-        limits, load_threads, model_len, tune,
+        activations, backend_config, buckets, check_widths, float_of, has_integers, keep_values,
+        layer_matrices, limits, load_threads, model_len, tune,
     },
     step::StepBuilder,
     timeline::Timeline,
@@ -189,6 +189,7 @@ impl CudaRunner {
             place.way = config.batch_invariant.then_some(Way::Read);
             backend.place = Some(place);
         }
+        let kept_bytes = keep_values(config, &mut backend, &decoder)?;
         device.synchronize()?;
         let loaded = started.elapsed();
         tune(&backend, &decoder, &activations, (max_rows, max_logit_rows))?;
@@ -239,6 +240,7 @@ impl CudaRunner {
             rank,
             ranks,
             model = %config.path.display(),
+            dequantized_bytes = kept_bytes,
             kv_cache_blocks = runner.limits.num_blocks,
             kv_cache_tokens = u64::from(runner.limits.num_blocks - 1) * u64::from(BLOCK_SIZE),
             max_model_len = runner.limits.max_model_len,

@@ -24,6 +24,8 @@ use crate::{
 
 /// Memory left to the driver: graphs, modules loaded late.
 const RESERVE_BYTES: usize = 512 << 20;
+/// What 16-bit values of quantised layers may take of the KV cache's memory at most: an eighth.
+const KEPT_SHARE: usize = 8;
 /// Rows whose plans are timed at start: some of those that steps of running outputs have, and a prompt's largest pieces.
 const TUNED_ROWS: &[usize] = &[
     32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 2048, 4096, 8192,
@@ -244,8 +246,38 @@ pub(super) fn tune(
     Ok(())
 }
 
-/// The one formula for the KV pool: the share of the GPU's memory, less what is in use once weights and the buffers of the
-/// largest step are there. Start-up and admission share it through [`RunnerLimits`].
+/// Bytes of the share of the GPU's memory that nothing uses, once weights and the buffers of the largest step are there.
+fn memory_left(config: &CudaRunnerConfig, device: &Device) -> Result<usize, CudaError> {
+    let (free, total) = device.memory()?;
+    let share = (total as f64 * config.gpu_memory_utilization) as usize;
+    Ok(share.saturating_sub(total - free + RESERVE_BYTES))
+}
+
+/// Keeps the 16-bit values of quantised layers beside their fewer bits, for products with many rows, where they take no more
+/// than a [`KEPT_SHARE`]th of the memory that the KV cache would have, or than what the size asked for it leaves. Without them
+/// every step with prompts makes them again. The bytes that they take.
+pub(super) fn keep_values(
+    config: &CudaRunnerConfig,
+    backend: &mut CudaBackend,
+    decoder: &Decoder<CudaBackend>,
+) -> Result<usize, CudaError> {
+    let bytes = backend.value_bytes(layer_matrices(decoder));
+    if bytes == 0 || config.quantized_weights_only {
+        return Ok(0);
+    }
+    let left = memory_left(config, &backend.device)?;
+    let spare = match config.kv_cache_memory_bytes {
+        Some(cache) => left.saturating_sub(usize::try_from(cache).unwrap_or(usize::MAX)),
+        None => left / KEPT_SHARE,
+    };
+    if bytes > spare {
+        return Ok(0);
+    }
+    backend.keep_values(layer_matrices(decoder))?;
+    Ok(bytes)
+}
+
+/// The one formula for the KV pool: all of the memory that is left. Start-up and admission share it through [`RunnerLimits`].
 pub(super) fn limits(
     config: &CudaRunnerConfig,
     model: &ModelConfig,
@@ -253,9 +285,7 @@ pub(super) fn limits(
     max_model_len: u32,
     ranks: usize,
 ) -> Result<RunnerLimits, CudaRunnerError> {
-    let (free, total) = backend.device.memory()?;
-    let share = (total as f64 * config.gpu_memory_utilization) as usize;
-    let left = share.saturating_sub(total - free + RESERVE_BYTES);
+    let left = memory_left(config, &backend.device)?;
     let bytes = config
         .kv_cache_memory_bytes
         .map_or(left, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use ashlar_kernels::cuda::{
     CudaError, DeviceBuffer, Float, View,
-    eight_bit::{EightBit, QuantizeRows},
+    eight_bit::QuantizeRows,
     gemm::{Fp8Gemm, Gemm},
     int4::Int4View,
     int4_gemm::Int4Gemm,
     invariant_gemm::InvariantGemm,
-    skinny::{self, Input, Output, SkinnyGemm, Weight},
+    skinny::{self, Input, Output, SkinnyGemm},
 };
 
 use super::{
@@ -181,8 +181,9 @@ impl CudaBackend {
     /// The kernel for four-bit weights as they are, where a product of so many rows with this matrix is its.
     fn four_bits<'a>(&'a self, matrix: &'a GpuMatrix, rows: usize) -> Option<FourBits<'a>> {
         let (weight, (parts, arrived)) = (matrix.int4_view()?, self.int4_parts.as_ref()?);
-        let takes =
-            rows <= INT4_GEMM_ROWS && Int4Gemm::takes(&self.device, matrix.rows, matrix.columns);
+        let takes = rows <= INT4_GEMM_ROWS
+            && matrix.float_view().is_none()
+            && Int4Gemm::takes(&self.device, matrix.rows, matrix.columns);
         takes.then_some((weight, parts, arrived))
     }
 
@@ -289,25 +290,19 @@ impl CudaBackend {
     ) -> Result<(), CudaError> {
         let rounds = if rows <= FEW_ROWS { FEW_ROUNDS } else { ROUNDS };
         let operands = (matrices[0], None);
-        self.gemm(x.view(), operands, target, rows, |product| {
-            let weights = matrices[1..].iter().map(|matrix| matrix.weight());
-            match product {
-                LargeProduct::Float(gemm) => {
-                    let floats = weights.filter_map(|weight| match weight {
-                        Weight::Float(view) => Some(view),
-                        Weight::Int4(_) | Weight::EightBit(_) => None,
-                    });
-                    gemm.tune(&self.device, rounds, &floats.collect::<Vec<_>>())
-                }
-                LargeProduct::Fp8(gemm) => {
-                    let bytes = weights.filter_map(|weight| match weight {
-                        Weight::EightBit(EightBit::Fp8(view)) => Some(view.data),
-                        _ => None,
-                    });
-                    gemm.tune(&self.device, rounds, &bytes.collect::<Vec<_>>())
-                }
-                LargeProduct::Int4(_) | LargeProduct::Invariant(_) => Ok(()),
+        self.gemm(x.view(), operands, target, rows, |product| match product {
+            LargeProduct::Float(gemm) => {
+                let floats = matrices[1..]
+                    .iter()
+                    .filter_map(|matrix| matrix.float_view());
+                gemm.tune(&self.device, rounds, &floats.collect::<Vec<_>>())
             }
+            LargeProduct::Fp8(gemm) => {
+                let views = matrices[1..].iter().filter_map(|matrix| matrix.fp8_view());
+                let bytes = views.map(|view| view.data);
+                gemm.tune(&self.device, rounds, &bytes.collect::<Vec<_>>())
+            }
+            LargeProduct::Int4(_) | LargeProduct::Invariant(_) => Ok(()),
         })
     }
 
