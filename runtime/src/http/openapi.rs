@@ -126,8 +126,8 @@ impl Operation {
         self
     }
 
-    fn into_value(self, guarded: bool) -> Value {
-        let mut content = self.answer;
+    fn to_value(&self, guarded: bool) -> Value {
+        let mut content = self.answer.clone();
         if self.streams {
             content["text/event-stream"] = json!({});
         }
@@ -173,8 +173,9 @@ impl Operation {
         );
         let mut operation =
             json!({"summary": self.summary, "responses": responses, "parameters": self.parameters});
-        if let Some(body) = self.body {
-            operation["requestBody"] = json!({"required": true, "content": json_body(body)});
+        if let Some(body) = &self.body {
+            operation["requestBody"] =
+                json!({"required": true, "content": json_body(body.clone())});
         }
         if !guarded {
             operation["security"] = json!([]);
@@ -230,20 +231,55 @@ fn build() -> Value {
     })
 }
 
+/// What is offered at each path.
+#[derive(Default)]
+struct Paths(Map<String, Value>);
+
+impl Paths {
+    /// An operation that asks for a key where keys are set.
+    fn add(&mut self, path: &str, method: &str, operation: &Operation) {
+        self.put(path, method, operation.to_value(true));
+    }
+
+    /// An operation that is open to all.
+    fn add_open(&mut self, path: &str, method: &str, operation: &Operation) {
+        self.put(path, method, operation.to_value(false));
+    }
+
+    /// An operation that may also answer with this status.
+    fn add_refusing(
+        &mut self,
+        path: &str,
+        method: &str,
+        operation: &Operation,
+        (status, why): (&str, &str),
+    ) {
+        let mut operation = operation.to_value(true);
+        operation["responses"][status] = json!({
+            "description": why,
+            "content": json_body(json!({"$ref": "#/components/schemas/Error"})),
+        });
+        self.put(path, method, operation);
+    }
+
+    fn put(&mut self, path: &str, method: &str, operation: Value) {
+        self.0.insert(path.to_owned(), json!({method: operation}));
+    }
+}
+
 fn paths(schemas: &mut Schemas) -> Map<String, Value> {
-    let mut paths = Map::new();
-    let mut add = |path: &str, method: &str, operation: Operation, guarded: bool| {
-        paths.insert(
-            path.to_owned(),
-            json!({method: operation.into_value(guarded)}),
-        );
-    };
-    let list = [("object", "string"), ("data", "array")];
-    let model = [
-        ("id", "string"),
-        ("object", "string"),
-        ("max_model_len", "integer"),
-    ];
+    let mut paths = Paths::default();
+    add_openai(&mut paths, schemas);
+    add_messages(&mut paths, schemas);
+    add_models(&mut paths);
+    add_tokens(&mut paths, schemas);
+    add_plain(&mut paths, schemas);
+    add_service(&mut paths);
+    paths.0
+}
+
+/// OpenAI's conversations, texts, embeddings and responses.
+fn add_openai(paths: &mut Paths, schemas: &mut Schemas) {
     let answer = [
         ("id", "string"),
         ("object", "string"),
@@ -253,10 +289,10 @@ fn paths(schemas: &mut Schemas) -> Map<String, Value> {
     ];
     let chat = schemas.both::<ChatFields, SamplingFields>();
     let chat = Operation::post("Continue a conversation", chat, object(&answer)).streaming();
-    add("/v1/chat/completions", "post", chat, true);
+    paths.add("/v1/chat/completions", "post", &chat);
     let text = schemas.both::<CompletionFields, SamplingFields>();
     let text = Operation::post("Continue a text", text, object(&answer)).streaming();
-    add("/v1/completions", "post", text, true);
+    paths.add("/v1/completions", "post", &text);
     let embeddings = [
         ("object", "string"),
         ("data", "array"),
@@ -265,12 +301,8 @@ fn paths(schemas: &mut Schemas) -> Map<String, Value> {
     ];
     let body = schemas.of::<EmbeddingFields>();
     let operation = Operation::post("Embed texts", body, object(&embeddings));
-    let mut operation = operation.into_value(true);
-    operation["responses"]["501"] = json!({
-        "description": "The model runs on a device that cannot embed",
-        "content": json_body(json!({"$ref": "#/components/schemas/Error"})),
-    });
-    let embeddings = json!({"post": operation});
+    let cannot = ("501", "The model runs on a device that cannot embed");
+    paths.add_refusing("/v1/embeddings", "post", &operation, cannot);
     let response = [
         ("id", "string"),
         ("object", "string"),
@@ -278,13 +310,16 @@ fn paths(schemas: &mut Schemas) -> Map<String, Value> {
         ("output", "array"),
         ("usage", "object"),
     ];
-    let body = schemas.both::<ResponseFields, SamplingFields>();
     let operation = Operation::post(
         "Continue a conversation, as OpenAI's Responses",
-        body,
+        schemas.both::<ResponseFields, SamplingFields>(),
         object(&response),
     );
-    add("/v1/responses", "post", operation.streaming(), true);
+    paths.add("/v1/responses", "post", &operation.streaming());
+}
+
+/// Anthropic's conversations, and how long they are.
+fn add_messages(paths: &mut Paths, schemas: &mut Schemas) {
     let message = [
         ("id", "string"),
         ("type", "string"),
@@ -299,66 +334,68 @@ fn paths(schemas: &mut Schemas) -> Map<String, Value> {
         object(&message),
     );
     operation.error = "MessagesError";
-    add("/v1/messages", "post", operation.streaming(), true);
+    paths.add("/v1/messages", "post", &operation.streaming());
     let mut operation = Operation::post(
         "Count a conversation's tokens",
         body,
         object(&[("input_tokens", "integer")]),
     );
     operation.error = "MessagesError";
-    add("/v1/messages/count_tokens", "post", operation, true);
-    add(
-        "/v1/models",
-        "get",
-        Operation::get("The models", object(&list)),
-        true,
-    );
+    paths.add("/v1/messages/count_tokens", "post", &operation);
+}
+
+fn add_models(paths: &mut Paths) {
+    let list = [("object", "string"), ("data", "array")];
+    let all = Operation::get("The models", object(&list));
+    paths.add("/v1/models", "get", &all);
+    let model = [
+        ("id", "string"),
+        ("object", "string"),
+        ("max_model_len", "integer"),
+    ];
     let mut one = Operation::get("A model", object(&model));
     one.parameters =
         json!([{"name": "model", "in": "path", "required": true, "schema": {"type": "string"}}]);
-    // A name that is not served is a 404.
-    one.streams = false;
-    let mut one = one.into_value(true);
-    one["responses"]["404"] = json!({
-        "description": "The model is not served here", "content": json_body(json!({"$ref": "#/components/schemas/Error"})),
-    });
+    let unknown = ("404", "The model is not served here");
+    paths.add_refusing("/v1/models/{model}", "get", &one, unknown);
+}
+
+fn add_tokens(paths: &mut Paths, schemas: &mut Schemas) {
     let tokens = [
         ("count", "integer"),
         ("max_model_len", "integer"),
         ("tokens", "array"),
     ];
-    let body = schemas.of::<TokenizeFields>();
-    add(
-        "/tokenize",
-        "post",
-        Operation::post(
-            "The tokens of a text or a conversation",
-            body,
-            object(&tokens),
-        ),
-        true,
+    let tokenize = Operation::post(
+        "The tokens of a text or a conversation",
+        schemas.of::<TokenizeFields>(),
+        object(&tokens),
     );
-    let body = schemas.of::<DetokenizeFields>();
-    add(
-        "/detokenize",
-        "post",
-        Operation::post("The text of tokens", body, object(&[("prompt", "string")])),
-        true,
+    paths.add("/tokenize", "post", &tokenize);
+    let detokenize = Operation::post(
+        "The text of tokens",
+        schemas.of::<DetokenizeFields>(),
+        object(&[("prompt", "string")]),
     );
+    paths.add("/detokenize", "post", &detokenize);
+}
+
+/// Texts in the plainest forms.
+fn add_plain(paths: &mut Paths, schemas: &mut Schemas) {
     let body = schemas.both::<GenerateFields, SamplingFields>();
     let generate = Operation::post(
         "Continue a text, in the plainest form",
         body.clone(),
         object(&[("response", "string")]),
     );
-    add("/generate", "post", generate, true);
+    paths.add("/generate", "post", &generate);
     let measured = [
         ("response", "string"),
         ("generation_seconds", "number"),
         ("tokens", "integer"),
     ];
     let generate = Operation::post("The same, measured", body, object(&measured));
-    add("/generate_measured", "post", generate, true);
+    paths.add("/generate_measured", "post", &generate);
     let mut stream = Operation::get("Continue a text, token by token", json!({})).streaming();
     let query = |name: &str, kind: &str, required: bool| json!({"name": name, "in": "query", "required": required, "schema": {"type": kind}});
     stream.parameters = json!([
@@ -371,48 +408,25 @@ fn paths(schemas: &mut Schemas) -> Map<String, Value> {
         query("seed", "integer", false),
         query("stop", "string", false),
     ]);
-    add("/stream", "get", stream, true);
-    add(
-        "/version",
-        "get",
-        Operation::get("The version", object(&[("version", "string")])),
-        true,
-    );
+    paths.add("/stream", "get", &stream);
+}
+
+/// The server itself.
+fn add_service(paths: &mut Paths) {
     let any = || json!({"type": "object"});
-    add(
-        "/openapi.json",
-        "get",
-        Operation::get("This document", any()),
-        true,
-    );
-    add(
-        "/health",
-        "get",
-        Operation::get(
-            "A request sent now would be answered",
-            object(&[("status", "string")]),
-        ),
-        false,
-    );
-    add(
-        "/ping",
-        "get",
-        Operation::get("The same as /health", object(&[("status", "string")])),
-        false,
-    );
-    add(
-        "/health/live",
-        "get",
-        Operation::get(
-            "The process is worth keeping",
-            object(&[("status", "string")]),
-        ),
-        false,
-    );
+    let version = Operation::get("The version", object(&[("version", "string")]));
+    paths.add("/version", "get", &version);
+    let document = Operation::get("This document", any());
+    paths.add("/openapi.json", "get", &document);
+    for (path, summary) in [
+        ("/health", "A request sent now would be answered"),
+        ("/ping", "The same as /health"),
+        ("/health/live", "The process is worth keeping"),
+    ] {
+        let health = Operation::get(summary, object(&[("status", "string")]));
+        paths.add_open(path, "get", &health);
+    }
     let mut metrics = Operation::get("Metrics for Prometheus", any());
     metrics.answer = json!({"text/plain": {"schema": {"type": "string"}}});
-    add("/metrics", "get", metrics, false);
-    paths.insert("/v1/models/{model}".to_owned(), json!({"get": one}));
-    paths.insert("/v1/embeddings".to_owned(), embeddings);
-    paths
+    paths.add_open("/metrics", "get", &metrics);
 }
