@@ -29,8 +29,9 @@ template <Scheme SCHEME, int TOKENS> struct Memory {
     static_assert(TOKENS * PITCH * 4 <= FULL_X, "sums and barriers");
 };
 
-// A barrier of all of the cluster's threads, in two parts; the first shows the others what was written.
+// A barrier of all of the cluster's threads, in two parts; the first shows the others what was written, or only that the thread is here.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // Four floats at this address of another block's shared memory.
 __device__ __forceinline__ float4 read_of(uint32_t address, int rank) {
@@ -268,7 +269,7 @@ __device__ __forceinline__ void int4_skinny(const Skinny &p, const Maps &maps) {
     finish<M, OUTPUT>(p, work, memory);
     // Until the others have read this block's sums. What they read is in what they have written, so that none needs to wait until
     // that is seen everywhere, as a release would.
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    cluster_arrive_relaxed();
     cluster_wait();
 }
 

@@ -10,6 +10,8 @@ use super::{
 /// Columns of a step, and rows of weights of a tile.
 const STEP: usize = 128;
 const ROWS: usize = 256;
+/// Steps of weights in flight.
+const DEPTH: usize = 8;
 /// Rows up to which only weights of at least so many values are multiplied here.
 const FEW: usize = 8;
 const LARGE: usize = 50_000_000;
@@ -63,14 +65,14 @@ impl Int4Skinny<'_> {
     pub(super) fn shape(&self, device: &Device, name: &str) -> Result<(Shape, usize), CudaError> {
         let (tiles, pairs) = (self.rows.div_ceil(ROWS), self.k.div_ceil(2 * STEP));
         let cells = if self.scheme() == "int4_128" { 4 } else { 16 };
-        // Steps of x and of weights in flight.
-        let (x_depth, depth) = if self.tokens() <= 32 { (8, 8) } else { (4, 8) };
+        // Steps of x in flight.
+        let x_depth = if self.tokens() <= 32 { 8 } else { 4 };
         let shape = |splits: usize| Shape {
             grid: (tiles * splits, 1),
             threads: 640,
             shared: x_depth * self.tokens() * STEP * Float::BYTES
-                + depth * ROWS * (STEP / 2 + cells)
-                + (2 * x_depth + depth / 2) * 8,
+                + DEPTH * ROWS * (STEP / 2 + cells)
+                + (2 * x_depth + DEPTH / 2) * 8,
         };
         let mut best = (usize::MAX, 1);
         for splits in 1..=MAX_SPLITS.min(pairs) {

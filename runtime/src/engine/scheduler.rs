@@ -36,7 +36,6 @@ const PROMPT_LOGPROBS_ROWS: u32 = 32;
 /// Sequences, queues and blocks.
 pub struct Scheduler {
     max_tokens: u32,
-    max_tokens_with_decode: u32,
     max_logit_rows: u32,
     long_prefill_token_threshold: u32,
     /// Blocks taken at admission whatever the sequence needs; 0 with pages.
@@ -81,7 +80,6 @@ impl Scheduler {
         let reserved_blocks = limits.max_model_len.div_ceil(limits.block_size);
         Self {
             max_tokens: config.max_num_batched_tokens,
-            max_tokens_with_decode: config.max_num_batched_tokens.min(MAX_TOKENS_WITH_DECODE),
             max_logit_rows: limits.max_logit_rows,
             long_prefill_token_threshold: config.long_prefill_token_threshold,
             reserved_blocks: if paged { 0 } else { reserved_blocks },
@@ -209,7 +207,8 @@ impl Scheduler {
             u32::try_from(self.running.len())
                 .unwrap_or(u32::MAX)
                 .saturating_mul(TOKENS_PER_SEQUENCE_WITH_DECODE)
-                .clamp(self.max_tokens_with_decode, self.max_tokens)
+                .max(MAX_TOKENS_WITH_DECODE)
+                .min(self.max_tokens)
         } else {
             self.max_tokens
         }

@@ -90,6 +90,12 @@ fn json_body(schema: Value) -> Value {
     json!({"application/json": {"schema": schema}})
 }
 
+/// The answer that says why a request was refused, in one of the error's envelopes.
+fn error(description: &str, envelope: &str) -> Value {
+    let schema = json!({"$ref": format!("#/components/schemas/{envelope}")});
+    json!({"description": description, "content": json_body(schema)})
+}
+
 /// One operation.
 struct Operation {
     summary: &'static str,
@@ -136,10 +142,6 @@ impl Operation {
             "200".to_owned(),
             json!({"description": "The answer", "content": content}),
         );
-        let error = |description: &str, envelope: &str| {
-            let schema = json!({"$ref": format!("#/components/schemas/{envelope}")});
-            json!({"description": description, "content": json_body(schema)})
-        };
         let mut add = |status: &str, text: &str, envelope: &str| {
             responses.insert(status.to_owned(), error(text, envelope));
         };
@@ -255,10 +257,7 @@ impl Paths {
         (status, why): (&str, &str),
     ) {
         let mut operation = operation.to_value(true);
-        operation["responses"][status] = json!({
-            "description": why,
-            "content": json_body(json!({"$ref": "#/components/schemas/Error"})),
-        });
+        operation["responses"][status] = error(why, "Error");
         self.put(path, method, operation);
     }
 

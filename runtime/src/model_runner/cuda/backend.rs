@@ -217,7 +217,7 @@ impl CudaBackend {
         for matrix in matrices.filter(|matrix| self.turns(matrix)) {
             matrix.keep_values(&self.device, self.float)?;
         }
-        self.device.synchronize()?;
+        // Nothing was computed with it yet.
         self.scratch = None;
         Ok(())
     }
