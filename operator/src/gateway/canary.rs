@@ -23,7 +23,7 @@ impl Canary {
     pub fn side(
         &self,
         replicas: &[Arc<Replica>],
-        excluded: &[String],
+        excluded: &[&str],
         rng: &mut impl Rng,
     ) -> Vec<Arc<Replica>> {
         let drawn = rng.random_range(0..100) < self.percent;
@@ -31,7 +31,7 @@ impl Canary {
         let side: Vec<_> = replicas.iter().filter(of_side).cloned().collect();
         if side
             .iter()
-            .all(|replica| excluded.contains(&replica.incarnation))
+            .all(|replica| excluded.contains(&replica.incarnation.as_str()))
         {
             return replicas.to_vec();
         }
@@ -103,7 +103,7 @@ mod tests {
             .find(|r| r.revision == "new")
             .unwrap()
             .incarnation
-            .clone()];
+            .as_str()];
         assert_eq!(canary.side(&replicas, &excluded, &mut rng).len(), 4);
     }
 }

@@ -14,6 +14,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore, watch};
 use tokio::time::Instant;
 
 use super::affinity::Prefix;
+use super::avoid::Avoided;
 use super::error::GatewayError;
 use super::metrics::Meter;
 use super::resolve::Unresolved;
@@ -75,8 +76,8 @@ pub struct Picked {
 pub struct Ask<'a> {
     /// The service.
     pub id: &'a ServiceId,
-    /// Incarnations that already failed it.
-    pub excluded: &'a [String],
+    /// What failed it.
+    pub avoided: &'a Avoided,
     /// Its prompt.
     pub prefix: Option<&'a Prefix>,
     /// Bytes of its body that the gateway keeps.
@@ -112,7 +113,7 @@ impl Holds {
         ask: &Ask<'_>,
         meter: &Meter,
     ) -> Result<Picked, GatewayError> {
-        let again = !ask.excluded.is_empty();
+        let again = !ask.avoided.is_empty();
         let service = current(snapshots, ask.id)?;
         let line = &service.state.line;
         if (again || line.waiting.load(Ordering::Acquire) == 0)
@@ -143,8 +144,14 @@ impl Holds {
             if let Some(picked) = pick(&service, ask) {
                 return Ok(Picked { turn, ..picked });
             }
-            let changed = tokio::time::timeout_at(ask.deadline, snapshots.changed()).await;
-            if !matches!(changed, Ok(Ok(()))) {
+            let now = Instant::now();
+            if now >= ask.deadline {
+                return Err(late());
+            }
+            // Woken by another picture of the cluster, or by a replica that may be asked again.
+            let next = ask.avoided.next(now);
+            let end = next.map_or(ask.deadline, |next| next.min(ask.deadline));
+            if let Ok(Err(_)) = tokio::time::timeout_at(end, snapshots.changed()).await {
                 return Err(late());
             }
         }
@@ -165,8 +172,9 @@ fn current(
 }
 
 fn pick(service: &Service, ask: &Ask<'_>) -> Option<Picked> {
+    let excluded = ask.avoided.at(Instant::now());
     let choice = Choice {
-        excluded: ask.excluded,
+        excluded: &excluded,
         prefix: ask.prefix,
     };
     // What is remembered is replaced whole, so a panic elsewhere leaves nothing half-written.
@@ -174,7 +182,7 @@ fn pick(service: &Service, ask: &Ask<'_>) -> Option<Picked> {
     let mut prompts = prompts.unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut rng = rand::rng();
     let canary = service.spec.canary.as_ref();
-    let side = canary.map(|canary| canary.side(&service.replicas, ask.excluded, &mut rng));
+    let side = canary.map(|canary| canary.side(&service.replicas, &excluded, &mut rng));
     let replicas = side.as_deref().unwrap_or(&service.replicas);
     let replica = route::pick(replicas, &choice, &prompts, &mut rng)?;
     if let Some(prefix) = ask.prefix {
@@ -210,10 +218,10 @@ mod tests {
         ))
     }
 
-    fn ask<'a>(holds: &Holds, id: &'a ServiceId, excluded: &'a [String]) -> Ask<'a> {
+    fn ask<'a>(holds: &Holds, id: &'a ServiceId, avoided: &'a Avoided) -> Ask<'a> {
         Ask {
             id,
-            excluded,
+            avoided,
             prefix: None,
             bytes: 0,
             deadline: holds.deadline(),
@@ -237,12 +245,13 @@ mod tests {
         let (sender, mut receiver) = watch::channel(with(&["failed"]));
         let (metrics, meter) = meter();
         let id = ServiceId::new("a", "s");
-        let excluded = ["failed@t0".to_owned()];
-        let ask = ask(&holds, &id, &excluded);
+        let mut avoided = Avoided::default();
+        avoided.for_good("failed@t0");
+        let ask = ask(&holds, &id, &avoided);
         let waiting = holds.replica(&mut receiver, &ask, &meter);
         let arrival = async {
             until_held(&metrics, 1).await;
-            sender.send(with(&["failed"])).unwrap(); // the excluded one does not count
+            sender.send(with(&["failed"])).unwrap(); // the one that failed does not count
             sender.send(with(&["failed", "fresh"])).unwrap();
         };
         let (picked, ()) = tokio::join!(waiting, arrival);
@@ -253,6 +262,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_replica_that_could_not_be_reached_is_asked_again_when_its_pause_is_over() {
+        let holds = Holds::new(1, 1 << 20, LONG);
+        let (_sender, mut receiver) = watch::channel(with(&["failed"]));
+        let (_, meter) = meter();
+        let id = ServiceId::new("a", "s");
+        let (began, mut avoided) = (Instant::now(), Avoided::default());
+        avoided.for_a_while("failed@t0");
+        let over = avoided.next(began).unwrap();
+        let ask = ask(&holds, &id, &avoided);
+        let picked = holds.replica(&mut receiver, &ask, &meter).await.unwrap();
+        assert_eq!(picked.replica.incarnation, "failed@t0");
+        assert!(Instant::now() >= over && over > began);
+        // A pause does not outlast the request's time.
+        avoided.for_a_while("failed@t0");
+        let deadline = Instant::now() + Duration::from_millis(1);
+        let ask = Ask {
+            deadline,
+            ..self::ask(&holds, &id, &avoided)
+        };
+        let late = holds.replica(&mut receiver, &ask, &meter).await;
+        assert!(matches!(late, Err(GatewayError::NoReplica { .. })));
+        assert!(Instant::now() < deadline + LONG);
+    }
+
+    #[tokio::test]
     async fn number_and_time_are_bounded() {
         let holds = Holds::new(1, 1 << 20, Duration::from_millis(20));
         let (_sender, receiver) = watch::channel(with(&[]));
@@ -260,7 +294,8 @@ mod tests {
         let id = ServiceId::new("a", "s");
         let mut first = receiver.clone();
         let mut second = receiver.clone();
-        let ask = ask(&holds, &id, &[]);
+        let none = Avoided::default();
+        let ask = ask(&holds, &id, &none);
         let waiting = holds.replica(&mut first, &ask, &meter);
         let crowded = async {
             until_held(&metrics, 1).await;
@@ -278,7 +313,8 @@ mod tests {
         let (sender, mut receiver) = watch::channel(with(&[]));
         let (metrics, meter) = meter();
         let id = ServiceId::new("a", "s");
-        let ask = ask(&holds, &id, &[]);
+        let none = Avoided::default();
+        let ask = ask(&holds, &id, &none);
         let waiting = holds.replica(&mut receiver, &ask, &meter);
         let deletion = async {
             until_held(&metrics, 1).await;
@@ -296,13 +332,14 @@ mod tests {
         let (metrics, _) = meter();
         let id = ServiceId::new("a", "s");
         let order = std::sync::Mutex::new(Vec::new());
+        let none = Avoided::default();
         let one = |number: u32| {
-            let (holds, id, order) = (&holds, &id, &order);
+            let (holds, id, order, none) = (&holds, &id, &order, &none);
             let mut receiver = receiver.clone();
             let meter = metrics.meter(id, std::time::Instant::now());
             async move {
                 let picked = holds
-                    .replica(&mut receiver, &ask(holds, id, &[]), &meter)
+                    .replica(&mut receiver, &ask(holds, id, none), &meter)
                     .await;
                 order.lock().unwrap().push(number);
                 // The next one waits until this one has left, however long that takes.
@@ -331,9 +368,10 @@ mod tests {
         let (_sender, mut receiver) = watch::channel(with(&[]));
         let (_, meter) = meter();
         let id = ServiceId::new("a", "s");
+        let none = Avoided::default();
         let ask = Ask {
             bytes: 4 * UNIT + 1,
-            ..ask(&holds, &id, &[])
+            ..ask(&holds, &id, &none)
         };
         let refused = holds.replica(&mut receiver, &ask, &meter).await;
         assert!(matches!(refused, Err(GatewayError::TooManyHeld { .. })));

@@ -90,7 +90,7 @@ impl Metrics {
             ),
             retries: counter(
                 "ashlar_gateway_retries_total",
-                "Attempts repeated on another replica before the first byte, by cause.",
+                "Attempts repeated before the first byte, by cause.",
                 &["namespace", "name", "cause"],
             ),
             cut: counter(

@@ -1,12 +1,13 @@
 //! One request from its head to the first byte of an answer: resolve, check the key, pick a replica, send, and try
 //! another replica as long as nothing has been answered.
 //!
-//! A request is tried again after a connection that could not be opened, after a replica's own word that it drains,
-//! and once after a connection that broke before the head of a response (an idle connection can close at the very
-//! moment it is used; a request that kills its replica must not visit them all). The client's leaving drops the
-//! future and with it the replica's connection.
+//! A request is tried again after a connection that could not be opened (later on the same replica too: `avoid`), after
+//! a replica's own word that it drains, and once after a connection that broke before the head of a response (an idle
+//! connection can close at the very moment it is used; a request that kills its replica must not visit them all). The
+//! client's leaving drops the future and with it the replica's connection.
 
 mod admit;
+mod outcome;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,14 +16,16 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use http::uri::PathAndQuery;
-use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, request};
+use http::{HeaderMap, Method, Request, Response, Uri, request};
 use hyper::body::Incoming;
 use tokio::sync::watch;
 
 use self::admit::Admitted;
+use self::outcome::{Outcome, outcome};
 use super::affinity::{self, Prefix};
 use super::attempt::Attempt;
 use super::auth;
+use super::avoid::Avoided;
 use super::error::GatewayError;
 use super::headers;
 use super::hold::{Ask, Holds, Picked, Turn};
@@ -36,8 +39,8 @@ use super::snapshot::{Replica, Service, ServiceId, Snapshot};
 use crate::model_tls::Trust;
 use crate::pod_http::{self, Client, Peer, PodBody, Settings};
 
-/// Attempts on different replicas before giving up; draining and restarting ones are passed over quickly.
-const MAX_ATTEMPTS: usize = 8;
+/// Attempts before giving up; draining and restarting replicas are passed over quickly.
+const MAX_ATTEMPTS: usize = 32;
 /// Idle connections to a replica close before the runtime closes them.
 const IDLE: Duration = Duration::from_secs(20);
 /// Idle connections that are kept for each replica: as many as requests may end at about one time.
@@ -250,40 +253,27 @@ impl Proxy {
             Err(error) => return Err(Failure(error, Some(meter))),
         };
         let deadline = self.holds.deadline().min(outgoing.deadline);
-        let mut excluded = Vec::new();
+        let mut avoided = Avoided::default();
         let mut resets = 0;
         let mut reason = String::new();
         for _ in 0..MAX_ATTEMPTS {
             let ask = Ask {
                 id,
-                excluded: &excluded,
+                avoided: &avoided,
                 prefix: prefix.as_ref(),
                 bytes: body.kept_bytes(),
                 deadline,
             };
             let picked = self.holds.replica(&mut snapshots, &ask, &meter).await;
-            let Picked {
-                replica,
-                in_flight,
-                turn,
-            } = match picked {
+            let picked = match picked {
                 Ok(picked) => picked,
                 Err(error) => {
                     let error = outgoing.without_replica(error, id, reason);
                     return Err(Failure(error, Some(meter)));
                 }
             };
-            let mut attempt = Attempt::new(&self.metrics, &service, replica, in_flight);
-            let sent = self.send(
-                outgoing,
-                attempt.replica(),
-                body.attempt(outgoing.length),
-                turn,
-            );
-            let Ok(sent) = tokio::time::timeout_at(outgoing.deadline, sent).await else {
-                return Err(Failure(outgoing.late(id), Some(meter)));
-            };
-            let cause = match outcome(sent, &body) {
+            let (mut attempt, outcome) = self.attempt(outgoing, &service, &body, picked).await;
+            let cause = match outcome {
                 Outcome::Answered(response) => {
                     attempt.head(response.status());
                     return Ok(respond(response, meter, attempt));
@@ -304,13 +294,39 @@ impl Proxy {
                 break;
             }
             meter.retry(cause);
-            excluded.push(replica.incarnation.clone());
+            match cause {
+                Cause::Connect => avoided.for_a_while(&replica.incarnation),
+                Cause::Draining | Cause::Reset => avoided.for_good(&replica.incarnation),
+            }
         }
         let service = id.clone();
         Err(Failure(
             GatewayError::Upstream { service, reason },
             Some(meter),
         ))
+    }
+
+    /// One attempt at the replica that was picked.
+    async fn attempt(
+        &self,
+        outgoing: &Outgoing,
+        service: &Arc<Service>,
+        body: &ReplayBody<Incoming>,
+        picked: Picked,
+    ) -> (Attempt, Outcome) {
+        let Picked {
+            replica,
+            in_flight,
+            turn,
+        } = picked;
+        let attempt = Attempt::new(&self.metrics, service, replica, in_flight);
+        let attempt_body = body.attempt(outgoing.length);
+        let sent = self.send(outgoing, attempt.replica(), attempt_body, turn);
+        let outcome = match tokio::time::timeout_at(outgoing.deadline, sent).await {
+            Ok(sent) => outcome(sent, body),
+            Err(_) => Outcome::Ended(outgoing.late(&service.spec.id)),
+        };
+        (attempt, outcome)
     }
 
     /// Sends the request to the replica, and gives up its turn when it has left.
@@ -347,40 +363,6 @@ async fn prompt(
     Ok(Prefix::of_body(&beginning))
 }
 
-fn is_draining<B>(response: &Response<B>) -> bool {
-    response.status() == StatusCode::SERVICE_UNAVAILABLE
-        && response
-            .headers()
-            .get(headers::DRAINING)
-            .is_some_and(|value| value == "1")
-}
-
-/// What came of an attempt.
-enum Outcome {
-    Answered(Response<ReplicaBody>),
-    /// No other replica can help.
-    Ended(GatewayError),
-    /// Another replica may; and what went wrong, in words.
-    Failed(Cause, String),
-}
-
-fn outcome(
-    sent: Result<Response<ReplicaBody>, pod_http::Error>,
-    body: &ReplayBody<Incoming>,
-) -> Outcome {
-    match sent {
-        Ok(response) if is_draining(&response) && body.can_replay() => {
-            Outcome::Failed(Cause::Draining, "the replica is draining".to_owned())
-        }
-        Ok(response) => Outcome::Answered(response),
-        Err(error) => match body.failure() {
-            Some(failure) => Outcome::Ended(failure),
-            None if error.is_connect() => Outcome::Failed(Cause::Connect, root_cause(&error)),
-            None => Outcome::Failed(Cause::Reset, root_cause(&error)),
-        },
-    }
-}
-
 /// The replica's response as the client's.
 fn respond(response: Response<ReplicaBody>, mut meter: Meter, attempt: Attempt) -> GatewayResponse {
     meter.head(response.status().as_u16());
@@ -400,13 +382,4 @@ fn own_json(json: String) -> GatewayResponse {
         .headers_mut()
         .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
-}
-
-/// The innermost error, which says most: `Connection refused`, not `no connection`.
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

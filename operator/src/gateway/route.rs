@@ -18,8 +18,8 @@ const LOAD_FACTOR: f64 = 1.5;
 
 /// What there is to go by.
 pub struct Choice<'a> {
-    /// Incarnations that already failed this request.
-    pub excluded: &'a [String],
+    /// Incarnations that failed this request.
+    pub excluded: &'a [&'a str],
     /// The prompt, if the request has one.
     pub prefix: Option<&'a Prefix>,
 }
@@ -31,7 +31,8 @@ pub fn pick<'a>(
     index: &Index,
     rng: &mut impl Rng,
 ) -> Option<&'a Arc<Replica>> {
-    let allowed = |replica: &&Arc<Replica>| !choice.excluded.contains(&replica.incarnation);
+    let allowed =
+        |replica: &&Arc<Replica>| !choice.excluded.contains(&replica.incarnation.as_str());
     let healthy: Vec<_> = replicas
         .iter()
         .filter(|replica| allowed(replica) && !replica.is_ejected())

@@ -92,6 +92,19 @@ where
     R: Future<Output = Result<Response<TestBody>, BoxError>> + Send + 'static,
 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    replica_at(listener, tls, handler)
+}
+
+/// The same, on a socket that is there already.
+pub(crate) fn replica_at<F, R>(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    handler: F,
+) -> Replica
+where
+    F: Fn(Request<Incoming>) -> R + Clone + Send + 'static,
+    R: Future<Output = Result<Response<TestBody>, BoxError>> + Send + 'static,
+{
     let address = listener.local_addr().unwrap();
     let task = tokio::spawn(async move {
         let mut connections = tokio::task::JoinSet::new();

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use http::Response;
 use http_body_util::BodyExt as _;
+use tokio::net::TcpListener;
 
 use super::harness::{
-    Gateway, Setting, chunk, echo, fed, full, nobody, open_service, replica, soon,
+    Gateway, Setting, chunk, echo, fed, full, nobody, open_service, replica, replica_at, soon,
 };
 
 const PATH: &str = "/a/s/v1/completions";
@@ -77,6 +78,22 @@ async fn a_refused_connection_is_tried_elsewhere() {
         assert_eq!((status, seen["replica"].as_str()), (200, Some("healthy")));
     }
     assert!(gateway.metrics.render().contains(r#"cause="connect""#));
+}
+
+#[tokio::test]
+async fn the_only_replica_is_asked_again_until_it_can_be_reached() {
+    let gone = nobody().await;
+    let gateway = Gateway::start().await;
+    gateway.publish(&[(open_service("a/s", "m"), &[gone])]);
+    let asking = gateway.post(PATH, None, "{}");
+    let opening = async {
+        let line = r#"ashlar_gateway_retries_total{cause="connect",name="s",namespace="a"} 2"#;
+        gateway.metric(line).await;
+        let listener = TcpListener::bind(gone).await.unwrap();
+        replica_at(listener, None, |_| async { Ok(Response::new(full("{}"))) })
+    };
+    let ((status, _), _open) = tokio::join!(asking, opening);
+    assert_eq!(status, 200);
 }
 
 #[tokio::test]
