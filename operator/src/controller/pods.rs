@@ -5,7 +5,7 @@ use ashlar_crds::{
     names::{PULL_CONTAINER, RUNTIME_CONTAINER},
 };
 use k8s_openapi::{
-    api::core::v1::{ContainerStatus, Pod},
+    api::core::v1::{ContainerState, ContainerStateWaiting, ContainerStatus, Pod},
     jiff::Timestamp,
 };
 use kube::ResourceExt as _;
@@ -201,32 +201,9 @@ fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
             ),
         ));
     }
-    if let Some(waiting) = state.and_then(|s| s.waiting.as_ref()) {
-        let why = waiting.reason.as_deref().unwrap_or_default();
-        let message = waiting.message.clone().unwrap_or_default();
-        match why {
-            "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
-                return Some(blocker(
-                    7,
-                    reason::IMAGE_PULL_FAILED,
-                    // The image may be the container's own or the model's, mounted as a volume: the kubelet's words name it.
-                    format!(
-                        "an image of container {} ({}) cannot be pulled: {}",
-                        status.name,
-                        status.image,
-                        if message.is_empty() { why } else { &message }
-                    ),
-                ));
-            }
-            "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => {
-                return Some(blocker(
-                    7,
-                    reason::CRASH_LOOP,
-                    format!("container {} cannot start: {message}", status.name),
-                ));
-            }
-            _ => {}
-        }
+    let waiting = state.and_then(|s| s.waiting.as_ref());
+    if let Some(waits) = waiting.and_then(|waiting| why_it_waits(status, waiting)) {
+        return Some(waits);
     }
     if let Some(exit) = exit.filter(|t| t.exit_code != 0) {
         let reason = if pull {
@@ -260,6 +237,35 @@ fn container_blocker(pod: &Pod, status: &ContainerStatus) -> Option<Blocker> {
         .then(|| blocker(2, reason::MODEL_LOADING, "the engine is loading the model"))
 }
 
+/// What keeps a container from being started, if it is not just its turn.
+fn why_it_waits(status: &ContainerStatus, waiting: &ContainerStateWaiting) -> Option<Blocker> {
+    let why = waiting.reason.as_deref().unwrap_or_default();
+    let message = waiting.message.as_deref().unwrap_or_default();
+    match why {
+        "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
+            Some(blocker(
+                7,
+                reason::IMAGE_PULL_FAILED,
+                // The image may be the container's own or the model's, mounted as a volume: the kubelet's words name it.
+                format!(
+                    "an image of container {} ({}) cannot be pulled: {}",
+                    status.name,
+                    status.image,
+                    if message.is_empty() { why } else { message }
+                ),
+            ))
+        }
+        "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => {
+            Some(blocker(
+                7,
+                reason::CRASH_LOOP,
+                format!("container {} cannot start: {message}", status.name),
+            ))
+        }
+        _ => None,
+    }
+}
+
 fn statuses(pod: &Pod) -> impl Iterator<Item = &ContainerStatus> {
     let status = pod.status.as_ref();
     let init = status.and_then(|s| s.init_container_statuses.as_ref());
@@ -284,7 +290,7 @@ fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<(&'a str, &'a str, &'a str)
 
 /// The end of what a container said before it ended.
 fn last_words(status: &ContainerStatus) -> String {
-    let ended = |state: &Option<k8s_openapi::api::core::v1::ContainerState>| {
+    let ended = |state: &Option<ContainerState>| {
         state
             .as_ref()
             .and_then(|s| s.terminated.as_ref())

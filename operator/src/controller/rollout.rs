@@ -130,19 +130,7 @@ fn steps(
     older: &[RevisionState],
 ) -> RolloutPlan {
     let wanted = circumstances.wanted;
-    let previous = older
-        .iter()
-        .filter(|r| {
-            let back = newest.failed.is_some() || newest.rolled_back.is_some();
-            let tried_against = circumstances.canary.is_some() && r.proven;
-            r.replicas > 0 || r.pods > 0 || back || tried_against
-        })
-        .max_by_key(|r| {
-            // Of those that serve, the last one: it has most pods by now.
-            let proven = r.proven && (r.replicas == 0 || circumstances.canary.is_some());
-            (r.ready > 0, r.replicas > 0, proven, r.number)
-        });
-    let Some(previous) = previous else {
+    let Some(previous) = serves_beside(circumstances, newest, older) else {
         return RolloutPlan {
             newest: wanted,
             ..RolloutPlan::default()
@@ -203,6 +191,24 @@ fn steps(
         previous.replicas.min(wanted - ready),
         Some("Surge: a new pod starts before an old one ends".to_owned()),
     )
+}
+
+/// The older revision that serves while the newest one comes, or again when it has failed.
+fn serves_beside<'a>(
+    circumstances: &Circumstances,
+    newest: &RevisionState,
+    older: &'a [RevisionState],
+) -> Option<&'a RevisionState> {
+    let back = newest.failed.is_some() || newest.rolled_back.is_some();
+    let canary = circumstances.canary.is_some();
+    let candidates = older
+        .iter()
+        .filter(|r| r.replicas > 0 || r.pods > 0 || back || (canary && r.proven));
+    candidates.max_by_key(|r| {
+        // Of those that serve, the last one: it has most pods by now.
+        let proven = r.proven && (r.replicas == 0 || canary);
+        (r.ready > 0, r.replicas > 0, proven, r.number)
+    })
 }
 
 /// The step while the newest revision's model is still on its way: it gets no replica more, and who serves goes on.

@@ -90,39 +90,13 @@ pub struct Facts<'a> {
 pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
     let service = facts.service;
     let ready = facts.pods.iter().filter(|pod| pods::is_ready(pod)).count();
-    let refused = facts.refused.map(pods::refused);
-    let job = service.service.pull_name(&facts.newest.hash);
-    let filling = facts.filling.then(|| pods::filling(&job));
-    let pulling = facts.pull_pods.iter().filter(|_| facts.filling);
-    let worst = facts
-        .pods
-        .iter()
-        .filter_map(|pod| pods::why_not_ready(pod))
-        .chain(pulling.filter_map(|pod| pods::why_waiting(pod)))
-        .chain(refused)
-        .chain(filling)
-        .max()
-        .map(|blocker| explained(facts, blocker));
+    let worst = worst_blocker(facts);
     let endpoint = endpoint_verdict(facts);
     let workloads = workloads_verdict(facts, worst.as_ref());
     let model = model_verdict(facts, ready, worst.as_ref());
     let overall = ready_verdict(facts, ready, &endpoint, &workloads, worst.as_ref());
     let scaling = scaling_verdict(service, facts.scaling);
-    let phase = match (&model, worst.as_ref().map(|b| b.reason)) {
-        (Verdict { ok: true, .. }, _) => "Ready",
-        (_, Some(reason::MODEL_DOWNLOADING)) => "Downloading",
-        (_, Some(reason::MODEL_LOADING)) => "Loading",
-        (
-            _,
-            Some(
-                reason::MODEL_DOWNLOAD_FAILED
-                | reason::MODEL_LOAD_FAILED
-                | reason::CRASH_LOOP
-                | reason::OUT_OF_MEMORY,
-            ),
-        ) => "Failed",
-        _ => "Pending",
-    };
+    let phase = model_phase(&model, worst.as_ref());
     let old = service.service.status.clone().unwrap_or_default();
     let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
     InferenceServiceStatus {
@@ -137,21 +111,7 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
         ready_replicas: count(ready),
         updated_replicas: facts.newest.pods,
         selector: Some(format!("{SERVICE_LABEL}={}", service.name)),
-        revision: Some(RevisionStatus {
-            current: facts.newest.hash.clone(),
-            previous: facts
-                .plan
-                .previous
-                .as_ref()
-                .filter(|_| facts.plan.rollout.is_some())
-                .map(|(hash, _)| hash.clone()),
-            outdated: facts.outdated,
-            rollout: facts.plan.rollout.clone(),
-            canary: facts
-                .plan
-                .weight
-                .map(|weight_percent| CanaryStatus { weight_percent }),
-        }),
+        revision: Some(revision_status(facts)),
         model: Some(model_status(facts, phase)),
         scaling: Some(ScalingStatus {
             desired_replicas: service.wanted,
@@ -172,6 +132,51 @@ pub fn compute(facts: &Facts<'_>) -> InferenceServiceStatus {
             ],
             facts.now,
         )
+    }
+}
+
+/// What keeps the service most from being ready.
+fn worst_blocker(facts: &Facts<'_>) -> Option<Blocker> {
+    let job = facts.service.service.pull_name(&facts.newest.hash);
+    let filling = facts.filling.then(|| pods::filling(&job));
+    let pulling = facts.pull_pods.iter().filter(|_| facts.filling);
+    let of_pods = facts.pods.iter().filter_map(|pod| pods::why_not_ready(pod));
+    of_pods
+        .chain(pulling.filter_map(|pod| pods::why_waiting(pod)))
+        .chain(facts.refused.map(pods::refused))
+        .chain(filling)
+        .max()
+        .map(|blocker| explained(facts, blocker))
+}
+
+fn model_phase(model: &Verdict, worst: Option<&Blocker>) -> &'static str {
+    if model.ok {
+        return "Ready";
+    }
+    match worst.map(|blocker| blocker.reason) {
+        Some(reason::MODEL_DOWNLOADING) => "Downloading",
+        Some(reason::MODEL_LOADING) => "Loading",
+        Some(
+            reason::MODEL_DOWNLOAD_FAILED
+            | reason::MODEL_LOAD_FAILED
+            | reason::CRASH_LOOP
+            | reason::OUT_OF_MEMORY,
+        ) => "Failed",
+        _ => "Pending",
+    }
+}
+
+fn revision_status(facts: &Facts<'_>) -> RevisionStatus {
+    let plan = facts.plan;
+    let previous = plan.previous.as_ref().filter(|_| plan.rollout.is_some());
+    RevisionStatus {
+        current: facts.newest.hash.clone(),
+        previous: previous.map(|(hash, _)| hash.clone()),
+        outdated: facts.outdated,
+        rollout: plan.rollout.clone(),
+        canary: plan
+            .weight
+            .map(|weight_percent| CanaryStatus { weight_percent }),
     }
 }
 
