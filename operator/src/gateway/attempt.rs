@@ -75,6 +75,12 @@ impl Attempt {
         self.judge(false);
     }
 
+    /// The replica failed the request that it has failed before: one request fails a trial once.
+    pub fn failed_again(&mut self) {
+        self.progress = Progress::Ended;
+        self.judge(false);
+    }
+
     fn trial(&self) -> Option<Trial> {
         self.metrics.trial(&self.service, &self.replica.revision)
     }
@@ -203,6 +209,17 @@ mod tests {
         open.head(StatusCode::OK);
         world.attempt().failed();
         assert!(world.replica().is_ejected());
+    }
+
+    #[test]
+    fn a_request_that_fails_again_fails_the_trial_once() {
+        let world = World::new();
+        world.attempt().failed();
+        for _ in 1..FAILURES {
+            world.attempt().failed_again();
+        }
+        assert!(world.replica().is_ejected());
+        assert_eq!(world.trial(), [0, 1]);
     }
 
     #[test]

@@ -1,15 +1,16 @@
 //! Replicas that failed a request, and for how long it goes elsewhere.
 //!
-//! One that drains or broke the connection is not asked again. One whose connection could not be opened is, after a pause
-//! that grows with each failure: what keeps a gateway from a replica often ends within a second (network policies that do not
-//! know a new gateway's pod yet, a socket that is not open yet), and there may be no other replica to go to.
+//! One that drains is not asked again. One whose connection could not be opened, or broke, is, after a pause that grows with
+//! each failure: what keeps a gateway from a replica often ends within a second (network policies that do not know a new
+//! gateway's pod yet, a socket that is not open yet, a kept connection that the replica just closed), and there may be no other
+//! replica to go to.
 
 use std::time::Duration;
 
 use rand::{Rng, RngExt as _};
 use tokio::time::Instant;
 
-/// Pause before a replica is asked again that could not be reached; each further failure of the request doubles it.
+/// Pause before a replica that failed is asked again; each further failure of the request doubles it.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
@@ -47,6 +48,12 @@ impl Avoided {
         self.replicas.push((incarnation.to_owned(), until));
     }
 
+    /// Whether this one has failed the request.
+    #[must_use]
+    pub fn contains(&self, incarnation: &str) -> bool {
+        self.replicas.iter().any(|(other, _)| other == incarnation)
+    }
+
     /// Whether nothing has failed the request yet.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -78,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_could_not_be_reached_is_asked_again_later_each_time() {
+    fn what_failed_is_asked_again_later_each_time() {
         let mut rng = StdRng::seed_from_u64(7);
         let (mut avoided, mut now) = (Avoided::default(), Instant::now());
         assert!(avoided.is_empty());
@@ -94,10 +101,7 @@ mod tests {
             assert_eq!(avoided.at(end - Duration::from_millis(1)), ["a@t0"]);
             assert!(avoided.at(end).is_empty());
             assert_eq!(avoided.next(end), None);
-            assert!(
-                !avoided.is_empty(),
-                "the request is one that is tried again"
-            );
+            assert!(avoided.contains("a@t0"), "what failed is remembered");
             now = end;
             longest = (longest * 2).min(LONGEST_PAUSE);
         }

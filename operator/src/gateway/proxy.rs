@@ -1,10 +1,10 @@
 //! One request from its head to the first byte of an answer: resolve, check the key, pick a replica, send, and try
 //! another replica as long as nothing has been answered.
 //!
-//! A request is tried again after a connection that could not be opened (later on the same replica too: `avoid`), after
-//! a replica's own word that it drains, and once after a connection that broke before the head of a response (an idle
-//! connection can close at the very moment it is used; a request that kills its replica must not visit them all). The
-//! client's leaving drops the future and with it the replica's connection.
+//! A request is tried again after a connection that could not be opened, after a replica's own word that it drains, and
+//! once after a connection that broke before the head of a response (an idle connection can close at the very moment it
+//! is used; a request that kills its replica must not visit them all). It goes to another replica, or later to the same
+//! one (`avoid`). The client's leaving drops the future and with it the replica's connection.
 
 mod admit;
 mod outcome;
@@ -280,9 +280,7 @@ impl Proxy {
                 }
                 Outcome::Ended(error) => return Err(Failure(error, Some(meter))),
                 Outcome::Failed(cause, why) => {
-                    if cause != Cause::Draining {
-                        attempt.failed();
-                    }
+                    failed(cause, &mut attempt, &mut avoided);
                     resets += u32::from(cause == Cause::Reset);
                     reason = why;
                     cause
@@ -294,10 +292,6 @@ impl Proxy {
                 break;
             }
             meter.retry(cause);
-            match cause {
-                Cause::Connect => avoided.for_a_while(&replica.incarnation),
-                Cause::Draining | Cause::Reset => avoided.for_good(&replica.incarnation),
-            }
         }
         let service = id.clone();
         Err(Failure(
@@ -361,6 +355,22 @@ async fn prompt(
     }
     let beginning = body.beginning(affinity::MAX_BODY_BYTES).await?;
     Ok(Prefix::of_body(&beginning))
+}
+
+/// Tells a failure to the replica's health and its revision's trial, and keeps the request away from there.
+fn failed(cause: Cause, attempt: &mut Attempt, avoided: &mut Avoided) {
+    let incarnation = attempt.replica().incarnation.clone();
+    match cause {
+        Cause::Draining => avoided.for_good(&incarnation),
+        Cause::Connect | Cause::Reset => {
+            if avoided.contains(&incarnation) {
+                attempt.failed_again();
+            } else {
+                attempt.failed();
+            }
+            avoided.for_a_while(&incarnation);
+        }
+    }
 }
 
 /// The replica's response as the client's.

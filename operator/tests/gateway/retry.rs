@@ -129,6 +129,25 @@ async fn a_broken_connection_is_tried_once_more_and_no_further() {
 }
 
 #[tokio::test]
+async fn the_only_replica_is_asked_again_after_a_broken_connection() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let replica = replica(move |_| {
+        let first = asked.fetch_add(1, Ordering::SeqCst) == 0;
+        async move {
+            if first {
+                return Err("no answer".into());
+            }
+            Ok(Response::new(full("{}")))
+        }
+    })
+    .await;
+    let gateway = Gateway::start().await;
+    gateway.publish(&[(open_service("a/s", "m"), &[replica.address])]);
+    let (status, _) = gateway.post(PATH, None, "{}").await;
+    assert_eq!(status, 200);
+}
+
+#[tokio::test]
 async fn a_body_too_large_to_keep_is_not_sent_twice() {
     let (draining, asked) = unavailable(true).await;
     let gateway = Gateway::start().await;
