@@ -10,7 +10,6 @@ use super::{App, access::AccessInfo, error::ApiError, sampling::Sampling};
 use crate::{
     engine::request::{FinishReason, Request, TokenId},
     generation::{TextStream, TextUpdate},
-    traces::Asked,
 };
 
 /// Most sequences of one request: prompts × n.
@@ -87,14 +86,10 @@ impl Choices {
         let mut usage = Usage::default();
         let mut submitted = Vec::with_capacity(prompts.len());
         for prompt in prompts {
+            let tokens: Arc<[TokenId]> = sampling.kept(&prompt.tokens).into();
             let mut params = sampling.params.clone();
-            let mut tokens = prompt.tokens.as_slice();
-            if let Some(kept) = sampling.truncate_prompt_tokens {
-                tokens = &tokens[tokens.len().saturating_sub(kept as usize)..];
-            }
             params.max_tokens = sampling.max_tokens(tokens.len(), app.limits)?;
             params.min_tokens = params.min_tokens.min(params.max_tokens);
-            let tokens: Arc<[TokenId]> = tokens.into();
             submitted.push(Arc::clone(&tokens));
             usage.prompt_tokens += u32::try_from(tokens.len()).unwrap_or(u32::MAX);
             for choice_index in 0..sampling.n {
@@ -130,12 +125,7 @@ impl Choices {
         }
         app.metrics.observe_n(sampling.n);
         // Only the first is kept.
-        let _ = info.asked.set(Asked {
-            n: sampling.n,
-            max_tokens: Some(sampling.params.max_tokens).filter(|&tokens| tokens != u32::MAX),
-            temperature: sampling.params.temperature,
-            top_p: sampling.params.top_p,
-        });
+        let _ = info.asked.set(sampling.asked());
         info.prompt_tokens.store(usage.prompt_tokens, Relaxed);
         Ok(Self {
             streams,

@@ -23,6 +23,7 @@ use crate::{
     },
     generation::TextOptions,
     grammar::{CompiledGrammar, GrammarSpec},
+    traces::Asked,
 };
 
 pub use validate::check_id;
@@ -216,6 +217,24 @@ impl Sampling {
             bad_words,
             grammar,
         })
+    }
+
+    /// The prompt's last tokens, as many as `truncate_prompt_tokens` keeps.
+    pub(super) fn kept<'a>(&self, prompt: &'a [TokenId]) -> &'a [TokenId] {
+        let kept = self.truncate_prompt_tokens;
+        kept.map_or(prompt, |kept| {
+            &prompt[prompt.len().saturating_sub(kept as usize)..]
+        })
+    }
+
+    /// What a trace says of the request.
+    pub(super) fn asked(&self) -> Asked {
+        Asked {
+            n: self.n,
+            max_tokens: Some(self.params.max_tokens).filter(|&tokens| tokens != u32::MAX),
+            temperature: self.params.temperature,
+            top_p: self.params.top_p,
+        }
     }
 
     /// `max_tokens` for a prompt of this length.

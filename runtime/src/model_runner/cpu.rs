@@ -60,6 +60,38 @@ pub struct CpuRunner {
     pending: Option<Pending>,
 }
 
+fn check_heads(checkpoint: &Checkpoint, model: &ModelConfig) -> Result<(), CpuRunnerError> {
+    let width = model.head_dim;
+    if width.is_multiple_of(HEAD_DIM_MULTIPLE) {
+        return Ok(());
+    }
+    let message = format!("its heads have {width} values, not a multiple of {HEAD_DIM_MULTIPLE}");
+    Err(checkpoint.unsupported(message).into())
+}
+
+fn kv_dtype(config: &CpuRunnerConfig) -> KvDtype {
+    match (config.kv_dtype, config.dtype) {
+        (KvDtype::Auto, Dtype::Float32) => KvDtype::Float32,
+        (KvDtype::Auto, Dtype::Auto) => KvDtype::Float16,
+        (explicit, _) => explicit,
+    }
+}
+
+/// Empty; they grow with the largest step. `local` is a rank's part of the model.
+fn activations(model: &ModelConfig, local: &ModelConfig) -> Activations<CpuBackend> {
+    Activations {
+        residual: CpuBuf::new(model.hidden_size),
+        normed: CpuBuf::new(model.hidden_size),
+        qkv: CpuBuf::new(local.qkv_size()),
+        attention: CpuBuf::new(local.attention_size()),
+        delta: CpuBuf::new(model.hidden_size),
+        gate_up: CpuBuf::new(2 * local.intermediate_size),
+        mlp: CpuBuf::new(local.intermediate_size),
+        logits: CpuBuf::new(model.vocab_size),
+        blocks: Vec::new(),
+    }
+}
+
 impl CpuRunner {
     /// Opens and loads the model and reserves the KV cache.
     ///
@@ -100,18 +132,8 @@ impl CpuRunner {
         let partition = Partition::new(&checkpoint, &model, place)
             .map_err(|message| checkpoint.unsupported(message))?;
         let local = partition.local(&model);
-        if !model.head_dim.is_multiple_of(HEAD_DIM_MULTIPLE) {
-            let message = format!(
-                "its heads have {} values, not a multiple of {HEAD_DIM_MULTIPLE}",
-                model.head_dim
-            );
-            return Err(checkpoint.unsupported(message).into());
-        }
-        let kv_dtype = match (config.kv_dtype, config.dtype) {
-            (KvDtype::Auto, Dtype::Float32) => KvDtype::Float32,
-            (KvDtype::Auto, Dtype::Auto) => KvDtype::Float16,
-            (explicit, _) => explicit,
-        };
+        check_heads(&checkpoint, &model)?;
+        let kv_dtype = kv_dtype(config);
         let limits = limits(config, &local, kv_dtype, ranks)?;
         let threads = match config.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -142,18 +164,7 @@ impl CpuRunner {
             config.load_format,
             threads,
         )?;
-        let buffer = |width| CpuBuf::new(width);
-        let activations = Activations {
-            residual: buffer(model.hidden_size),
-            normed: buffer(model.hidden_size),
-            qkv: buffer(local.qkv_size()),
-            attention: buffer(local.attention_size()),
-            delta: buffer(model.hidden_size),
-            gate_up: buffer(2 * local.intermediate_size),
-            mlp: buffer(local.intermediate_size),
-            logits: buffer(model.vocab_size),
-            blocks: Vec::new(),
-        };
+        let activations = activations(&model, &local);
         tracing::info!(
             model = %config.path.display(),
             rank,

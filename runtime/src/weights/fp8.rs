@@ -176,6 +176,54 @@ pub struct Fp8Error {
     problem: String,
 }
 
+fn fail(name: &str, problem: String) -> Fp8Error {
+    Fp8Error {
+        name: name.to_owned(),
+        problem,
+    }
+}
+
+impl Fp8Scales {
+    /// The scales of a matrix of this shape, or what is wrong with them.
+    fn read(
+        scale: &StoredTensor<'_>,
+        scheme: &Fp8Scheme,
+        (rows, columns): (usize, usize),
+    ) -> Result<Self, String> {
+        let values = floats(scale)
+            .ok_or_else(|| format!("is stored as {:?}; floats are expected", scale.dtype))?;
+        let bad = |value: &&f32| !value.is_finite() || **value < 0.0;
+        if let Some(value) = values.iter().find(bad) {
+            return Err(format!("holds {value}, which is no scale"));
+        }
+        let blocks = scheme
+            .block
+            .map(|size| [rows.div_ceil(size[0]), columns.div_ceil(size[1])]);
+        match (blocks, scheme.block) {
+            (Some(blocks), Some(size)) if scale.shape == blocks => Ok(Self::Blocks {
+                size,
+                scales: values,
+            }),
+            _ if scale.shape.iter().all(|size| *size == 1) && values.len() == 1 => {
+                Ok(Self::Rows(vec![values[0]; rows]))
+            }
+            (None, _) if scale.shape == [rows, 1] || scale.shape == [rows] => {
+                Ok(Self::Rows(values))
+            }
+            _ => {
+                let expected = match blocks {
+                    Some(blocks) => format!("{blocks:?}"),
+                    None => format!("[1] or [{rows}, 1]"),
+                };
+                let shape = &scale.shape;
+                Err(format!(
+                    "has the shape {shape:?}, and {expected} is expected"
+                ))
+            }
+        }
+    }
+}
+
 impl<'a> Fp8Matrix<'a> {
     /// Reads the matrix `name` (without `.weight`) of this shape, or says that it is not stored in eight-bit floats; `find`
     /// looks tensors up by name.
@@ -193,10 +241,6 @@ impl<'a> Fp8Matrix<'a> {
         else {
             return Ok(None);
         };
-        let fail = |name: &str, problem: String| Fp8Error {
-            name: name.to_owned(),
-            problem,
-        };
         if weight.shape != [rows, columns] {
             let problem = format!(
                 "has the shape {:?}, and [{rows}, {columns}] is expected",
@@ -212,47 +256,8 @@ impl<'a> Fp8Matrix<'a> {
             .iter()
             .find_map(|name| find(name).map(|tensor| (name, tensor)))
             .ok_or_else(|| fail(&names[0], "is missing".to_owned()))?;
-        let values = floats(&scale).ok_or_else(|| {
-            fail(
-                scale_name,
-                format!("is stored as {:?}; floats are expected", scale.dtype),
-            )
-        })?;
-        if let Some(value) = values
-            .iter()
-            .find(|value| !value.is_finite() || **value < 0.0)
-        {
-            return Err(fail(
-                scale_name,
-                format!("holds {value}, which is no scale"),
-            ));
-        }
-        let blocks = scheme
-            .block
-            .map(|size| [rows.div_ceil(size[0]), columns.div_ceil(size[1])]);
-        let scales = match (blocks, scheme.block) {
-            (Some(blocks), Some(size)) if scale.shape == blocks => Fp8Scales::Blocks {
-                size,
-                scales: values,
-            },
-            _ if scale.shape.iter().all(|size| *size == 1) && values.len() == 1 => {
-                Fp8Scales::Rows(vec![values[0]; rows])
-            }
-            (None, _) if scale.shape == [rows, 1] || scale.shape == [rows] => {
-                Fp8Scales::Rows(values)
-            }
-            _ => {
-                let expected = match blocks {
-                    Some(blocks) => format!("{blocks:?}"),
-                    None => format!("[1] or [{rows}, 1]"),
-                };
-                let problem = format!(
-                    "has the shape {:?}, and {expected} is expected",
-                    scale.shape
-                );
-                return Err(fail(scale_name, problem));
-            }
-        };
+        let scales = Fp8Scales::read(&scale, scheme, (rows, columns))
+            .map_err(|problem| fail(scale_name, problem))?;
         Ok(Some(Self {
             rows,
             columns,
