@@ -5,6 +5,7 @@
 //! autoscaler   load of pods and gateways → replicas: scrape → signal → decide, inside the leading controller
 //! exposition   Prometheus' text about many services, part by part
 //! gateway      requests → pods: resolve → auth → hold → route → proxy
+//! backoff      how long to wait after failures
 //! check        asks an installed gateway, for `helm test`
 //! model_tls    whom to believe to be a model pod
 //! node_cache   folders of a node for models, made by a DaemonSet
@@ -17,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod autoscaler;
+mod backoff;
 pub mod check;
 pub mod controller;
 mod exposition;

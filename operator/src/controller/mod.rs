@@ -15,12 +15,12 @@
 //! - only the leader writes, and it stops when its Lease cannot be renewed (`tenure`).
 
 pub mod apply;
-mod backoff;
 pub mod build;
 mod canary;
 mod capacity;
 mod endpoint;
 mod events;
+mod failures;
 pub mod fetch;
 mod index;
 pub mod leader;
@@ -212,7 +212,7 @@ pub(crate) struct Context {
     victims: victims::Victims,
     downloads: probe::Downloads,
     key_answers: endpoint::KeyAnswers,
-    failures: backoff::Failures,
+    failures: failures::Failures,
     /// Turns for a new Service with a cluster address.
     new_addresses: tokio::sync::Semaphore,
 }
@@ -369,7 +369,7 @@ fn context(
         victims: victims::Victims::new(trust),
         downloads: probe::Downloads::default(),
         key_answers: endpoint::KeyAnswers::default(),
-        failures: backoff::Failures::default(),
+        failures: failures::Failures::default(),
         new_addresses: tokio::sync::Semaphore::new(NEW_ADDRESSES),
         client,
         caches,

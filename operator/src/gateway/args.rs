@@ -94,7 +94,7 @@ pub struct GatewayArgs {
         value_name = "BYTES"
     )]
     pub max_body_bytes: u64,
-    /// Bytes of a body kept to send it to another replica, and searched for `model`.
+    /// Bytes of a body kept to send it again, and searched for `model`.
     #[arg(
         long,
         env = "ASHLAR_GATEWAY_REPLAY_BYTES",

@@ -10,6 +10,8 @@ use std::time::Duration;
 use rand::{Rng, RngExt as _};
 use tokio::time::Instant;
 
+use crate::backoff::doubled;
+
 /// Pause before a replica that failed is asked again; each further failure of the request doubles it.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause.
@@ -36,8 +38,7 @@ impl Avoided {
     }
 
     fn pause(&mut self, incarnation: &str, now: Instant, rng: &mut impl Rng) {
-        let doubled = FIRST_PAUSE.saturating_mul(1 << self.pauses.min(16));
-        let pause = doubled.min(LONGEST_PAUSE);
+        let pause = doubled(FIRST_PAUSE, LONGEST_PAUSE, self.pauses);
         self.pauses += 1;
         let pause = pause.mul_f64(rng.random_range(0.5..=1.0));
         self.set(incarnation, Some(now + pause));

@@ -281,6 +281,7 @@ mod tests {
             deadline,
             ..self::ask(&holds, &id, &avoided)
         };
+        assert!(avoided.next(deadline).is_some(), "it lasts longer");
         let late = holds.replica(&mut receiver, &ask, &meter).await;
         assert!(matches!(late, Err(GatewayError::NoReplica { .. })));
         assert!(Instant::now() < deadline + LONG);

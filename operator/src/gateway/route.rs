@@ -18,7 +18,7 @@ const LOAD_FACTOR: f64 = 1.5;
 
 /// What there is to go by.
 pub struct Choice<'a> {
-    /// Incarnations that failed this request.
+    /// Incarnations that the request does not go to now.
     pub excluded: &'a [&'a str],
     /// The prompt, if the request has one.
     pub prefix: Option<&'a Prefix>,

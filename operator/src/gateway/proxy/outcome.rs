@@ -21,9 +21,9 @@ fn is_draining<B>(response: &Response<B>) -> bool {
 /// What came of an attempt.
 pub(super) enum Outcome {
     Answered(Response<ReplicaBody>),
-    /// No other replica can help.
+    /// No further attempt can help.
     Ended(GatewayError),
-    /// Another replica may; and what went wrong, in words.
+    /// A further attempt may; and what went wrong, in words.
     Failed(Cause, String),
 }
 

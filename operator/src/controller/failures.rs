@@ -9,6 +9,8 @@ use std::{
 
 use ashlar_crds::InferenceService;
 
+use crate::backoff::doubled;
+
 const FIRST: Duration = Duration::from_millis(200);
 const LONGEST: Duration = Duration::from_secs(15);
 /// Most services remembered; more are treated as failing for the first time.
@@ -27,7 +29,7 @@ impl Failures {
             failures.clear();
         }
         let count = failures.entry(uid).or_default();
-        let wait = FIRST.saturating_mul(1 << (*count).min(10)).min(LONGEST);
+        let wait = doubled(FIRST, LONGEST, *count);
         *count = count.saturating_add(1);
         wait.mul_f64(0.75 + rand::random::<f64>() / 2.0)
     }
