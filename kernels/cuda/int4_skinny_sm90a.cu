@@ -5,23 +5,25 @@
 // warpgroup with x, the B operand, in shared memory. So a weight is turned once for all tokens and never written back. Words hold
 // what a thread multiplies (int4.cuh), so that x is multiplied in the order in which it comes.
 //
-// Where there are fewer tiles than multiprocessors, the blocks of a cluster share the columns of a tile. Each adds up and writes
+// Two blocks stay on a multiprocessor, of one product or of two: while one adds up and writes, or waits for the product in front,
+// the other's weights come.
+//
+// Where there are fewer tiles than room for blocks, the blocks of a cluster share the columns of a tile. Each adds up and writes
 // some of the tile, in the order of the blocks, reading the others' sums from their shared memory.
 #include "hopper.cuh"
 #include "int4.cuh"
 #include "skinny.cuh"
 
-constexpr int STEP = 128, GROUP = 128; // columns of a step; threads of a warpgroup
+constexpr int STEP = 128; // columns of a step
+constexpr int CONSUMERS = 2 * 128, THREADS = CONSUMERS + 32, ROWS = 2 * 64; // two warpgroups multiply, each 64 rows of w
 
 // What a cell has beside the scale, and whether groups are as wide as a step.
 enum Scheme { ZEROS, OFFSETS, GROUPS_OF_128 };
 
-// Four warpgroups multiply, each 64 rows of w.
 template <Scheme SCHEME, int TOKENS> struct Memory {
-    static constexpr int CONSUMERS = 4 * GROUP, THREADS = CONSUMERS + GROUP, ROWS = 4 * 64;
     static constexpr int X_BYTES = TOKENS * STEP * 2, WORDS_BYTES = ROWS * STEP / 2, CELLS_BYTES = ROWS * 4 * (SCHEME == GROUPS_OF_128 ? 1 : 4);
-    // Steps in flight, of x and of weights. Words and cells come by pairs.
-    static constexpr int X_DEPTH = TOKENS <= 32 ? 8 : 4, DEPTH = 8;
+    // Steps in flight, of weights and of x: as much as two blocks have room for. Words and cells come by pairs.
+    static constexpr int DEPTH = TOKENS <= 32 ? 8 : 6, X_DEPTH = TOKENS <= 16 ? 8 : TOKENS <= 32 ? 4 : 3;
     static constexpr int WORDS = X_DEPTH * X_BYTES, CELLS = WORDS + DEPTH * WORDS_BYTES;
     static constexpr int FULL_X = CELLS + DEPTH * CELLS_BYTES, EMPTY = FULL_X + X_DEPTH * 8, FULL = EMPTY + X_DEPTH * 8;
     // The sums lie where x and the weights were; 4 floats more a token, so that a warp's stores meet no bank twice.
@@ -62,15 +64,15 @@ struct Maps {
 // Asks for the words and cells of a pair of steps. Of SILU_MUL half of a tile's rows are gates, and behind them lie the ups.
 template <typename M, Output OUTPUT>
 __device__ __forceinline__ void ask_for_weights(const Skinny &p, const Work &work, const Maps &maps, uint32_t memory, int step) {
-    constexpr int PARTS = OUTPUT == SILU_MUL ? 2 : 1, ROWS = M::ROWS / PARTS;
+    constexpr int PARTS = OUTPUT == SILU_MUL ? 2 : 1, PART_ROWS = ROWS / PARTS;
     const int place = step % M::DEPTH, column = work.place(step), cell_rows = max(1, 8 >> min(p.group_shift, 3));
     const uint32_t full = memory + M::FULL + place / 2 * 8;
-    barrier_expect(full, 2 * M::WORDS_BYTES + M::ROWS * 4 * cell_rows);
+    barrier_expect(full, 2 * M::WORDS_BYTES + ROWS * 4 * cell_rows);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-        const int row = work.tile * ROWS + part * p.n;
-        copy_box(memory + M::WORDS + place * M::WORDS_BYTES + part * ROWS * STEP, maps.words, full, column * (STEP / 8), row);
-        copy_box(memory + M::CELLS + place * M::CELLS_BYTES + part * ROWS * 4 * cell_rows, maps.cells, full, row, column * 4 >> p.group_shift);
+        const int row = work.tile * PART_ROWS + part * p.n;
+        copy_box(memory + M::WORDS + place * M::WORDS_BYTES + part * PART_ROWS * STEP, maps.words, full, column * (STEP / 8), row);
+        copy_box(memory + M::CELLS + place * M::CELLS_BYTES + part * PART_ROWS * 4 * cell_rows, maps.cells, full, row, column * 4 >> p.group_shift);
     }
 }
 
@@ -86,15 +88,15 @@ template <typename M> __device__ __forceinline__ void ask_for_x(const Work &work
 // One thread asks for all that comes, for what follows a step as soon as the step is multiplied.
 template <typename M, Output OUTPUT>
 __device__ __forceinline__ void bring(const Skinny &p, const Work &work, const Maps &maps, uint32_t memory) {
-    const bool asks = threadIdx.x == M::CONSUMERS;
+    const bool asks = threadIdx.x == CONSUMERS;
     if (asks)
         for (int step = 0; step < min(M::DEPTH, work.steps); step += 2) ask_for_weights<M, OUTPUT>(p, work, maps, memory, step);
     wait_for_previous(); // for x, and for what y was to it
     if (!asks) return;
     for (int step = 0; step < min(M::X_DEPTH, work.steps); step++) ask_for_x<M>(work, maps, memory, step);
-    for (int step = 0; step + min(M::X_DEPTH, M::DEPTH) < work.steps; step++) {
+    for (int step = 0; step + M::X_DEPTH < work.steps; step++) {
         barrier_wait(memory + M::EMPTY + step % M::X_DEPTH * 8, step / M::X_DEPTH & 1);
-        if (step + M::X_DEPTH < work.steps) ask_for_x<M>(work, maps, memory, step + M::X_DEPTH);
+        ask_for_x<M>(work, maps, memory, step + M::X_DEPTH);
         // Both steps of a pair are multiplied.
         if (step % 2 == 1 && step - 1 + M::DEPTH < work.steps) ask_for_weights<M, OUTPUT>(p, work, maps, memory, step - 1 + M::DEPTH);
     }
@@ -109,7 +111,7 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
     const int thread = threadIdx.x, lane = thread % 32, quad = lane % 4, group = lane / 4;
     const int row_of_warp = thread / 32 * 16;
     // Rows of one copy, and where those are that the thread takes: of SILU_MUL 8 gates and 8 ups.
-    constexpr int ROWS = OUTPUT == SILU_MUL ? M::ROWS / 2 : M::ROWS, APART = OUTPUT == SILU_MUL ? ROWS : 8;
+    constexpr int PART_ROWS = OUTPUT == SILU_MUL ? ROWS / 2 : ROWS, APART = OUTPUT == SILU_MUL ? PART_ROWS : 8;
     const int first_row = OUTPUT == SILU_MUL ? thread / 32 * 8 : row_of_warp;
     // A lane says where a row of 32 columns is, and is given its place's word of all four of them.
     const uint32_t my_words = memory + M::WORDS + (first_row + lane % 8) * STEP;
@@ -135,10 +137,10 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 load_matrices(words[i], my_words + place / 2 * 2 * M::WORDS_BYTES + words_of_step[place % 2] + i * APART * STEP);
-                const char *from = my_cells + place / 2 * 2 * M::CELLS_BYTES + i * (OUTPUT == SILU_MUL ? ROWS * cell_rows : 8) * 4;
+                const char *from = my_cells + place / 2 * 2 * M::CELLS_BYTES + i * (OUTPUT == SILU_MUL ? PART_ROWS * cell_rows : 8) * 4;
 #pragma unroll
                 for (int w = 0; w < (ONE_GROUP ? 1 : 4); w++)
-                    cells[i][w] = *reinterpret_cast<const uint32_t *>(from + (ONE_GROUP ? place % 2 : (place % 2 * 4 + w) >> shift) * ROWS * 4);
+                    cells[i][w] = *reinterpret_cast<const uint32_t *>(from + (ONE_GROUP ? place % 2 : (place % 2 * 4 + w) >> shift) * PART_ROWS * 4);
             }
             wgmma_wait<0>();
             if (place > 0 || round > 0) {
@@ -177,7 +179,7 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
     if (SCALES_SUMS && work.steps > 0)
 #pragma unroll
         for (int i = 0; i < REGISTERS; i++) acc[i] += scales[i / 2 % 2] * sums[i];
-    named_sync(1, M::CONSUMERS); // none reads x or weights any more
+    named_sync(1, CONSUMERS); // none reads x or weights any more
     float *to = reinterpret_cast<float *>(shared) + row_of_warp + group;
 #pragma unroll
     for (int i = 0; i < REGISTERS; i++) to[(i / 4 * 8 + quad * 2 + i % 2) * M::PITCH + i / 2 % 2 * 8] = acc[i];
@@ -186,9 +188,9 @@ __device__ __forceinline__ void multiply(const Skinny &p, const Work &work, char
 // Adds up the blocks' sums of this block's share of the outputs, and does with them what OUTPUT says.
 template <typename M, Output OUTPUT> __device__ __forceinline__ void finish(const Skinny &p, const Work &work, uint32_t memory) {
     using N = Num<__half>;
-    constexpr int COLUMNS = OUTPUT == SILU_MUL ? M::ROWS / 2 : M::ROWS, FOURS = COLUMNS / 4;
+    constexpr int COLUMNS = OUTPUT == SILU_MUL ? ROWS / 2 : ROWS, FOURS = COLUMNS / 4;
     const __half *bias = static_cast<const __half *>(p.bias);
-    for (int item = work.rank * M::THREADS + threadIdx.x; item < p.m * FOURS; item += work.splits * M::THREADS) {
+    for (int item = work.rank * CONSUMERS + threadIdx.x; item < p.m * FOURS; item += work.splits * CONSUMERS) {
         const int token = item / FOURS, four = item % FOURS, column = work.tile * COLUMNS + four * 4;
         // Of 16 rows 8 are gates and 8 ups.
         const int row = OUTPUT == SILU_MUL ? four / 2 * 16 + four % 2 * 4 : four * 4;
@@ -243,10 +245,10 @@ __device__ __forceinline__ void int4_skinny(const Skinny &p, const Maps &maps) {
     extern __shared__ __align__(1024) char shared[];
     const uint32_t memory = shared_address(shared);
     const Work work(p);
-    if (threadIdx.x == M::CONSUMERS) {
+    if (threadIdx.x == CONSUMERS) {
         for (int stage = 0; stage < M::X_DEPTH; stage++) {
             barrier_init(memory + M::FULL_X + stage * 8, 1); // who asks
-            barrier_init(memory + M::EMPTY + stage * 8, M::CONSUMERS / 32);
+            barrier_init(memory + M::EMPTY + stage * 8, CONSUMERS / 32);
         }
         for (int pair = 0; pair < M::DEPTH / 2; pair++) barrier_init(memory + M::FULL + pair * 8, 1);
         barrier_init_done();
@@ -256,17 +258,15 @@ __device__ __forceinline__ void int4_skinny(const Skinny &p, const Maps &maps) {
     }
     __syncthreads();
     let_next_start();
-    if (threadIdx.x >= M::CONSUMERS) {
-        fewer_registers<64>();
+    if (threadIdx.x >= CONSUMERS) {
         bring<M, OUTPUT>(p, work, maps, memory);
     } else {
-        more_registers<104>();
         multiply<M, SCHEME, TOKENS, OUTPUT>(p, work, shared, memory);
         wait_for_previous(); // for what y was to it
     }
     cluster_arrive();
     cluster_wait();
-    finish<M, OUTPUT>(p, work, memory);
+    if (threadIdx.x < CONSUMERS) finish<M, OUTPUT>(p, work, memory);
     // Until the others have read this block's sums. What they read is in what they have written, so that none needs to wait until
     // that is seen everywhere, as a release would.
     cluster_arrive_relaxed();
@@ -274,7 +274,7 @@ __device__ __forceinline__ void int4_skinny(const Skinny &p, const Maps &maps) {
 }
 
 #define DEFINE_ONE(NAME, OUTPUT, SCHEME, TOKENS)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(5 * GROUP, 1) NAME##_##TOKENS(const __grid_constant__ Skinny p,                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME##_##TOKENS(const __grid_constant__ Skinny p,                   \
         const __grid_constant__ CUtensorMap words, const __grid_constant__ CUtensorMap cells, const __grid_constant__ CUtensorMap x) { \
         int4_skinny<SCHEME, TOKENS, OUTPUT>(p, Maps{&words, &cells, &x});                                                          \
     }
