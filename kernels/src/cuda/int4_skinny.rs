@@ -127,10 +127,12 @@ impl Int4Skinny<'_> {
 /// row's step.
 fn shared_bytes(tokens: usize, cells: usize) -> usize {
     // Steps in flight, of weights and of x.
-    let (depth, x_depth) = match tokens {
-        ..=16 => (8, 8),
-        ..=32 => (8, 4),
-        _ => (6, 3),
+    let (depth, x_depth) = if tokens <= 16 {
+        (8, 8)
+    } else if tokens <= 32 {
+        (8, 4)
+    } else {
+        (6, 3)
     };
     x_depth * tokens * STEP * Float::BYTES
         + depth * ROWS * (STEP / 2 + cells)
