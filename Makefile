@@ -29,11 +29,13 @@ check: ## formatting and lints, in a minute or two
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets --features ashlar-e2e/cluster -- -D warnings
 
-gpu-check: ## compiles the GPU kernels for all architectures and lints what uses them; no GPU needed, nvcc is fetched
+gpu-check: ## compiles the GPU kernels for all architectures, lints what uses them, tests how they are planned; no GPU needed, nvcc is fetched
 	. e2e/cuda.sh && cargo clippy --release -p ashlar -p ashlar-kernels --features ashlar/cuda --all-targets -- -D warnings
+	KERNEL_ARCHS=none cargo test --release -p ashlar-kernels --features cuda --lib
 
 gpu-test: ## the GPU kernels against their CPU references, whole models against the CPU; needs a GPU
 	. e2e/cuda.sh && cargo test --release -p ashlar-kernels --features cuda --test cuda -- --test-threads 1
+	. e2e/cuda.sh && cargo test --release -p ashlar --features cuda --lib model_runner::cuda
 	. e2e/cuda.sh && ASHLAR_TEST_MODEL=$$(e2e/cluster/model.sh) cargo test --release -p ashlar --features cuda --test gpu_models -- --test-threads 1
 
 gpu-bench: ## the GPU kernels' speed, as shares of the GPU's limits; needs a GPU

@@ -3,7 +3,6 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::LazyLock,
 };
 
 use ashlar::{
@@ -18,11 +17,13 @@ use tempfile::TempDir;
 /// Larger models are not loaded: their memory would be the input's right.
 const MAX_WIDTH: usize = 1024;
 
-/// Where the inputs of a target become files. Targets run side by side in tests, and a file that another writes anew while it
-/// is mapped is a bus error.
+/// Where the inputs of a target become files, until the thread ends. Targets run side by side in tests, and a file that another
+/// writes anew while it is mapped is a bus error.
 fn folder(target: &str) -> PathBuf {
-    static FOLDER: LazyLock<TempDir> = LazyLock::new(crate::scratch);
-    let own = FOLDER.path().join(target);
+    thread_local! {
+        static FOLDER: TempDir = crate::scratch();
+    }
+    let own = FOLDER.with(|folder| folder.path().join(target));
     fs::create_dir_all(&own).expect("a folder can be made");
     own
 }
