@@ -7,9 +7,10 @@ use super::{
     tensor_map::{Element, Swizzle, TensorMap},
 };
 
-/// Columns of a step, and rows of weights of a tile.
+/// Columns of a step, rows of weights of a tile, and threads of a block.
 const STEP: usize = 128;
 const ROWS: usize = 128;
+const THREADS: usize = 288;
 /// Blocks that stay on a multiprocessor.
 const BLOCKS: usize = 2;
 /// Rows up to which only weights of at least so many values are multiplied here.
@@ -69,7 +70,7 @@ impl Int4Skinny<'_> {
         let cells = if self.scheme() == "int4_128" { 4 } else { 16 };
         let shape = |splits: usize| Shape {
             grid: (tiles * splits, 1),
-            threads: 288,
+            threads: THREADS,
             shared: shared_bytes(tokens, cells),
         };
         let round = ROUND[usize::from(tokens > 16)];
@@ -81,9 +82,9 @@ impl Int4Skinny<'_> {
                 let at_once = device.clusters_at_once(name, shape(splits), splits)?;
                 (at_once, SHARING * splits)
             };
-            // A multiprocessor's two blocks need not begin together: it may have a half of a round less to do.
-            let halves = (2 * tiles).div_ceil(at_once).max(2);
-            let cost = halves * (2 * pairs.div_ceil(splits) + round) + sharing;
+            // A multiprocessor's two blocks need not begin together: it may have a part of a round less to do.
+            let parts = (BLOCKS * tiles).div_ceil(at_once).max(BLOCKS);
+            let cost = parts * (2 * pairs.div_ceil(splits) + round) + sharing;
             best = best.min((cost, splits));
         }
         Ok((shape(best.1), best.1))
