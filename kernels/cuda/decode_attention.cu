@@ -11,7 +11,7 @@
 // of earlier tokens are nothing that an earlier kernel of the step writes, so they are read before the kernel waits for it.
 #include "decode_pages.cuh"
 
-constexpr int WARPS = 4;
+constexpr int NARROW = 4, WIDE = 16; // warps of a block; a wide one has a multiprocessor for itself
 
 struct Item {
     int first_member, num_members; // in `members`
@@ -93,7 +93,7 @@ template <typename T, int D> __device__ __forceinline__ void rotate(uint32_t (*h
 constexpr int KNOWN_SLOTS = 32;
 
 // Merges the parts of one row's heads, in their order; a thread has 4 neighbouring values. `first_slots` are KNOWN_SLOTS, or null.
-template <typename T, typename KV, int D>
+template <typename T, typename KV, int D, int WARPS>
 __device__ __forceinline__ void merge_parts(const DecodeAttention &p, int2 mine, const int *first_slots, int kv_head, T *result) {
     using N = Num<T>;
     constexpr int AHEAD = 8;
@@ -135,17 +135,23 @@ __device__ __forceinline__ void merge_parts(const DecodeAttention &p, int2 mine,
     }
 }
 
-template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ __forceinline__ void decode_attention(const DecodeAttention &p) {
+template <typename T, typename KV, int D, int TILES, bool SHARED_Q, int WARPS> __device__ __forceinline__ void decode_attention(const DecodeAttention &p) {
     using N = Num<T>;
     using Held = Pages<T, KV, D>;
     using Values = Num<typename Held::Values>;
     constexpr bool FP8 = sizeof(KV) == 1;
     constexpr int KBLOCKS = Held::KBLOCKS, MTILES = Held::MTILES, COLUMNS = 8 * TILES, PAGES = Held::PAGES, STEP = WARPS * PAGES;
-    __shared__ float merged[WARPS][COLUMNS][D + 4];
+    // What a wide block's warps leave takes more shared memory than a kernel has without asking.
+    extern __shared__ __align__(16) float asked_for[];
+    __shared__ float there[WARPS == WIDE ? 1 : WARPS][COLUMNS][D + 4];
+    float(*merged)[COLUMNS][D + 4] = WARPS == WIDE ? reinterpret_cast<float(*)[COLUMNS][D + 4]>(asked_for) : there;
     __shared__ float maxima[WARPS][COLUMNS], sums[WARPS][COLUMNS];
     __shared__ __align__(16) KV new_key[D], new_value[D];
     __shared__ int finished; // bit per member: all its parts are there
-    let_next_start();
+    // A few rows' attention lasts as long as memory takes to answer, which the next kernel's weights would keep waiting: that
+    // starts once all pages are on their way.
+    constexpr bool LATE_START = WARPS == WIDE;
+    if (!LATE_START) let_next_start();
     const int kv_head = blockIdx.x;
     // There is an item at least, so the launch does not end before the one that it waits for.
     if (blockIdx.y >= p.num_items[0]) return;
@@ -284,6 +290,7 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
         });
         entry = next_entry;
         const bool more = page + STEP < end;
+        if (LATE_START && !more) let_next_start();
         if (more) {
             load_keys(entry);
             next_entry = held.look_up(table, page + 2 * STEP, end);
@@ -344,6 +351,7 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
         if constexpr (FP8) held.template add<TILES>(out, weights);
         if (more) load_values(entry);
     }
+    if (LATE_START) let_next_start(); // also of warps without pages
     // Merge the warps.
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
@@ -407,22 +415,28 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q> __device__ _
     if (!finished) return;
     __threadfence();
     for (int member = 0; member < item.num_members; member++)
-        if (finished >> member & 1) merge_parts<T, KV, D>(p, parts_of(member), member == 0 ? first_slots : nullptr, kv_head, result_of(member));
+        if (finished >> member & 1) merge_parts<T, KV, D, WARPS>(p, parts_of(member), member == 0 ? first_slots : nullptr, kv_head, result_of(member));
 }
 
 #define DEFINE_ONE(SUFFIX, T, KV, D, TILES)                                                                                        \
     extern "C" __global__ void __launch_bounds__(128) decode_attention_##D##_##TILES##_##SUFFIX(const __grid_constant__ DecodeAttention p) { \
-        decode_attention<T, KV, D, TILES, false>(p);                                                                               \
+        decode_attention<T, KV, D, TILES, false, NARROW>(p);                                                                               \
     }
 // Four blocks on a multiprocessor instead of three.
 #define DEFINE_FOUR(SUFFIX, T, KV, D)                                                                                              \
     extern "C" __global__ void __launch_bounds__(128, 4) decode_attention_four_##D##_1_##SUFFIX(const __grid_constant__ DecodeAttention p) { \
-        decode_attention<T, KV, D, 1, true>(p);                                                                                    \
+        decode_attention<T, KV, D, 1, true, NARROW>(p);                                                                                    \
+    }
+// For few rows: a block takes 16 pages of each at once, so that most need no parts.
+#define DEFINE_WIDE(SUFFIX, T, KV, D)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(WIDE * 32, 1) decode_attention_wide_##D##_1_##SUFFIX(const __grid_constant__ DecodeAttention p) { \
+        decode_attention<T, KV, D, 1, true, WIDE>(p);                                                                              \
     }
 // 16 columns of 256 values would not fit the registers.
 #define DEFINE_DIMS(SUFFIX, T, KV)                                                                                                 \
     DEFINE_ONE(SUFFIX, T, KV, 64, 1) DEFINE_ONE(SUFFIX, T, KV, 64, 2) DEFINE_ONE(SUFFIX, T, KV, 96, 1) DEFINE_ONE(SUFFIX, T, KV, 96, 2) \
-    DEFINE_ONE(SUFFIX, T, KV, 128, 1) DEFINE_ONE(SUFFIX, T, KV, 128, 2) DEFINE_ONE(SUFFIX, T, KV, 256, 1) DEFINE_FOUR(SUFFIX, T, KV, 128)
+    DEFINE_ONE(SUFFIX, T, KV, 128, 1) DEFINE_ONE(SUFFIX, T, KV, 128, 2) DEFINE_ONE(SUFFIX, T, KV, 256, 1) DEFINE_FOUR(SUFFIX, T, KV, 128) \
+    DEFINE_WIDE(SUFFIX, T, KV, 64) DEFINE_WIDE(SUFFIX, T, KV, 128)
 // Pages of T, and of eight-bit floats.
 #define DEFINE(SUFFIX, T) DEFINE_DIMS(SUFFIX, T, T) DEFINE_DIMS(SUFFIX##_fp8, T, uint8_t)
 FOR_BOTH(DEFINE)

@@ -3,7 +3,7 @@
 use ashlar_kernels::cuda::{
     DeviceBuffer, KvDtype,
     attention::{DecodeAttention, HeadShape, PlanView, PrefillAttention, Sequences, prefill_items},
-    decode_plan::{DecodePlan, ITEM_WORDS, PARTS_PER_ITEM},
+    decode_plan::{Cut, DecodePlan, ITEM_WORDS, PARTS_PER_ITEM},
     rope::BLOCK_SIZE,
 };
 
@@ -27,7 +27,12 @@ impl Bench {
 
     fn decode_attention(&self, shape: HeadShape) {
         for (batch, length) in [
-            (1usize, 1024usize),
+            (1usize, 256usize),
+            (1, 512),
+            (1, 1024),
+            (2, 1024),
+            (4, 1024),
+            (16, 1024),
             (8, 1024),
             (32, 1024),
             (64, 768),
@@ -53,58 +58,62 @@ impl Bench {
             let blocks = ints(&|i| (i * 7919) % pool, pool);
             let (qkv, out) = (self.random(batch * 6144), self.random(batch * 4096));
             let arrived = self.device.alloc(batch * 32).unwrap();
-            let most = (3 * self.device.multiprocessors() as usize).div_ceil(8);
-            let max_items = batch.max(most);
-            let mut plan = DecodePlan::default();
-            plan.make(&shape, &vec![length as u32; batch], &[], (most, max_items));
-            let mut items: Vec<i32> = plan.items.iter().flatten().copied().collect();
-            items.resize(max_items * ITEM_WORDS, 0);
-            let row_parts: Vec<i32> = plan.row_parts.iter().flatten().copied().collect();
-            let (num_items, items, members, row_parts, slots) = (
-                self.i32s(&[plan.items.len() as i32]),
-                self.i32s(&items),
-                self.i32s(&plan.members),
-                self.i32s(&row_parts),
-                self.i32s(&plan.slots),
-            );
-            let bytes = max_items * PARTS_PER_ITEM * shape.part_bytes();
-            let parts = self.device.alloc(bytes).unwrap();
-            let us = self.time(20, |i| {
-                DecodeAttention {
-                    shape,
-                    qkv: qkv.view(),
-                    cache: caches[i % sets].view(),
-                    kv_scales: [1.0; 2],
-                    out: out.view(),
-                    plan: PlanView {
-                        num_items: num_items.view(),
-                        items: items.view(),
-                        members: members.view(),
-                        row_parts: row_parts.view(),
-                        slots: slots.view(),
-                    },
-                    sequences: Sequences {
-                        rows: rows.view(),
-                        context_lens: lens.view(),
-                        table_starts: starts.view(),
-                        blocks: blocks.view(),
-                        count: batch,
-                    },
-                    parts: parts.view(),
-                    arrived: arrived.view(),
-                    rope: None,
-                    shares: false,
-                    max_items,
-                }
-                .launch(&self.device)
-                .unwrap();
-            });
-            let what = format!(
-                "decode attention {batch} × {length}{} ({} items)",
-                pages_of(shape.kv_dtype),
-                plan.items.len()
-            );
-            self.bandwidth(&what, us, (pool * shape.page_bytes()) as f64);
+            let processors = self.device.multiprocessors();
+            let mut cuts = vec![Cut::shared(&shape, batch, processors)];
+            cuts.extend(Some(Cut::alone(&shape, batch, processors)).filter(|cut| cut.wide));
+            for cut in cuts {
+                let mut plan = DecodePlan::default();
+                plan.make(&shape, &vec![length as u32; batch], &[], &cut);
+                let mut items: Vec<i32> = plan.items.iter().flatten().copied().collect();
+                items.resize(cut.max_items * ITEM_WORDS, 0);
+                let row_parts: Vec<i32> = plan.row_parts.iter().flatten().copied().collect();
+                let (num_items, items, members, row_parts, slots) = (
+                    self.i32s(&[plan.items.len() as i32]),
+                    self.i32s(&items),
+                    self.i32s(&plan.members),
+                    self.i32s(&row_parts),
+                    self.i32s(&plan.slots),
+                );
+                let bytes = cut.max_items * PARTS_PER_ITEM * shape.part_bytes();
+                let parts = self.device.alloc(bytes).unwrap();
+                let us = self.time(20, |i| {
+                    DecodeAttention {
+                        shape,
+                        qkv: qkv.view(),
+                        cache: caches[i % sets].view(),
+                        kv_scales: [1.0; 2],
+                        out: out.view(),
+                        plan: PlanView {
+                            num_items: num_items.view(),
+                            items: items.view(),
+                            members: members.view(),
+                            row_parts: row_parts.view(),
+                            slots: slots.view(),
+                        },
+                        sequences: Sequences {
+                            rows: rows.view(),
+                            context_lens: lens.view(),
+                            table_starts: starts.view(),
+                            blocks: blocks.view(),
+                            count: batch,
+                        },
+                        parts: parts.view(),
+                        arrived: arrived.view(),
+                        rope: None,
+                        shares: false,
+                        cut,
+                    }
+                    .launch(&self.device)
+                    .unwrap();
+                });
+                let what = format!(
+                    "decode attention {batch} × {length}{} ({} {} items)",
+                    pages_of(shape.kv_dtype),
+                    plan.items.len(),
+                    if cut.wide { "wide" } else { "narrow" },
+                );
+                self.bandwidth(&what, us, (pool * shape.page_bytes()) as f64);
+            }
         }
     }
 

@@ -3,7 +3,7 @@
 pub use super::prefill::{PrefillAttention, TILE_ROWS, prefill_items};
 use super::{
     CudaError, Device, Float, KvDtype, View,
-    decode_plan::{ITEM_WORDS, PARTS_PER_ITEM},
+    decode_plan::{Cut, ITEM_WORDS, PARTS_PER_ITEM},
     modules::{Shape, arguments},
     need,
     rope::BLOCK_SIZE,
@@ -11,6 +11,10 @@ use super::{
 
 /// Query heads that share a kv head, at most; 8 where a head has 256 values.
 pub const MAX_GROUP: usize = 16;
+/// Threads of a block of decode attention that shares its multiprocessor, and of one that does not; columns of the latter.
+const THREADS: usize = 128;
+const WIDE_THREADS: usize = 512;
+const WIDE_COLUMNS: usize = 8;
 /// Widths of a head that there are kernels for.
 pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 
@@ -63,6 +67,12 @@ impl HeadShape {
     #[must_use]
     pub fn rows_per_item(&self) -> usize {
         (self.columns() / self.group()).max(1)
+    }
+
+    /// Whether decode attention may have [wide](Cut::wide) blocks.
+    #[must_use]
+    pub fn has_wide(&self) -> bool {
+        [64, 128].contains(&self.head_dim) && self.group() <= WIDE_COLUMNS
     }
 
     /// Columns of a decode item's products: rows times query heads.
@@ -167,8 +177,8 @@ pub struct DecodeAttention<'a> {
     pub rope: Option<DecodeRope<'a>>,
     /// Whether items may work for several rows.
     pub shares: bool,
-    /// Items that are launched; those behind the plan's number return at once.
-    pub max_items: usize,
+    /// What the plan was made for. As many items as it has room for are launched; those behind the plan's number return at once.
+    pub cut: Cut,
 }
 
 #[repr(C)]
@@ -212,24 +222,25 @@ impl DecodeAttention<'_> {
     fn validate(&self) -> Result<(), CudaError> {
         self.shape.validate()?;
         let (op, seqs) = ("decode_attention", &self.sequences);
+        let max_items = self.cut.max_items;
         self.shape.kv_dtype.check_scales(op, self.kv_scales)?;
         need(
             self.plan.num_items.bytes >= 4
-                && self.plan.items.bytes >= self.max_items * ITEM_WORDS * 4
+                && self.plan.items.bytes >= max_items * ITEM_WORDS * 4
                 && self.plan.members.bytes >= seqs.count * 4
                 && self.plan.row_parts.bytes >= seqs.count * 8
-                && self.parts.bytes >= self.max_items * PARTS_PER_ITEM * self.shape.part_bytes()
+                && self.parts.bytes >= max_items * PARTS_PER_ITEM * self.shape.part_bytes()
                 && self.arrived.bytes >= seqs.count * self.shape.num_kv_heads * 4
                 && [seqs.rows, seqs.context_lens, seqs.table_starts]
                     .iter()
                     .all(|view| view.bytes >= seqs.count * 4),
             op,
-            || {
-                format!(
-                    "{} sequences, {} items do not fit",
-                    seqs.count, self.max_items
-                )
-            },
+            || format!("{} sequences, {max_items} items do not fit", seqs.count),
+        )?;
+        need(
+            !self.cut.wide || self.shape.has_wide() && !self.shares,
+            op,
+            || "wide blocks take heads of 64 or 128 values, 8 on a kv head, and one row".to_owned(),
         )?;
         let dim = self.shape.head_dim;
         let norms = |rope: &DecodeRope<'_>| {
@@ -294,20 +305,23 @@ impl DecodeAttention<'_> {
         let tiles = columns.div_ceil(8);
         let blocks = seqs.count * shape.num_kv_heads;
         let processors = device.multiprocessors() as usize;
-        let four = if tiles == 1 && shape.head_dim == 128 && fits_four(blocks, processors) {
-            "four_"
+        let (blocks_are, threads, shared) = if self.cut.wide {
+            let merged = WIDE_THREADS / 32 * WIDE_COLUMNS * (shape.head_dim + 4) * 4;
+            ("wide_", WIDE_THREADS, merged)
+        } else if tiles == 1 && shape.head_dim == 128 && fits_four(blocks, processors) {
+            ("four_", THREADS, 0)
         } else {
-            ""
+            ("", THREADS, 0)
         };
         let name = format!(
-            "decode_attention_{four}{}_{tiles}_{}",
+            "decode_attention_{blocks_are}{}_{tiles}_{}",
             shape.head_dim,
             shape.suffix()
         );
         let launch = Shape {
-            grid: (shape.num_kv_heads, self.max_items),
-            threads: 128,
-            shared: 0,
+            grid: (shape.num_kv_heads, self.cut.max_items),
+            threads,
+            shared,
         };
         // SAFETY: the parameter is the kernel's own struct; work lists and parts fit (`validate`); rows, pages and items
         // are in range by the uploader's check.

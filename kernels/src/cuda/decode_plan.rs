@@ -3,14 +3,56 @@
 
 use super::{attention::HeadShape, rope::BLOCK_SIZE};
 
-/// Fewest pages in an item: 4 warps read one each.
-const MIN_ITEM_PAGES: usize = 4;
-/// Rows of so many pages are not cut.
-const WHOLE_PAGES: usize = 16;
+/// Fewest pages in an item, one for each warp of a block, and the most pages of rows that are not cut: merging parts takes
+/// longer than reading them one after another.
+const NARROW: [usize; 2] = [4, 16];
+const WIDE: [usize; 2] = [16, 32];
+/// Narrow blocks on a multiprocessor.
+const BLOCKS: usize = 3;
 /// i32 values of an item, as in `decode_attention.cu`.
 pub const ITEM_WORDS: usize = 8;
 /// Parts of rows that there is room for, for each item.
 pub const PARTS_PER_ITEM: usize = 4;
+
+/// What decode attention's work is cut for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cut {
+    /// Whether an item is the work of a block of 16 warps, which has a multiprocessor for itself, instead of 4.
+    pub wide: bool,
+    /// Items that fill the GPU once: if rows are fewer, they are cut.
+    pub fill: usize,
+    /// Items that there is room for, at least one for each row.
+    pub max_items: usize,
+}
+
+impl Cut {
+    /// What suits `rows` rows that share nothing: wide blocks if there are four multiprocessors for each of a
+    /// row's kv heads: with more rows narrow ones, of which several hide each other's waits, are as fast.
+    #[must_use]
+    pub fn alone(shape: &HeadShape, rows: usize, multiprocessors: u32) -> Self {
+        let items = multiprocessors as usize / shape.num_kv_heads;
+        if !shape.has_wide() || 4 * rows > items {
+            return Self::shared(shape, rows, multiprocessors);
+        }
+        Self {
+            wide: true,
+            fill: items,
+            max_items: items,
+        }
+    }
+
+    /// What suits `rows` rows, some of which read together: a small batch is cut so that it fills the GPU, and a large one has
+    /// room for what its rows share.
+    #[must_use]
+    pub fn shared(shape: &HeadShape, rows: usize, multiprocessors: u32) -> Self {
+        let fill = (BLOCKS * multiprocessors as usize).div_ceil(shape.num_kv_heads);
+        Self {
+            wide: false,
+            fill,
+            max_items: rows + fill.max(rows / 2),
+        }
+    }
+}
 
 /// Rows whose tables begin with the same pages.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -47,33 +89,41 @@ impl DecodePlan {
         2 * rows
     }
 
-    /// Cuts the work so that there are about `fill` items if the rows alone are fewer, but no item below 4 pages, and rows of up
-    /// to 16 pages stay whole: merging parts takes longer. `shared` are prefixes of different rows; those for which `max_items`
-    /// leave no room are left out, and their rows read them one by one.
+    /// Cuts the work so that there are about `cut.fill` items if the rows alone are fewer, but none so small, and no row so short,
+    /// that it takes longer. `shared` are prefixes of different rows; those for which `cut.max_items` leave no room are left out,
+    /// and their rows read them one by one.
     ///
     /// # Panics
-    /// When there are more rows than items, or a prefix is longer than what a member has besides its last token.
+    /// When there are more rows than items, a wide block would have several rows, or a prefix is longer than what a member has
+    /// besides its last token.
     pub fn make(
         &mut self,
         shape: &HeadShape,
         context_lens: &[u32],
         shared: &[SharedPrefix],
-        (fill, max_items): (usize, usize),
+        cut: &Cut,
     ) {
+        let max_items = cut.max_items;
         assert!(
             context_lens.len() <= max_items,
             "every row has an item: this is a bug"
         );
+        assert!(
+            !cut.wide || shared.is_empty(),
+            "wide blocks have one row each: this is a bug"
+        );
+        let [min_pages, whole_pages] = if cut.wide { WIDE } else { NARROW };
         self.prepare(shape, context_lens, shared, max_items);
         let own = self.own.iter().map(|(begin, end)| end - begin);
         let all = own.chain(self.chunks.iter().map(|chunk| chunk.2));
         let longest = all.max().unwrap_or(0);
-        let most = fill
+        let most = cut
+            .fill
             .max(context_lens.len() + self.chunks.len())
             .min(max_items);
         // The smallest size whose items fit: fewer pages, more items.
-        let (mut low, mut high) = (MIN_ITEM_PAGES, longest.max(MIN_ITEM_PAGES));
-        if longest <= WHOLE_PAGES {
+        let (mut low, mut high) = (min_pages, longest.max(min_pages));
+        if longest <= whole_pages {
             low = high;
         }
         while low < high {
@@ -200,7 +250,7 @@ fn pieces((begin, end): (usize, usize), size: usize) -> usize {
 #[cfg(test)]
 #[allow(missing_docs)] // Tests fail by panicking.
 mod tests {
-    use super::{DecodePlan, SharedPrefix};
+    use super::{Cut, DecodePlan, SharedPrefix};
     use crate::cuda::{Float, KvDtype, attention::HeadShape};
 
     const SHAPE: HeadShape = HeadShape {
@@ -234,12 +284,41 @@ mod tests {
         assert_eq!(parts as usize, plan.slots.len());
     }
 
+    fn narrow(fill: usize, max_items: usize) -> Cut {
+        Cut {
+            wide: false,
+            fill,
+            max_items,
+        }
+    }
+
+    #[test]
+    fn few_rows_have_wide_blocks_and_are_cut_late() {
+        let one = Cut::alone(&SHAPE, 1, 132);
+        assert_eq!((one.wide, one.fill, one.max_items), (true, 16, 16));
+        assert_eq!(Cut::alone(&SHAPE, 4, 132), one);
+        let more = Cut::alone(&SHAPE, 5, 132);
+        assert_eq!((more.wide, more.fill, more.max_items), (false, 50, 55));
+        assert!(!Cut::shared(&SHAPE, 1, 132).wide);
+        let mut plan = DecodePlan::default();
+        for (length, items) in [(1, 1), (512, 1), (513, 3), (1024, 4), (8192, 16)] {
+            plan.make(&SHAPE, &[length], &[], &one);
+            assert_eq!(plan.items.len(), items, "{length}");
+            check(&plan, &[length], |_| 0);
+        }
+        let odd = HeadShape {
+            head_dim: 96,
+            ..SHAPE
+        };
+        assert!(!Cut::alone(&odd, 1, 132).wide);
+    }
+
     #[test]
     fn rows_are_cut_to_fill_the_items() {
         let mut plan = DecodePlan::default();
         for lengths in [vec![1], vec![1000; 3], vec![1, 16, 17, 5000, 64]] {
             for max_items in [5, 20, 300] {
-                plan.make(&SHAPE, &lengths, &[], (max_items, max_items));
+                plan.make(&SHAPE, &lengths, &[], &narrow(max_items, max_items));
                 assert!(plan.items.len() <= max_items);
                 check(&plan, &lengths, |_| 0);
             }
@@ -248,7 +327,7 @@ mod tests {
             window: 100,
             ..SHAPE
         };
-        plan.make(&windowed, &[1000, 30], &[], (8, 8));
+        plan.make(&windowed, &[1000, 30], &[], &narrow(8, 8));
         check(&plan, &[1000, 30], |length| {
             (length as usize).saturating_sub(100) / 16
         });
@@ -262,17 +341,17 @@ mod tests {
             pages: 64,
         }];
         let mut plan = DecodePlan::default();
-        plan.make(&SHAPE, &lengths, &shared, (0, 13));
+        plan.make(&SHAPE, &lengths, &shared, &narrow(0, 13));
         check(&plan, &lengths, |_| 0);
         // Four rows fill 16 columns: 9 rows make 3 items, and each row has its own.
         assert_eq!(plan.items.len(), 13);
         assert_eq!(plan.items.iter().filter(|item| item[1] == 3).count(), 3);
         // Of 4 pages each: 16 of each of the 3 chunks, 18 of the row alone, 2 of each other row's 5 own pages.
-        plan.make(&SHAPE, &lengths, &shared, (200, 200));
+        plan.make(&SHAPE, &lengths, &shared, &narrow(200, 200));
         assert_eq!(plan.items.len(), 3 * 16 + 18 + 9 * 2);
         check(&plan, &lengths, |_| 0);
         // No room, or a window: everyone for themselves.
-        plan.make(&SHAPE, &lengths, &shared, (0, 12));
+        plan.make(&SHAPE, &lengths, &shared, &narrow(0, 12));
         assert_eq!(plan.items.len(), 10);
         check(&plan, &lengths, |_| 0);
     }

@@ -8,7 +8,7 @@ use ashlar_kernels::cuda::{
 };
 
 use crate::{
-    attention_case::{Case, shape},
+    attention_case::{Case, narrow, shape},
     support::*,
 };
 
@@ -47,11 +47,15 @@ fn decode_whole_and_cut() {
                 };
                 let data = case.data(heads as u64);
                 let expected = case.expected(&data);
-                for max_items in [lengths.len(), 37, 400] {
+                for cut in [lengths.len(), 37, 400]
+                    .iter()
+                    .flat_map(|items| case.cuts(*items))
+                {
                     let what = format!(
-                        "{float:?} {kv_dtype:?} {heads}/{kv_heads}×{dim} window {window} items {max_items}"
+                        "{float:?} {kv_dtype:?} {heads}/{kv_heads}×{dim} window {window} {cut:?}"
                     );
-                    assert_close(&what, float, &case.decode(&data, max_items), &expected);
+                    let found = case.decode_by(&data, &[], cut, None);
+                    assert_close(&what, float, &found, &expected);
                 }
             }
         }
@@ -71,7 +75,7 @@ fn decode_of_many_rows() {
             seqs: (0..count).map(|row| (1, 10 + row * 7 % 200)).collect(),
         };
         let data = case.data(count as u64);
-        let found = case.decode(&data, count + 20);
+        let found = case.decode_by(&data, &[], narrow(count + 20), None);
         assert_close(
             &format!("{kv_dtype:?} {count} rows"),
             Float::Bf16,
@@ -117,7 +121,7 @@ fn decode_of_rows_that_share_pages() {
             let shared = [SharedPrefix { members, pages }];
             for max_items in [lengths.len(), 22, 60, 400] {
                 let what = format!("{float:?} {kv:?} {heads}/{kv_heads}×{dim} items {max_items}");
-                let found = case.decode_by(&data, &shared, max_items, None);
+                let found = case.decode_by(&data, &shared, narrow(max_items), None);
                 assert_close(&what, float, &found, &expected);
             }
         }
@@ -175,9 +179,12 @@ fn decode_rotates_and_writes_the_cache() {
                 let what =
                     format!("{float:?} {kv_dtype:?} {heads}/{kv_heads}×{dim} window {window}");
                 let mut fused = Vec::new();
-                for max_items in [lengths.len(), 37, 400] {
+                for cut in [lengths.len(), 37, 400]
+                    .iter()
+                    .flat_map(|items| case.cuts(*items))
+                {
                     device().write(&whole_cache, data.cache.view()).unwrap();
-                    fused.push(case.decode_by(&data, &[], max_items, Some(rope)));
+                    fused.push(case.decode_by(&data, &[], cut, Some(rope)));
                 }
                 let fused_cache = device().read(data.cache.view()).unwrap();
                 device().write(&whole_cache, data.cache.view()).unwrap();
@@ -211,7 +218,7 @@ fn decode_rotates_and_writes_the_cache() {
                 .launch(device())
                 .unwrap();
                 let apart: Vec<f64> = case
-                    .decode(&data, 37)
+                    .decode_by(&data, &[], narrow(37), None)
                     .iter()
                     .map(|v| f64::from(*v))
                     .collect();
@@ -338,9 +345,11 @@ fn eight_bit_pages_are_cut_anywhere() {
             };
             let data = case.data(dim as u64 + 3);
             let expected = case.expected(&data);
-            for max_items in [13, 16, 21, 30, 50, 77, 110] {
-                let what = format!("{float:?} {heads}/{kv_heads}×{dim} items {max_items}");
-                assert_close(&what, float, &case.decode(&data, max_items), &expected);
+            let sizes = [13, 16, 21, 30, 50, 77, 110];
+            for cut in sizes.iter().flat_map(|items| case.cuts(*items)) {
+                let what = format!("{float:?} {heads}/{kv_heads}×{dim} {cut:?}");
+                let found = case.decode_by(&data, &[], cut, None);
+                assert_close(&what, float, &found, &expected);
             }
         }
     }

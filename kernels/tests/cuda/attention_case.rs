@@ -6,7 +6,7 @@ use ashlar_kernels::cuda::{
         DecodeAttention, DecodeRope, HeadShape, PlanView, PrefillAttention, Sequences,
         prefill_items,
     },
-    decode_plan::{DecodePlan, ITEM_WORDS, PARTS_PER_ITEM, SharedPrefix},
+    decode_plan::{Cut, DecodePlan, ITEM_WORDS, PARTS_PER_ITEM, SharedPrefix},
     rope::BLOCK_SIZE,
 };
 
@@ -32,6 +32,15 @@ pub(crate) struct Data {
     pub(crate) table_starts: Vec<i32>,
     pub(crate) blocks: Vec<i32>,
     pub(crate) rows: usize,
+}
+
+/// So many items of narrow blocks.
+pub(crate) fn narrow(max_items: usize) -> Cut {
+    Cut {
+        wide: false,
+        fill: max_items,
+        max_items,
+    }
 }
 
 impl Case {
@@ -143,21 +152,29 @@ impl Case {
         out
     }
 
-    pub(crate) fn decode(&self, data: &Data, max_items: usize) -> Vec<f32> {
-        self.decode_by(data, &[], max_items, None)
+    /// So many items of narrow blocks, and of wide ones where there are such.
+    pub(crate) fn cuts(&self, max_items: usize) -> impl Iterator<Item = Cut> {
+        let narrow = narrow(max_items);
+        let wide = Cut {
+            wide: true,
+            ..narrow
+        };
+        [narrow]
+            .into_iter()
+            .chain(self.shape.has_wide().then_some(wide))
     }
 
     pub(crate) fn decode_by(
         &self,
         data: &Data,
         shared: &[SharedPrefix],
-        max_items: usize,
+        cut: Cut,
         rope: Option<DecodeRope<'_>>,
     ) -> Vec<f32> {
-        let shape = self.shape;
+        let (shape, max_items) = (self.shape, cut.max_items);
         let lengths: Vec<u32> = self.seqs.iter().map(|(_, len)| *len as u32).collect();
         let mut plan = DecodePlan::default();
-        plan.make(&shape, &lengths, shared, (max_items, max_items));
+        plan.make(&shape, &lengths, shared, &cut);
         assert!(plan.items.len() <= max_items);
         let mut items: Vec<i32> = plan.items.iter().flatten().copied().collect();
         items.resize(max_items * ITEM_WORDS, 1 << 30);
@@ -203,7 +220,7 @@ impl Case {
             arrived: arrived.view(),
             rope,
             shares: plan.items.iter().any(|item| item[1] > 1),
-            max_items,
+            cut,
         };
         attention.launch(device()).unwrap();
         let first = download(

@@ -3,7 +3,7 @@
 //! That depends on the counts alone, so a graph that was captured for some counts finds everything of a later step with the same
 //! counts at the same addresses.
 
-use ashlar_kernels::cuda::decode_plan::{DecodePlan, ITEM_WORDS, PARTS_PER_ITEM};
+use ashlar_kernels::cuda::decode_plan::{Cut, DecodePlan, ITEM_WORDS, PARTS_PER_ITEM};
 
 /// Numbers of things in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -12,8 +12,8 @@ pub(super) struct Counts {
     pub(super) rows: usize,
     /// Sequences with one row, padding included.
     pub(super) decodes: usize,
-    /// Items of their attention, at most.
-    pub(super) decode_items: usize,
+    /// What their attention is cut for.
+    pub(super) decode_cut: Cut,
     /// Whether items work for several rows.
     pub(super) shares: bool,
     /// Whether attention may rotate q and k on the way: every row is a sequence's last, wants logits, and reads no block that
@@ -27,8 +27,8 @@ pub(super) struct Counts {
     pub(super) prefill_items: usize,
     /// Rows that go through the last layer, when these are not all.
     pub(super) kept: usize,
-    /// Items of their attention, at most, unless they attend in tiles.
-    pub(super) kept_items: usize,
+    /// What their attention is cut for, unless they attend in tiles.
+    pub(super) kept_cut: Cut,
     /// Entries of all block tables.
     pub(super) blocks: usize,
 }
@@ -96,13 +96,13 @@ impl Layout {
             row_parts: take(sequences, 8),
             slots: take(items * PARTS_PER_ITEM, 4),
         };
-        let decode = section(counts.decodes, counts.decode_items);
+        let decode = section(counts.decodes, counts.decode_cut.max_items);
         let (kept, kept_tiles) = if counts.tiles_only {
             (0, counts.kept)
         } else {
             (counts.kept, 0)
         };
-        let kept = section(kept, counts.kept_items);
+        let kept = section(kept, counts.kept_cut.max_items);
         let mut tiles = |sequences: usize, items: usize| TileSection {
             rows: take(sequences, 4),
             query_lens: take(sequences, 4),

@@ -2,7 +2,7 @@
 
 use std::{ops::RangeInclusive, thread};
 
-use ashlar_kernels::cuda::{CudaError, Device, Float, gemm};
+use ashlar_kernels::cuda::{CudaError, Device, Float, decode_plan::Cut, gemm};
 
 use super::{
     BLOCK_SIZE, CudaRunnerConfig, CudaRunnerError,
@@ -10,7 +10,6 @@ use super::{
         CudaBackend, CudaBackendConfig, CudaBuf, GpuMatrix, GpuVector, Target, block_format,
     },
     layout::{Counts, Layout},
-    step::max_items,
 };
 use crate::{
     model_runner::{RunnerLimits, max_logit_rows},
@@ -136,16 +135,17 @@ pub(super) fn backend_config(
         head_dim: model.head_dim,
         window: 0,
     };
-    let items = max_items(max_logit_rows, device.multiprocessors(), &shape);
+    // There is room for what is shared, which is cut the finest.
+    let cut = Cut::shared(&shape, max_logit_rows, device.multiprocessors());
     let largest = Layout::new(Counts {
         rows,
         decodes: max_num_seqs,
-        decode_items: items,
+        decode_cut: cut,
         prefills: max_num_seqs,
         prefill_items: max_num_seqs + rows,
         tiles_only: config.batch_invariant,
         kept: max_logit_rows,
-        kept_items: items,
+        kept_cut: cut,
         blocks: max_num_seqs * max_model_len.div_ceil(BLOCK_SIZE) as usize,
         ..Counts::default()
     });
@@ -159,7 +159,7 @@ pub(super) fn backend_config(
         step_bytes: largest.bytes,
         max_logit_rows,
         max_num_seqs,
-        max_items: items,
+        max_items: cut.max_items,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use ashlar_kernels::cuda::{
     attention::{HeadShape, prefill_items},
-    decode_plan::DecodePlan,
+    decode_plan::{Cut, DecodePlan},
 };
 
 use super::{
@@ -14,17 +14,6 @@ use crate::{
     kv_cache::BlockId,
     model_runner::{ModelInput, PADDING, SeqInput},
 };
-
-/// Finer cuts than one item per sequence: so many more items, that a small batch fills the GPU, and that a large one has room
-/// for what its rows share.
-pub(super) fn max_items(sequences: usize, multiprocessors: u32, shape: &HeadShape) -> usize {
-    sequences + fill(multiprocessors, shape).max(sequences / 2)
-}
-
-/// Items that fill the GPU once: three blocks on each multiprocessor.
-fn fill(multiprocessors: u32, shape: &HeadShape) -> usize {
-    (3 * multiprocessors as usize).div_ceil(shape.num_kv_heads)
-}
 
 /// Builds steps; keeps its buffers.
 #[derive(Default)]
@@ -85,10 +74,6 @@ impl StepBuilder {
         shape: &HeadShape,
         multiprocessors: u32,
     ) -> Layout {
-        let items = |sequences: usize| match sequences {
-            0 => 0,
-            _ => max_items(sequences, multiprocessors, shape),
-        };
         self.starts.clear();
         let mut blocks = 0;
         for seq in &input.seqs {
@@ -108,14 +93,15 @@ impl StepBuilder {
         let mut counts = Counts {
             rows: padded_rows.unwrap_or(input.token_ids.len()),
             decodes: num_decodes,
-            decode_items: items(num_decodes),
             tiles_only,
             prefills,
             blocks,
             ..Counts::default()
         };
-        let sizes = (fill(multiprocessors, shape), counts.decode_items);
-        counts.shares = self.plan_decodes(&decodes, shape, sizes);
+        if num_decodes > 0 {
+            (counts.decode_cut, counts.shares) =
+                self.plan_decodes(&decodes, shape, (num_decodes, multiprocessors));
+        }
         counts.rotates = input.seqs.len() == decodes.len()
             && input.logit_rows.len() == input.token_ids.len()
             && !reads_what_is_written(input);
@@ -138,38 +124,45 @@ impl StepBuilder {
                 let sizes = self.kept_lengths.iter().map(|length| (1, *length));
                 prefill_items(sizes, &mut self.kept_tiles);
             } else {
-                counts.kept_items = items(counts.kept);
-                let sizes = (fill(multiprocessors, shape), counts.kept_items);
-                self.kept_plan.make(shape, &self.kept_lengths, &[], sizes);
+                counts.kept_cut = Cut::alone(shape, counts.kept, multiprocessors);
+                self.kept_plan
+                    .make(shape, &self.kept_lengths, &[], &counts.kept_cut);
             }
         }
         Layout::new(counts)
     }
 
-    /// Plans the attention of sequences that decode; returns whether items work for several rows.
+    /// Plans the attention of sequences that decode, of `rows` with padding; returns what it is cut for, and whether items work
+    /// for several rows.
     fn plan_decodes(
         &mut self,
         decodes: &[&SeqInput],
         shape: &HeadShape,
-        sizes: (usize, usize),
-    ) -> bool {
-        if decodes.is_empty() {
-            return false;
-        }
+        (rows, multiprocessors): (usize, u32),
+    ) -> (Cut, bool) {
         self.lengths.clear();
         self.lengths
             .extend(decodes.iter().map(|seq| seq.context_len));
-        let rows: Vec<(u32, &[BlockId])> = decodes
+        let tables: Vec<(u32, &[BlockId])> = decodes
             .iter()
             .map(|seq| (seq.context_len, seq.block_table.as_slice()))
             .collect();
         let shared = if self.may_share {
-            shared_prefixes(&rows)
+            shared_prefixes(&tables)
         } else {
             Vec::new()
         };
-        self.plan.make(shape, &self.lengths, &shared, sizes);
-        self.plan.items.iter().any(|item| item[1] > 1)
+        if !shared.is_empty() {
+            let cut = Cut::shared(shape, rows, multiprocessors);
+            self.plan.make(shape, &self.lengths, &shared, &cut);
+            // There may be no room for what is shared.
+            if self.plan.items.iter().any(|item| item[1] > 1) {
+                return (cut, true);
+            }
+        }
+        let cut = Cut::alone(shape, rows, multiprocessors);
+        self.plan.make(shape, &self.lengths, &[], &cut);
+        (cut, false)
     }
 
     /// Rows that go through the last layer attend one by one.

@@ -3,6 +3,7 @@
 use ashlar_kernels::cuda::{
     CudaError,
     attention::{DecodeAttention, DecodeRope, PlanView, PrefillAttention, Sequences},
+    decode_plan::Cut,
 };
 
 use super::{CudaBackend, CudaBuf};
@@ -14,7 +15,7 @@ impl CudaBackend {
         layer: usize,
         qkv: &CudaBuf,
         section: &DecodeSection,
-        (count, max_items, shares): (usize, usize, bool),
+        (count, cut, shares): (usize, Cut, bool),
         out: &CudaBuf,
     ) -> Result<(), CudaError> {
         if count == 0 {
@@ -51,7 +52,7 @@ impl CudaBackend {
             arrived: self.arrived.view(),
             rope,
             shares,
-            max_items,
+            cut,
         }
         .launch(&self.device)
     }
@@ -67,10 +68,10 @@ impl CudaBackend {
             return self.tiles_attention(layer, qkv, &layout.kept_tiles, [counts.kept; 2], out);
         }
         if self.kept {
-            let sizes = (counts.kept, counts.kept_items, false);
+            let sizes = (counts.kept, counts.kept_cut, false);
             return self.rows_attention(layer, qkv, &layout.kept, sizes, out);
         }
-        let sizes = (counts.decodes, counts.decode_items, counts.shares);
+        let sizes = (counts.decodes, counts.decode_cut, counts.shares);
         self.rows_attention(layer, qkv, &layout.decode, sizes, out)?;
         let sizes = [counts.prefills, counts.prefill_items];
         self.tiles_attention(layer, qkv, &layout.prefill, sizes, out)

@@ -46,8 +46,17 @@ fn build(input: &ModelInput, padded: Option<usize>) -> (Layout, Vec<u8>) {
 }
 
 fn build_by(tiles_only: bool, input: &ModelInput, padded: Option<usize>) -> (Layout, Vec<u8>) {
+    build_for(4, tiles_only, input, padded)
+}
+
+fn build_for(
+    multiprocessors: u32,
+    tiles_only: bool,
+    input: &ModelInput,
+    padded: Option<usize>,
+) -> (Layout, Vec<u8>) {
     let mut builder = StepBuilder::new(true, tiles_only);
-    let layout = builder.plan(input, padded, &SHAPE, 4);
+    let layout = builder.plan(input, padded, &SHAPE, multiprocessors);
     let mut bytes = vec![0; layout.bytes];
     builder.write(input, &layout, &mut bytes);
     (layout, bytes)
@@ -147,10 +156,19 @@ fn long_contexts_are_cut_to_fill_the_gpu_and_neighbours_stay_together() {
     input.positions = vec![999; 2];
     input.slot_mapping = vec![1, 2];
     input.logit_rows = vec![0, 1];
-    let (layout, bytes) = build(&input, None);
-    let items = read(&bytes, layout.decode.num_items, 1)[0];
-    assert!(items as usize <= layout.counts.decode_items);
-    let list = read(&bytes, layout.decode.items, 8 * items as usize);
+    // With many multiprocessors blocks are wide.
+    for (multiprocessors, wide) in [(40, true), (12, false)] {
+        let (layout, bytes) = build_for(multiprocessors, false, &input, None);
+        assert_eq!(layout.counts.decode_cut.wide, wide);
+        check_cut(&layout, &bytes);
+    }
+}
+
+/// Two rows of 63 pages.
+fn check_cut(layout: &Layout, bytes: &[u8]) {
+    let items = read(bytes, layout.decode.num_items, 1)[0];
+    assert!(items as usize <= layout.counts.decode_cut.max_items);
+    let list = read(bytes, layout.decode.items, 8 * items as usize);
     let pages: Vec<[i32; 3]> = list
         .chunks(8)
         .map(|item| [item[0], item[2], item[3]])
@@ -182,8 +200,9 @@ fn a_common_beginning_is_shared() {
     input.positions = vec![0; rows as usize];
     input.slot_mapping = vec![0; rows as usize];
     input.logit_rows = (0..rows).collect();
-    let (layout, bytes) = build(&input, Some(8));
-    assert!(layout.counts.shares && layout.counts.rotates);
+    // With so many multiprocessors rows that share nothing would have wide blocks.
+    let (layout, bytes) = build_for(132, false, &input, Some(8));
+    assert!(layout.counts.shares && layout.counts.rotates && !layout.counts.decode_cut.wide);
     let list = read(&bytes, layout.decode.items, 8);
     // Four rows of four heads fill the columns: 6 rows are two groups of three.
     assert_eq!(list[1], 3);
