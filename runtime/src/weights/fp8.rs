@@ -44,6 +44,8 @@ pub struct Fp8Scheme {
     pub source: Fp8Source,
     /// Rows and columns that share a scale, where neither a row nor the whole matrix does.
     pub block: Option<[usize; 2]>,
+    /// Whether rows of activations may be rounded to eight bits too, which is faster and less exact.
+    pub rounds_rows: bool,
 }
 
 impl Fp8Scheme {
@@ -51,6 +53,7 @@ impl Fp8Scheme {
     pub const ONLINE: Self = Self {
         source: Fp8Source::Online,
         block: None,
+        rounds_rows: true,
     };
 
     /// Reads a `quantization_config` whose method is fp8, fbgemm_fp8 or modelopt.
@@ -76,6 +79,8 @@ impl Fp8Scheme {
         Ok(Self {
             source: Fp8Source::Fp8,
             block,
+            // These methods always do; `activation_scheme` says when their scales are chosen.
+            rounds_rows: true,
         })
     }
 
@@ -85,8 +90,11 @@ impl Fp8Scheme {
         let groups = groups
             .filter(|groups| !groups.is_empty())
             .ok_or("its quantization_config has no config_groups")?;
-        let mut block = None;
+        let (mut block, mut rounds_rows) = (None, true);
         for group in groups.values() {
+            rounds_rows &= group
+                .get("input_activations")
+                .is_some_and(|activations| !activations.is_null());
             let weights = group
                 .get("weights")
                 .filter(|weights| weights.is_object())
@@ -122,6 +130,7 @@ impl Fp8Scheme {
         Ok(Self {
             source: Fp8Source::CompressedTensors,
             block,
+            rounds_rows,
         })
     }
 }

@@ -12,6 +12,7 @@ use ashlar::{
     engine::request::TokenId,
     model_runner::{CpuRunner, CpuRunnerConfig, Dtype, KvCacheSize, ModelRunner},
 };
+use ashlar_kernels::e4m3;
 use half::bf16;
 use safetensors::{Dtype as TensorType, tensor::TensorView};
 use serde_json::{Value, json};
@@ -217,16 +218,9 @@ pub fn checkpoint(family: &Family) -> PathBuf {
 /// Makes the matrices of the layers four-bit ones in AWQ's layout, of random bits.
 pub fn quantize(folder: &Path, group: usize) {
     let mut numbers = Numbers(77);
-    let file = fs::read(folder.join("model.safetensors")).unwrap();
-    let stored = safetensors::SafeTensors::deserialize(&file).unwrap();
-    let mut tensors: Vec<(String, TensorType, Vec<usize>, Vec<u8>)> = Vec::new();
-    for (name, tensor) in stored.tensors() {
-        let Some(name) = name.strip_suffix("_proj.weight") else {
-            let (shape, data) = (tensor.shape().to_vec(), tensor.data().to_vec());
-            tensors.push((name, tensor.dtype(), shape, data));
-            continue;
-        };
-        let (n, k) = (tensor.shape()[0], tensor.shape()[1]);
+    let awq = json!({"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"});
+    replace_matrices(folder, awq, |matrix| {
+        let (n, k) = (matrix.shape()[0], matrix.shape()[1]);
         let mut words = |count: usize, word: &dyn Fn(u64) -> u32| -> Vec<u8> {
             (0..count)
                 .flat_map(|_| word(numbers.next() << 16 ^ numbers.next()).to_le_bytes())
@@ -244,11 +238,65 @@ pub fn quantize(folder: &Path, group: usize) {
             half::f16::from_f32(scale * (0.5 + unit)).to_le_bytes()
         });
         let scales = scales.collect();
-        for (suffix, kind, shape, data) in [
+        vec![
             ("qweight", TensorType::I32, vec![k, n / 8], qweight),
             ("qzeros", TensorType::I32, vec![k / group, n / 8], qzeros),
             ("scales", TensorType::F16, vec![k / group, n], scales),
-        ] {
+        ]
+    });
+}
+
+/// Rounds the matrices of the layers to eight-bit floats, a scale for each row, in compressed-tensors' layout; activations are
+/// said to be in 16 bits.
+pub fn round_to_fp8(folder: &Path) {
+    let weights_alone = json!({
+        "quant_method": "compressed-tensors", "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": true},
+            "input_activations": null,
+        }},
+        "ignore": ["lm_head"],
+    });
+    replace_matrices(folder, weights_alone, |matrix| {
+        let (n, k) = (matrix.shape()[0], matrix.shape()[1]);
+        assert_eq!(matrix.dtype(), TensorType::BF16);
+        let halves = matrix.data().as_chunks::<2>().0.iter();
+        let values: Vec<f32> = halves
+            .map(|bytes| half::bf16::from_le_bytes(*bytes).to_f32())
+            .collect();
+        let (mut data, mut scales) = (Vec::new(), Vec::new());
+        for row in values.chunks_exact(k) {
+            let largest = row.iter().fold(1e-20f32, |most, v| most.max(v.abs()));
+            let scale = largest / e4m3::MAX;
+            data.extend(row.iter().map(|value| e4m3::narrow(value / scale)));
+            scales.extend(scale.to_le_bytes());
+        }
+        vec![
+            ("weight", TensorType::F8_E4M3, vec![n, k], data),
+            ("weight_scale", TensorType::F32, vec![n, 1], scales),
+        ]
+    });
+}
+
+/// The end of a tensor's name, its type, shape and bytes.
+type Part = (&'static str, TensorType, Vec<usize>, Vec<u8>);
+
+/// Has `make` store the matrices of the layers in another way, which the configuration says from now on.
+fn replace_matrices(
+    folder: &Path,
+    quantization: Value,
+    mut make: impl FnMut(&TensorView<'_>) -> Vec<Part>,
+) {
+    let file = fs::read(folder.join("model.safetensors")).unwrap();
+    let stored = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let mut tensors: Vec<(String, TensorType, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (name, tensor) in stored.tensors() {
+        let Some(name) = name.strip_suffix("_proj.weight") else {
+            let (shape, data) = (tensor.shape().to_vec(), tensor.data().to_vec());
+            tensors.push((name, tensor.dtype(), shape, data));
+            continue;
+        };
+        for (suffix, kind, shape, data) in make(&tensor) {
             tensors.push((format!("{name}_proj.{suffix}"), kind, shape, data));
         }
     }
@@ -260,8 +308,7 @@ pub fn quantize(folder: &Path, group: usize) {
     fs::write(folder.join("model.safetensors"), bytes).unwrap();
     let config = fs::read(folder.join("config.json")).unwrap();
     let mut config: Value = serde_json::from_slice(&config).unwrap();
-    config["quantization_config"] =
-        json!({"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"});
+    config["quantization_config"] = quantization;
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
 }
 

@@ -3,7 +3,7 @@
 use ashlar::model_runner::{CpuRunner, CpuRunnerConfig, Dtype, KvCacheSize};
 
 use super::{
-    common::families::{LAYERS, Numbers, VOCAB},
+    common::families::{LAYERS, Numbers, VOCAB, round_to_fp8},
     *,
 };
 
@@ -72,6 +72,32 @@ fn eight_bit_floats_compute_what_the_cpu_computes() {
             let prompts: Vec<_> = (0..32).map(|i| prompt(i + 50, 20)).collect();
             let first = together(&mut gpu, &prompts);
             assert_eq!(first, together(&mut gpu, &prompts), "{}", family.name);
+        }
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}
+
+/// A checkpoint that says so has its weights alone in eight bits: long prompts' rows are not rounded, and are as near as they are
+/// to 16-bit weights.
+#[test]
+fn rows_meet_eight_bit_weights_as_they_are_where_the_checkpoint_says_so() {
+    for family in families() {
+        let folder = checkpoint(&family);
+        round_to_fp8(&folder);
+        let mut cpu = exact_cpu(&folder, false);
+        for ((float, max_mean, max_worst), invariant) in both_ways(TYPES) {
+            let mut gpu = gpu_with(&folder, Some(float), false, invariant);
+            for len in [1, 130, 515] {
+                let tokens = prompt(len as u64, len + DECODED);
+                let want = logits(&mut cpu, &tokens, &[]);
+                let (mean, worst) = distance(&logits(&mut gpu, &tokens, &[]), &want);
+                let case = format!(
+                    "{} fp8 weights beside {float:?}, invariant {invariant}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst",
+                    family.name
+                );
+                println!("{case}");
+                assert!(mean < max_mean && worst < max_worst, "{case}");
+            }
         }
         fs::remove_dir_all(&folder).unwrap();
     }

@@ -42,6 +42,8 @@ pub(super) struct CudaBackendConfig {
     pub(super) kv_scales: Vec<[f32; 2]>,
     /// Layers hold integers, in four bits for the most part.
     pub(super) integers: bool,
+    /// Rows may be rounded to eight bits in front of eight-bit floats.
+    pub(super) rounds_rows: bool,
     /// Rows' results do not depend on each other, bit for bit.
     pub(super) batch_invariant: bool,
     /// Positions in the rotary table.
@@ -90,6 +92,8 @@ pub(super) struct CudaBackend {
     int4_parts: Option<(DeviceBuffer, DeviceBuffer)>,
     /// Whether layers hold integers, which few rows multiply as they are, and many only once they are 16-bit floats.
     integers: bool,
+    /// Whether rows may be rounded to eight bits in front of eight-bit floats; else many rows meet these once they are 16-bit ones.
+    rounds_rows: bool,
     /// Whether every product is one kernel's, whatever its number of rows, and every row attends in a tile.
     pub(super) batch_invariant: bool,
     error: Option<CudaError>,
@@ -154,6 +158,7 @@ impl CudaBackend {
             fp8_rows: None,
             int4_parts: None,
             integers: config.integers,
+            rounds_rows: config.rounds_rows,
             batch_invariant: config.batch_invariant,
             error: None,
             place: None,
@@ -172,6 +177,7 @@ impl CudaBackend {
             .filter(|matrix| matrix.fp8_view().is_some());
         let widest = fp8.map(|matrix| matrix.columns).max();
         if let Some(columns) = widest
+            && self.rounds_rows
             && !self.batch_invariant
             && Fp8Gemm::is_available(&self.device)
         {

@@ -154,6 +154,10 @@ pub(super) fn backend_config(
         kv_dtype: config.kv_dtype,
         kv_scales,
         integers: false,
+        rounds_rows: match model.quantization {
+            Some(Scheme::Fp8(scheme)) => scheme.rounds_rows,
+            Some(Scheme::Int4(_)) | None => false,
+        },
         batch_invariant: config.batch_invariant,
         max_model_len: max_model_len as usize,
         step_bytes: largest.bytes,

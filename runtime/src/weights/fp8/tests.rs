@@ -16,7 +16,7 @@ fn scheme(config: &Value) -> Result<Fp8Scheme, String> {
 #[test]
 fn configurations_are_understood_or_refused_with_a_reason() {
     let plain = scheme(&json!({"quant_method": "fp8", "activation_scheme": "dynamic"})).unwrap();
-    assert_eq!((plain.source, plain.block), (Fp8Source::Fp8, None));
+    assert_eq!(plain, PLAIN);
     let blocks =
         scheme(&json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}));
     assert_eq!(blocks.unwrap().block, Some([128, 128]));
@@ -29,6 +29,18 @@ fn configurations_are_understood_or_refused_with_a_reason() {
     };
     let channel = group(json!({"num_bits": 8, "type": "float", "strategy": "channel"})).unwrap();
     assert_eq!(channel.source, Fp8Source::CompressedTensors);
+    assert!(channel.rounds_rows);
+    // Weights alone, if only of some layers.
+    let float = json!({"num_bits": 8, "type": "float"});
+    let rounded = json!({"weights": float, "input_activations": float});
+    for alone in [
+        json!({"weights": float, "input_activations": null}),
+        json!({"weights": float}),
+    ] {
+        let config = json!({"quant_method": "compressed-tensors", "format": "float-quantized",
+            "config_groups": {"group_0": rounded, "group_1": alone}});
+        assert!(!scheme(&config).unwrap().rounds_rows);
+    }
     for (config, reason) in [
         (
             group(json!({"num_bits": 8, "type": "int"})),
@@ -129,6 +141,7 @@ fn scale(name: &'static str, shape: &[usize], values: &[f32]) -> Stored {
 const PLAIN: Fp8Scheme = Fp8Scheme {
     source: Fp8Source::Fp8,
     block: None,
+    rounds_rows: true,
 };
 
 #[test]
