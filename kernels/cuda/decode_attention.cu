@@ -420,12 +420,12 @@ template <typename T, typename KV, int D, int TILES, bool SHARED_Q, int WARPS> _
 
 #define DEFINE_ONE(SUFFIX, T, KV, D, TILES)                                                                                        \
     extern "C" __global__ void __launch_bounds__(128) decode_attention_##D##_##TILES##_##SUFFIX(const __grid_constant__ DecodeAttention p) { \
-        decode_attention<T, KV, D, TILES, false, NARROW>(p);                                                                               \
+        decode_attention<T, KV, D, TILES, false, NARROW>(p);                                                                       \
     }
 // Four blocks on a multiprocessor instead of three.
 #define DEFINE_FOUR(SUFFIX, T, KV, D)                                                                                              \
     extern "C" __global__ void __launch_bounds__(128, 4) decode_attention_four_##D##_1_##SUFFIX(const __grid_constant__ DecodeAttention p) { \
-        decode_attention<T, KV, D, 1, true, NARROW>(p);                                                                                    \
+        decode_attention<T, KV, D, 1, true, NARROW>(p);                                                                            \
     }
 // For few rows: a block takes 16 pages of each at once, so that most need no parts.
 #define DEFINE_WIDE(SUFFIX, T, KV, D)                                                                                              \

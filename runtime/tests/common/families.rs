@@ -11,8 +11,8 @@ use std::{
 use ashlar::{
     engine::request::TokenId,
     model_runner::{CpuRunner, CpuRunnerConfig, Dtype, KvCacheSize, ModelRunner},
+    weights::{Fp8Matrix, Fp8Scales, GgmlType, RawTensor},
 };
-use ashlar_kernels::e4m3;
 use half::bf16;
 use safetensors::{Dtype as TensorType, tensor::TensorView};
 use serde_json::{Value, json};
@@ -260,17 +260,18 @@ pub fn round_to_fp8(folder: &Path) {
     replace_matrices(folder, weights_alone, |matrix| {
         let (n, k) = (matrix.shape()[0], matrix.shape()[1]);
         assert_eq!(matrix.dtype(), TensorType::BF16);
-        let halves = matrix.data().as_chunks::<2>().0.iter();
-        let values: Vec<f32> = halves
-            .map(|bytes| half::bf16::from_le_bytes(*bytes).to_f32())
-            .collect();
-        let (mut data, mut scales) = (Vec::new(), Vec::new());
-        for row in values.chunks_exact(k) {
-            let largest = row.iter().fold(1e-20f32, |most, v| most.max(v.abs()));
-            let scale = largest / e4m3::MAX;
-            data.extend(row.iter().map(|value| e4m3::narrow(value / scale)));
-            scales.extend(scale.to_le_bytes());
-        }
+        let raw = RawTensor {
+            kind: GgmlType::BF16,
+            rows: n,
+            columns: k,
+            data: matrix.data().to_vec().into(),
+        };
+        let rounded = Fp8Matrix::quantize(&raw).unwrap();
+        let Fp8Scales::Rows(scales) = &rounded.scales else {
+            panic!("rows have a scale each")
+        };
+        let scales = scales.iter().flat_map(|scale| scale.to_le_bytes());
+        let (data, scales) = (rounded.data.to_vec(), scales.collect());
         vec![
             ("weight", TensorType::F8_E4M3, vec![n, k], data),
             ("weight_scale", TensorType::F32, vec![n, 1], scales),

@@ -46,6 +46,25 @@ fn exact_cpu(path: &Path, quantize_fp8: bool) -> Driver {
     )
 }
 
+/// The logits of a prompt of `len` tokens, cut into pieces, and of what is decoded behind it, differ from the CPU's by at most so
+/// much: the mean and the worst `1 − cosine`.
+fn assert_near(
+    what: &str,
+    gpu: &mut Driver<CudaRunner>,
+    cpu: &mut Driver,
+    (len, pieces): (usize, &[usize]),
+    (max_mean, max_worst): (f64, f64),
+) {
+    let tokens = prompt(len as u64, len + DECODED);
+    let want = logits(cpu, &tokens, &[]);
+    let (mean, worst) = distance(&logits(gpu, &tokens, pieces), &want);
+    let case = format!(
+        "{what}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst"
+    );
+    println!("{case}");
+    assert!(mean < max_mean && worst < max_worst, "{case}");
+}
+
 #[test]
 fn eight_bit_floats_compute_what_the_cpu_computes() {
     for family in families() {
@@ -53,21 +72,17 @@ fn eight_bit_floats_compute_what_the_cpu_computes() {
         let mut cpu = exact_cpu(&folder, true);
         for ((float, few_mean, few_worst), invariant) in both_ways(TYPES) {
             let mut gpu = gpu_with(&folder, Some(float), true, invariant);
+            let what = format!(
+                "{} fp8 beside {float:?}, invariant {invariant}",
+                family.name
+            );
             // Rows one by one read the weights alone in eight bits; those of long prompts are rounded too.
-            for (len, (max_mean, max_worst)) in [
+            for (len, most) in [
                 (1, (few_mean, few_worst)),
                 (130, MAX_FP8_DISTANCE),
                 (515, MAX_FP8_DISTANCE),
             ] {
-                let tokens = prompt(len as u64, len + DECODED);
-                let want = logits(&mut cpu, &tokens, &[]);
-                let (mean, worst) = distance(&logits(&mut gpu, &tokens, &[]), &want);
-                let case = format!(
-                    "{} fp8 beside {float:?}, invariant {invariant}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst",
-                    family.name
-                );
-                println!("{case}");
-                assert!(mean < max_mean && worst < max_worst, "{case}");
+                assert_near(&what, &mut gpu, &mut cpu, (len, &[]), most);
             }
             let prompts: Vec<_> = (0..32).map(|i| prompt(i + 50, 20)).collect();
             let first = together(&mut gpu, &prompts);
@@ -87,16 +102,13 @@ fn rows_meet_eight_bit_weights_as_they_are_where_the_checkpoint_says_so() {
         let mut cpu = exact_cpu(&folder, false);
         for ((float, max_mean, max_worst), invariant) in both_ways(TYPES) {
             let mut gpu = gpu_with(&folder, Some(float), false, invariant);
+            let what = format!(
+                "{} fp8 weights beside {float:?}, invariant {invariant}",
+                family.name
+            );
             for len in [1, 130, 515] {
-                let tokens = prompt(len as u64, len + DECODED);
-                let want = logits(&mut cpu, &tokens, &[]);
-                let (mean, worst) = distance(&logits(&mut gpu, &tokens, &[]), &want);
-                let case = format!(
-                    "{} fp8 weights beside {float:?}, invariant {invariant}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst",
-                    family.name
-                );
-                println!("{case}");
-                assert!(mean < max_mean && worst < max_worst, "{case}");
+                let most = (max_mean, max_worst);
+                assert_near(&what, &mut gpu, &mut cpu, (len, &[]), most);
             }
         }
         fs::remove_dir_all(&folder).unwrap();
@@ -316,15 +328,10 @@ fn ggufs_blocks_compute_what_the_cpu_computes() {
             (Some(Float::Bf16), false, (bf16_mean, bf16_worst)),
         ] {
             let mut gpu = gpu_with(&path, float, false, invariant);
+            let what = format!("{name} in {float:?}, invariant {invariant}");
             for (len, pieces) in [(1, &[][..]), (17, &[]), (130, &[33, 1, 64]), (515, &[])] {
-                let tokens = prompt(len as u64, len + DECODED);
-                let want = logits(&mut cpu, &tokens, &[]);
-                let (mean, worst) = distance(&logits(&mut gpu, &tokens, pieces), &want);
-                let case = format!(
-                    "{name} in {float:?}, invariant {invariant}: {len} tokens, {DECODED} decoded: 1 − cosine {mean:.2e} mean, {worst:.2e} worst"
-                );
-                println!("{case}");
-                assert!(mean < max_mean && worst < max_worst, "{case}");
+                let most = (max_mean, max_worst);
+                assert_near(&what, &mut gpu, &mut cpu, (len, pieces), most);
             }
             let prompts: Vec<_> = (0..32).map(|i| prompt(i + 50, 20)).collect();
             let first = together(&mut gpu, &prompts);
